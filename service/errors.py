@@ -1,0 +1,89 @@
+"""Every error this package raises, and the one place that says what each means to a client.
+
+ServiceError
+├── ConfigError               a user's mistake at start: YAML, flag, setting (exit status 2)
+├── WeightsError              the model could not be fetched or converted (exit status 1)
+├── LaunchError               vLLM could not be started (exit status 1)
+└── RequestError              refusals of one request, each with its HTTP status
+    ├── MalformedBody         400  the body is not JSON
+    ├── InvalidRequest        422  the JSON is not a valid request
+    ├── PromptTooLong         422  the prompt leaves no room in the context
+    ├── Unauthorized          401  no key, or a wrong one
+    ├── ClientGone            499  nobody is waiting for the answer any more
+    ├── GenerationFailed      500  the engine failed this request alone
+    └── Unavailable           503  the engine cannot take or finish the request now
+"""
+
+
+class ServiceError(Exception):
+    """An error meant for a person: its text says what, where, and what to do."""
+
+    exit_status = 1
+
+
+class ConfigError(ServiceError):
+    """A mistake in a YAML file, a flag or an environment variable."""
+
+    exit_status = 2
+
+
+class WeightsError(ServiceError):
+    """The model's files could not be fetched, checked or converted."""
+
+
+class LaunchError(ServiceError):
+    """vLLM could not be started with these arguments on this machine."""
+
+
+class RequestError(ServiceError):
+    """One request is refused or has failed; `status` is the HTTP status.
+
+    `message` goes to the client: it names keys and limits, never the client's own input, a path or
+    an address. `param` is the request key at fault. `retry_after` is in seconds.
+    """
+
+    status = 500
+    type = "internal_error"
+
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after = retry_after
+
+
+class MalformedBody(RequestError):
+    status = 400
+    type = "malformed_body"
+
+
+class Unauthorized(RequestError):
+    status = 401
+    type = "unauthorized"
+
+
+class InvalidRequest(RequestError):
+    status = 422
+    type = "invalid_request"
+
+
+class PromptTooLong(RequestError):
+    status = 422
+    type = "prompt_too_long"
+
+
+class ClientGone(RequestError):
+    status = 499
+    type = "client_gone"
+
+
+class GenerationFailed(RequestError):
+    status = 500
+    type = "generation_failed"
+
+
+class Unavailable(RequestError):
+    status = 503
+    type = "unavailable"
