@@ -1,4 +1,4 @@
-"""Every error this package raises, and the one place that says what each means to a client.
+"""Every error this package raises, and the one place that turns a refusal into an answer.
 
 ServiceError
 ├── ConfigError               a user's mistake at start: YAML, flag, setting (exit status 2)
@@ -13,6 +13,11 @@ ServiceError
     ├── GenerationFailed      500  the engine failed this request alone
     └── Unavailable           503  the engine cannot take or finish the request now
 """
+
+import json
+import time
+
+from starlette.responses import Response
 
 
 class ServiceError(Exception):
@@ -87,3 +92,24 @@ class GenerationFailed(RequestError):
 class Unavailable(RequestError):
     status = 503
     type = "unavailable"
+
+
+def refusal(error: RequestError) -> Response:
+    """The HTTP answer for a refused or failed request."""
+    headers = {}
+    if error.retry_after is not None:
+        headers["retry-after"] = str(error.retry_after)
+    if isinstance(error, Unauthorized):
+        headers["www-authenticate"] = "Bearer"
+    return Response(refusal_body(error), error.status, headers, media_type="application/json")
+
+
+def refusal_body(error: RequestError) -> bytes:
+    """The contract's answer object for an error; OpenAI clients read the same `error` key."""
+    body = {
+        "response": "",
+        "status": error.status,
+        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "error": {"type": error.type, "message": error.message, "param": error.param},
+    }
+    return json.dumps(body, ensure_ascii=False).encode()

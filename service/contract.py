@@ -1,0 +1,346 @@
+"""`POST /`: the tutorials' wire contract, from the body's bytes to the answer's."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from service import metrics, prompting, sampling
+from service.errors import (
+    ClientGone,
+    InvalidRequest,
+    MalformedBody,
+    RequestError,
+    refusal,
+    refusal_body,
+)
+from service.model_config import (
+    ModelConfig,
+    RepetitionPenalty,
+    Temperature,
+    TokenLimit,
+    TopK,
+    TopP,
+)
+from service.request_record import RequestRecord
+
+StopString = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+class ContractRequest(BaseModel):
+    """The body of `POST /`. Keys that are not listed are ignored; null is "not given"."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    prompt: str = Field(min_length=1, description="One user turn, or the text to complete.")
+    history: list[prompting.Pair] | list[prompting.Message] | None = Field(
+        None, description="Earlier turns: [user, assistant] pairs, or {role, content} objects."
+    )
+    max_length: TokenLimit | None = Field(
+        None, description="Length limit in tokens; what it counts is in the model's YAML."
+    )
+    max_new_tokens: TokenLimit | None = Field(None, description="New tokens at most.")
+    temperature: Temperature | None = Field(None, description="0 is greedy.")
+    top_p: TopP | None = None
+    top_k: TopK | None = Field(None, description="0 or -1 considers every token.")
+    repetition_penalty: RepetitionPenalty | None = None
+    seed: Annotated[int, Field(ge=-1, le=2**63 - 1)] | None = Field(
+        None, description="The same seed gives the same answer."
+    )
+    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = Field(
+        None, description="The answer ends before the first of these."
+    )
+    stream: bool | None = Field(None, description="Server-sent events instead of one answer.")
+    details: bool | None = Field(None, description="Add the sampling used and the token counts.")
+
+
+class Chunk(NamedTuple):
+    """New text from the engine; `tokens` counts all of this request's so far."""
+
+    text: str
+    tokens: int
+    finish_reason: str | None
+
+
+class Engine(Protocol):
+    """What the handler needs of the engine. Every method raises only `errors.RequestError`."""
+
+    context: int
+    defaults: Mapping[str, Any]
+
+    async def tokenize(self, prompt: list[prompting.Message] | str) -> list[int]: ...
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of the tokens, special ones dropped."""
+        ...
+
+    def generate(
+        self, token_ids: list[int], params: dict[str, Any], request_id: str, *, stream: bool
+    ) -> AsyncGenerator[Chunk, None]:
+        """Chunks as they come, or one whole. Closing or cancelling it aborts the request."""
+        ...
+
+
+@dataclass(slots=True)
+class _Generation:
+    """One accepted request on its way through the engine."""
+
+    asked: ContractRequest
+    params: dict[str, Any]
+    prompt_tokens: int
+    echo: str
+    chunks: AsyncGenerator[Chunk, None]
+
+
+class Contract:
+    """The handler of `POST /` for one model on one engine."""
+
+    def __init__(self, config: ModelConfig, engine: Engine, *, log_prompts: bool) -> None:
+        self.config = config
+        self.engine = engine
+        self.log_prompts = log_prompts
+        self._prompt_tokens = metrics.PROMPT_TOKENS.labels(config.name)
+        self._generation_tokens = metrics.GENERATION_TOKENS.labels(config.name)
+
+    async def create(self, request: Request) -> Response:
+        """Answer one request. A refusal is answered too, with its own HTTP status."""
+        record = RequestRecord.of(request.scope)
+        try:
+            asked = parse(await request.body())
+            if asked.stream:
+                async with _cancelled_when_gone(request.receive):
+                    generation = await self._start(asked, record)
+                    # Refusals of the engine still get their own HTTP status this way.
+                    first = await anext(generation.chunks)
+                return EventStream(self._events(generation, first, record), generation.chunks)
+            async with _cancelled_when_gone(request.receive):
+                generation = await self._start(asked, record)
+                answer = await self._answer(generation, record)
+            return Response(answer, media_type="application/json")
+        except ClientDisconnect:
+            error: RequestError = ClientGone("the client closed the connection")
+        except RequestError as e:
+            error = e
+        record.error = error.type
+        return refusal(error)
+
+    async def _start(self, asked: ContractRequest, record: RequestRecord) -> _Generation:
+        began = time.perf_counter()
+        prompt = prompting.render(asked.prompt, asked.history, self.config.prompt)
+        token_ids = await self.engine.tokenize(prompt)
+        params = sampling.resolve(
+            asked,
+            self.engine.defaults,
+            self.config.max_length,
+            prompt_tokens=len(token_ids),
+            context=self.engine.context,
+        )
+        record.prompt_tokens = len(token_ids)
+        self._prompt_tokens.inc(len(token_ids))
+        echo = self.engine.decode(token_ids) if self.config.prompt.echo else ""
+        record.layer_seconds += time.perf_counter() - began
+        chunks = self.engine.generate(token_ids, params, record.id, stream=bool(asked.stream))
+        return _Generation(asked, params, len(token_ids), echo, chunks)
+
+    async def _answer(self, generation: _Generation, record: RequestRecord) -> bytes:
+        chunk = await anext(generation.chunks)
+        began = time.perf_counter()
+        body = self._body(generation, generation.echo + chunk.text, chunk, record)
+        record.layer_seconds += time.perf_counter() - began
+        metrics.LAYER_SECONDS.observe(record.layer_seconds)
+        return body
+
+    async def _events(
+        self, generation: _Generation, first: Chunk, record: RequestRecord
+    ) -> AsyncIterator[bytes]:
+        """Server-sent events: the new text of each chunk, then the ordinary answer."""
+        text = generation.echo
+        if text:
+            yield _delta(text)
+        chunk = first
+        try:
+            while True:
+                if chunk.text:
+                    text += chunk.text
+                    yield _delta(chunk.text)
+                if chunk.finish_reason:
+                    break
+                chunk = await anext(generation.chunks)
+            began = time.perf_counter()
+            body = self._body(generation, text, chunk, record)
+            record.layer_seconds += time.perf_counter() - began
+            metrics.LAYER_SECONDS.observe(record.layer_seconds)
+            yield b"data: " + body + b"\n\n"
+        except RequestError as e:
+            record.status, record.error = e.status, e.type
+            yield b"data: " + refusal_body(e) + b"\n\n"
+
+    def _body(
+        self, generation: _Generation, text: str, last: Chunk, record: RequestRecord
+    ) -> bytes:
+        """The contract's answer object, its keys in the tutorials' order."""
+        asked = generation.asked
+        record.generation_tokens = last.tokens
+        record.finish_reason = last.finish_reason
+        self._generation_tokens.inc(last.tokens)
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        if self.log_prompts:
+            record.exchange = (now, asked.prompt, text)
+        body: dict[str, Any] = {"response": text, "status": 200, "time": now}
+        if asked.history is not None:
+            body["history"] = prompting.append_turn(asked.history, asked.prompt, text)
+        if asked.details:
+            body["details"] = {
+                "model": self.config.name,
+                "finish_reason": last.finish_reason,
+                "prompt_tokens": generation.prompt_tokens,
+                "completion_tokens": last.tokens,
+                "sampling": generation.params,
+            }
+        return _json(body)
+
+
+class EventStream(Response):
+    """Server-sent events, written frame by frame.
+
+    A client that leaves cancels the frames; `source` is closed in every case, which aborts the
+    engine's request if it is still running.
+    """
+
+    def __init__(self, frames: AsyncIterator[bytes], source: AsyncGenerator[Chunk, None]) -> None:
+        super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        del self.headers["content-length"]
+        self.frames = frames
+        self.source = source
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        try:
+            async with aclosing(self.source), _cancelled_when_gone(receive):
+                await send(start)
+                async for frame in self.frames:
+                    await send({"type": "http.response.body", "body": frame, "more_body": True})
+        except ClientGone as e:
+            record = RequestRecord.of(scope)
+            record.status, record.error = e.status, e.type
+        else:
+            await send({"type": "http.response.body", "body": b""})
+
+
+def parse(body: bytes) -> ContractRequest:
+    """The validated request, whatever its Content-Type said.
+
+    Raises MalformedBody or InvalidRequest, which name the key and never repeat its value.
+    """
+    try:
+        return ContractRequest.model_validate_json(body)
+    except ValidationError as e:
+        error = e.errors(include_url=False, include_input=False, include_context=False)[0]
+    if error["type"] == "json_invalid":
+        reason = error["msg"].removeprefix("Invalid JSON: ") if body else "it is empty"
+        raise MalformedBody(f"the body is not valid JSON: {reason}")
+    if not error["loc"]:
+        raise InvalidRequest('the body must be a JSON object, such as {"prompt": "..."}')
+    param = str(error["loc"][0])
+    if error["type"] == "missing" and param == "prompt":
+        raise InvalidRequest("prompt is required", param="prompt")
+    if param == "history":
+        raise InvalidRequest(
+            "history must be a list of [user, assistant] pairs, or of objects with a role "
+            "(system, user or assistant) and a content",
+            param="history",
+        )
+    if param == "stop":
+        raise InvalidRequest(
+            "stop must be a string or a list of at most 16, of 1 to 1000 characters each",
+            param="stop",
+        )
+    message = error["msg"].removeprefix("Input ").removeprefix("String ")
+    raise InvalidRequest(f"{param} {message}", param=param)
+
+
+def _delta(text: str) -> bytes:
+    return b"data: " + _json({"delta": text}) + b"\n\n"
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode()
+
+
+@asynccontextmanager
+async def _cancelled_when_gone(receive: Receive) -> AsyncIterator[None]:
+    """Cancel the body, and with it the engine's request, when the client disconnects.
+
+    Raises ClientGone then. The request's body must have been read.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not gone:
+            raise
+        task.uncancel()
+        raise ClientGone("the client closed the connection") from None
+    finally:
+        watcher.cancel()
+
+
+# FastAPI cannot derive this: the handler reads the body itself, whatever its Content-Type.
+OPENAPI: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": ContractRequest.model_json_schema(
+                    ref_template="#/paths/~1/post/requestBody/content/application~1json/schema"
+                    "/$defs/{model}"
+                )
+            }
+        },
+    },
+    "responses": {
+        "200": {
+            "description": "The answer, or with stream its events",
+            "content": {
+                "application/json": {
+                    "schema": {
+                        "type": "object",
+                        "required": ["response", "status", "time"],
+                        "properties": {
+                            "response": {"type": "string"},
+                            "status": {"type": "integer"},
+                            "time": {"type": "string"},
+                            "history": {"type": "array"},
+                            "details": {"type": "object"},
+                        },
+                    }
+                },
+                "text/event-stream": {},
+            },
+        },
+        "400": {"description": "The body is not JSON"},
+        "401": {"description": "No API key, or a wrong one"},
+        "422": {"description": "Not a valid request, or a prompt that does not fit"},
+        "500": {"description": "The engine failed this request"},
+        "503": {"description": "The engine cannot take the request now"},
+    },
+}

@@ -1,0 +1,335 @@
+"""From a model's YAML and the settings to vLLM's arguments and vLLM's own launcher.
+
+The only file that knows the launcher. vLLM is imported inside functions: it takes seconds, and
+reads the environment that `serve` prepares.
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import ssl
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from service import logs, weights
+from service.errors import ConfigError, LaunchError, ServiceError
+from service.model_config import ModelConfig, Origins, nearest
+from service.settings import CONFIG_VARIABLE, ApiProcessConfig, Settings
+
+if TYPE_CHECKING:
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+ENDPOINT_PLUGIN = "chat_service"
+_GENERAL_PLUGIN = "chat_service_models"
+# The first is innermost.
+_MIDDLEWARE = ["service.guard.ApiKey", "service.guard.Observe"]
+
+# vLLM arguments that another key or setting decides here.
+_OWNED = {
+    "model": "source",
+    "model_tag": "source",
+    "revision": "source.revision",
+    "tokenizer": "tokenizer",
+    "tokenizer_revision": "tokenizer.revision",
+    "served_model_name": "name",
+    "chat_template": "prompt.template",
+    "override_generation_config": "sampling",
+    "host": "--host",
+    "port": "--port",
+    "api_key": "SERVICE_API_KEY",
+    "hf_token": "the environment variable HF_TOKEN",
+    "log_config_file": "--verbose",
+}
+_REFUSED = {
+    "trust_remote_code": "remote code is never run",
+    "headless": "it serves no HTTP",
+    "grpc": "it serves no HTTP",
+    "grpc_port": "it serves no HTTP",
+    "uds": "the service listens on an address and a port",
+    "config": "the model's YAML is the configuration",
+    "help": "see `chat-service serve --help`",
+}
+
+
+def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
+    """Run the server until it is stopped. Raises ServiceError when it cannot start."""
+    key_hash = settings.key_hash()
+    _check_address(settings.host, settings.port)
+    with tempfile.TemporaryDirectory(prefix="chat-service-") as folder:
+        _prepare_environment(Path(folder), config, settings, key_hash)
+        args = arguments(config, origins, settings)
+        model = weights.fetch(config.source, settings.cache_dir)
+        tokenizer = (
+            weights.fetch(config.tokenizer, settings.cache_dir) if config.tokenizer else model
+        )
+        args.model, args.tokenizer = str(model), str(tokenizer)
+        _load_plugins()
+        announcer = _Announcer(config, settings, tls=bool(args.ssl_certfile))
+        announcer.start()
+        with _explained(settings):
+            _launch(args)
+        if announcer.failure:
+            raise LaunchError(announcer.failure)
+
+
+def check(
+    config: ModelConfig, origins: Origins, settings: Settings
+) -> list[tuple[str, object, str]]:
+    """Each effective value with its origin, after vLLM has validated its arguments.
+
+    When the model's files are here, vLLM's whole configuration is built from them too; weights are
+    never loaded. Raises ServiceError.
+    """
+    with tempfile.TemporaryDirectory(prefix="chat-service-") as folder:
+        _prepare_environment(Path(folder), config, settings, None)
+        args = arguments(config, origins, settings)
+        rows = [
+            (".".join(map(str, path)), value, origins.of(path))
+            for path, value in _leaves(config.model_dump(exclude_unset=True))
+        ]
+        model = weights.present(config.source, settings.cache_dir)
+        if model is None:
+            rows.append(("files", "not downloaded yet", "`serve` does it"))
+            return rows
+        rows.append(("files", str(model), "this machine"))
+        args.model = args.tokenizer = str(model)
+        _load_plugins()
+        with _explained(settings):
+            from vllm import AsyncEngineArgs
+
+            vllm_config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+        if "max_model_len" not in config.engine:
+            length = vllm_config.model_config.max_model_len
+            rows.append(("engine.max_model_len", length, "the model's config.json"))
+        for name, value in vllm_config.model_config.get_diff_sampling_param().items():
+            if getattr(config.sampling, name, None) is None:
+                rows.append((f"sampling.{name}", value, "generation_config.json"))
+    return rows
+
+
+def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argparse.Namespace:
+    """vLLM's own arguments for this model, without its files.
+
+    Raises ConfigError with file, line and nearest name for what vLLM's parser does not know or
+    does not accept.
+    """
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]  # vLLM is not typed for us
+        def error(self, message: str) -> NoReturn:
+            raise ValueError(message)
+
+    parser = make_arg_parser(Parser())
+    args: argparse.Namespace = parser.parse_args([])
+    for key, value in config.engine.items():
+        place = origins.of(("engine", key))
+        name = key.replace("-", "_")
+        if name in _OWNED:
+            raise ConfigError(f"{place}: given by {_OWNED[name]} here")
+        if name in _REFUSED:
+            raise ConfigError(f"{place}: cannot be set: {_REFUSED[name]}")
+        setattr(args, name, _parse(parser, name, value, place))
+    args.host, args.port = settings.host, settings.port
+    args.served_model_name = [config.name]
+    args.chat_template = config.prompt.template
+    sampling = config.sampling.model_dump(exclude_none=True)
+    if "max_tokens" in sampling:  # its name in generation_config.json
+        sampling["max_new_tokens"] = sampling.pop("max_tokens")
+    args.override_generation_config = sampling
+    args.middleware = [*args.middleware, *_MIDDLEWARE]
+    if "disable_uvicorn_access_log" not in config.engine:
+        args.disable_uvicorn_access_log = True
+    if "use_tqdm_on_load" not in config.engine:
+        args.use_tqdm_on_load = settings.verbose
+    return args
+
+
+def _parse(parser: "FlexibleArgumentParser", name: str, value: object, place: str) -> object:
+    """One YAML value as vLLM's parser reads it from the command line."""
+    actions = {action.dest: action for action in parser._actions}
+    if name not in actions:
+        raise ConfigError(f"{place}: vLLM has no such argument{nearest(name, actions)}")
+    flag = max(actions[name].option_strings, key=len).removeprefix("--no-")
+    flag = f"--{flag.removeprefix('--')}"
+    if value is None or (value is False and f"--no-{flag[2:]}" not in actions[name].option_strings):
+        words = []  # nothing to say: off is what the flag is when absent
+    elif isinstance(value, bool) and actions[name].nargs == 0:
+        words = [flag if value else f"--no-{flag[2:]}"]
+    elif isinstance(value, dict):
+        words = [flag, json.dumps(value)]
+    elif isinstance(value, list):
+        words = [flag, *map(str, value)]
+    else:
+        words = [f"{flag}={value}"]
+    try:
+        return getattr(parser.parse_args(words), name)
+    except (ValueError, TypeError, argparse.ArgumentError) as e:
+        reason = str(e).partition(": ")[2] or str(e)
+        raise ConfigError(f"{place}: {' '.join(reason.split())[:300]}") from None
+
+
+def _leaves(
+    section: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], object]]:
+    for key, value in section.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def _check_address(host: str, port: int) -> None:
+    """Say that the port is taken now, not after a minute of loading."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as e:
+        raise LaunchError(
+            f"cannot listen on {host} port {port}: {e.strerror or e}; stop the program that uses "
+            f"it, or choose another with --port or SERVICE_PORT"
+        ) from None
+
+
+def _prepare_environment(
+    folder: Path, config: ModelConfig, settings: Settings, key_hash: str | None
+) -> None:
+    """What every process of the server reads from its environment; `folder` must outlive them."""
+    process_config = folder / "config.json"
+    process_config.touch(mode=0o600)
+    process_config.write_text(
+        ApiProcessConfig(
+            model=config, key_hash=key_hash, log_prompts=settings.log_prompts
+        ).model_dump_json()
+    )
+    logging_config = folder / "logging.json"
+    logging_config.write_text(json.dumps(logs.configuration(verbose=settings.verbose)))
+    # Named ones only are loaded: ours, the other general plugins as without us, and the user's.
+    plugins = {ENDPOINT_PLUGIN, _GENERAL_PLUGIN}
+    if chosen := os.environ.get("VLLM_PLUGINS"):
+        plugins.update(chosen.split(","))
+    else:
+        plugins.update(plugin.name for plugin in entry_points(group="vllm.general_plugins"))
+    os.environ.update(
+        {
+            CONFIG_VARIABLE: str(process_config),
+            "VLLM_LOGGING_CONFIG_PATH": str(logging_config),
+            "VLLM_PLUGINS": ",".join(sorted(plugins)),
+        }
+    )
+    defaults = {
+        # As vLLM's own command line sets it.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    if not settings.verbose:
+        defaults |= {
+            "PYTHONWARNINGS": "ignore",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+            "TORCH_LOGS": "-torch._library.triton",
+        }
+        warnings.simplefilter("ignore")
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def _load_plugins() -> None:
+    """Load both plugins as vLLM will. It only logs a failure, and would serve without them."""
+    for group, name in (
+        ("vllm.general_plugins", _GENERAL_PLUGIN),
+        ("vllm.endpoint_plugins", ENDPOINT_PLUGIN),
+    ):
+        found: Sequence[EntryPoint] = tuple(entry_points(group=group, name=name))
+        if not found:
+            raise LaunchError(
+                f"vLLM's plugin {name} is not installed; run `pip install` for this package again"
+            )
+        try:
+            found[0].load()()
+        except Exception as e:
+            raise LaunchError(f"vLLM's plugin {name} fails to load: {_sentence(e)}") from e
+
+
+def _launch(args: argparse.Namespace) -> None:
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.logger import configure_logging_from_args
+
+    configure_logging_from_args(args)
+    command = ServeSubcommand()
+    command.validate(args)
+    command.cmd(args)
+
+
+@contextmanager
+def _explained(settings: Settings) -> Iterator[None]:
+    """Turn what vLLM raises into one sentence; --verbose keeps its traceback."""
+    try:
+        yield
+    except ServiceError:
+        raise
+    except KeyboardInterrupt:  # vLLM's way to end while it is still loading
+        raise LaunchError("stopped before it was ready") from None
+    except Exception as e:
+        if settings.verbose:
+            raise
+        raise LaunchError(f"vLLM could not start: {_sentence(e)} (--verbose shows all)") from e
+
+
+def _sentence(error: Exception) -> str:
+    """An exception as one line; pydantic's are cut down to what they say."""
+    errors = getattr(error, "errors", None)
+    text = str(errors()[0]["msg"]) if callable(errors) else str(error)
+    return " ".join(text.removeprefix("Value error, ").split())[:500] or type(error).__name__
+
+
+class _Announcer(threading.Thread):
+    """Waits beside vLLM's launcher, which blocks, and says when the service answers."""
+
+    def __init__(self, config: ModelConfig, settings: Settings, *, tls: bool) -> None:
+        super().__init__(name="announcer", daemon=True)
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+        self.url = f"http{'s' * tls}://{f'[{host}]' if ':' in host else host}:{settings.port}"
+        self.model = config.name
+        self.key = settings.key_hash() is not None
+        self.failure: str | None = None
+
+    def run(self) -> None:
+        trusting = ssl.create_default_context()  # we ask ourselves, whatever the name on the paper
+        trusting.check_hostname = False
+        trusting.verify_mode = ssl.CERT_NONE
+        opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trusting)
+        )
+        while True:
+            try:
+                opener.open(f"{self.url}/health/ready", timeout=5).close()
+                break
+            except urllib.error.HTTPError as e:
+                if e.code == 404:
+                    self.failure = "this model does not generate text, so POST / cannot serve it"
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return
+            except OSError:
+                pass
+            time.sleep(0.2)
+        key = '  -H "Authorization: Bearer $SERVICE_API_KEY" \\\n' if self.key else ""
+        print(
+            f"\nReady: {self.model} answers at {self.url}. Try:\n\n"
+            f"curl -X POST {self.url} \\\n{key}"
+            '  -d \'{"prompt": "What is the capital of France?"}\'\n\n'
+            f"OpenAI clients: base_url {self.url}/v1   Metrics: {self.url}/metrics\n",
+            flush=True,
+        )

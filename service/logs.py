@@ -1,0 +1,113 @@
+"""What is logged, and how it looks: one line a request, and start-up told in phases."""
+
+import json
+import logging
+import re
+from typing import Any
+
+from service.request_record import RequestRecord
+
+_logger = logging.getLogger("service")
+
+# vLLM 0.32's own messages that begin or end a phase of the start, and what we say instead. The
+# last element: whether the time since the previous phase is worth saying.
+_PHASES: tuple[tuple[re.Pattern[str], str, bool], ...] = tuple(
+    (re.compile(pattern), phase, timed)
+    for pattern, phase, timed in (
+        (r"Starting to load model ", "Loading the weights ...", False),
+        (r"Loading weights took ([\d.]+) seconds", r"Weights loaded in \1 s", False),
+        (r"Warming up model for the compilation", "Compiling and warming up ...", False),
+        (r"Warming up done", "Compiled and warmed up", True),
+        (r"torch\.compile took ([\d.]+) s in total", r"Compiled in \1 s", False),
+        (r"Graph capturing finished in ([\d.]+) secs", r"CUDA graphs captured in \1 s", False),
+        (r"KV cache size: ([\d,]+) tokens", r"KV cache: room for \1 tokens", False),
+        (r"init engine \(.*\) took ([\d.]+) s", r"Engine ready in \1 s", False),
+    )
+)
+# Warnings of vLLM and its libraries that ask nothing of the user here; --verbose shows them.
+_HARMLESS = re.compile(
+    r"Enforce eager set|Triton|\[shutdown\]|Reset SSM cache|Model Runner V2|libtcmalloc|libiomp|Inductor compilation"
+    r"|disabling stats logging|Default vLLM sampling parameters have been overridden|Reducing Torch threads|ulimit"
+    r"|Pin memory is not supported|NUMA|Setting VLLM_|tokenizer_mode|asynchronous scheduling"
+)
+
+
+class StartUp(logging.Filter):
+    """Keeps what a user needs: phases with their durations, warnings that matter, and our lines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._phase_began = 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name.partition(".")[0] == "service" or record.levelno >= logging.ERROR:
+            return True
+        message = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            return not _HARMLESS.search(message)
+        for pattern, phase, timed in _PHASES:
+            if found := pattern.search(message):
+                text = found.expand(phase)
+                if timed:
+                    text += f" in {record.created - self._phase_began:.0f} s"
+                self._phase_began = record.created
+                record.msg, record.args = text, ()
+                return True
+        return False
+
+
+def configuration(*, verbose: bool) -> dict[str, Any]:
+    """The logging.config.dictConfig of every process of the server, vLLM's and uvicorn's too."""
+    handler: dict[str, Any] = {
+        "class": "logging.StreamHandler",
+        "stream": "ext://sys.stderr",
+        "formatter": "verbose" if verbose else "plain",
+        "filters": [] if verbose else ["start_up"],
+    }
+    date = "%Y-%m-%d %H:%M:%S"
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {
+            "plain": {"format": "%(asctime)s %(levelname)s %(message)s", "datefmt": date},
+            "verbose": {
+                "format": "%(asctime)s %(levelname)s [%(process)d %(name)s] %(message)s",
+                "datefmt": date,
+            },
+        },
+        "filters": {"start_up": {"()": "service.logs.StartUp"}},
+        "handlers": {"stderr": handler},
+        "root": {"level": "INFO" if verbose else "WARNING", "handlers": ["stderr"]},
+        "loggers": {
+            "vllm": {"level": "INFO"},
+            "service": {"level": "DEBUG" if verbose else "INFO"},
+            "uvicorn": {"level": "INFO"},
+        },
+    }
+
+
+def request(record: RequestRecord, method: str, route: str, seconds: float, *, quiet: bool) -> None:
+    """One line for a finished request; times are in seconds.
+
+    `quiet` is for probes, whose good answers only --verbose shows. The prompt is logged only when
+    the handler left it in the record, and then in the tutorials' own format.
+    """
+    fields = {
+        "id": record.id,
+        "method": method,
+        "route": route,
+        "status": record.status,
+        "prompt_tokens": record.prompt_tokens,
+        "generation_tokens": record.generation_tokens,
+        "finish_reason": record.finish_reason,
+        "error": record.error,
+        "duration": f"{seconds:.4f}",
+        "layer": f"{record.layer_seconds:.4f}" if record.layer_seconds else None,
+    }
+    level = logging.DEBUG if quiet and record.status < 400 else logging.INFO
+    line = " ".join(f"{name}={value}" for name, value in fields.items() if value is not None)
+    _logger.log(level, "request %s", line)
+    if record.exchange:
+        when, prompt, response = record.exchange
+        escaped = json.dumps(prompt, ensure_ascii=False)[1:-1]  # one line, whatever the prompt
+        _logger.info('[%s] ", prompt:"%s", response:"%r"', when, escaped, response)

@@ -1,0 +1,43 @@
+"""Every metric of ours: name, help, labels, buckets. Nothing else creates one.
+
+vLLM's own metrics stay beside them under `vllm:`. With several API processes prometheus-client
+adds the processes up; a gauge says how (`multiprocess_mode`). No label value comes from a client:
+routes are the application's templates, and every path without one is `unmatched`.
+"""
+
+from prometheus_client import Counter, Gauge, Histogram
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_LAYER_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1)
+
+REQUESTS = Counter(
+    "service_requests_total",
+    "HTTP requests answered, by route template and HTTP status (499: the client went away).",
+    ["route", "status"],
+)
+IN_FLIGHT = Gauge(
+    "service_requests_in_flight",
+    "HTTP requests being answered now.",
+    multiprocess_mode="livesum",
+)
+REQUEST_SECONDS = Histogram(
+    "service_request_duration_seconds",
+    "From the request's headers to the last byte of its answer.",
+    ["route"],
+    buckets=_SECONDS,
+)
+LAYER_SECONDS = Histogram(
+    "service_layer_duration_seconds",
+    "Time of one POST / outside the engine: parsing, prompt, tokens, and building the answer.",
+    buckets=_LAYER_SECONDS,
+)
+PROMPT_TOKENS = Counter(
+    "service_prompt_tokens_total",
+    "Prompt tokens of POST / (those of every route are in vllm:prompt_tokens).",
+    ["model"],
+)
+GENERATION_TOKENS = Counter(
+    "service_generation_tokens_total",
+    "Tokens generated for POST / (those of every route are in vllm:generation_tokens).",
+    ["model"],
+)

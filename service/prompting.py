@@ -1,0 +1,53 @@
+"""From the contract's prompt and history to what the model is given."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
+
+from service.errors import InvalidRequest
+from service.model_config import Prompt
+
+
+class Message(TypedDict):
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+Pair = tuple[str, str]
+History = Sequence[Pair] | Sequence[Message]
+
+
+def render(prompt: str, history: History | None, config: Prompt) -> list[Message] | str:
+    """Messages for the chat template, or the text itself for a completion model.
+
+    Raises InvalidRequest when a completion model is given a history.
+    """
+    if config.style == "completion":
+        if history:
+            raise InvalidRequest("this model completes text and has no history", param="history")
+        return prompt
+    return [*_messages(history or ()), {"role": "user", "content": prompt}]
+
+
+def append_turn(history: History, prompt: str, response: str) -> list[Pair | Message]:
+    """`history` with the new turn at its end, in the form it came in; empty means pairs."""
+    if history and isinstance(history[0], dict):
+        return [
+            *history,
+            {"role": "user", "content": prompt},
+            {"role": "assistant", "content": response},
+        ]
+    return [*history, (prompt, response)]
+
+
+def _messages(history: History) -> list[Message]:
+    messages: list[Message] = []
+    for turn in history:
+        if isinstance(turn, dict):
+            messages.append(turn)
+        else:
+            user, assistant = turn
+            messages.append({"role": "user", "content": user})
+            messages.append({"role": "assistant", "content": assistant})
+    return messages

@@ -1,0 +1,83 @@
+"""Which sampling values one request gets: the request over the YAML over generation_config.json."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from service.errors import PromptTooLong
+from service.model_config import MaxLength
+
+
+class Asked(Protocol):
+    """The sampling fields of a request; None is "not given"."""
+
+    @property
+    def temperature(self) -> float | None: ...
+    @property
+    def top_p(self) -> float | None: ...
+    @property
+    def top_k(self) -> int | None: ...
+    @property
+    def repetition_penalty(self) -> float | None: ...
+    @property
+    def seed(self) -> int | None: ...
+    @property
+    def stop(self) -> str | list[str] | None: ...
+    @property
+    def max_new_tokens(self) -> int | None: ...
+    @property
+    def max_length(self) -> int | None: ...
+
+
+_FIELDS = ("temperature", "top_p", "top_k", "repetition_penalty", "seed", "stop")
+
+
+def resolve(
+    asked: Asked,
+    defaults: Mapping[str, Any],
+    max_length: MaxLength,
+    *,
+    prompt_tokens: int,
+    context: int,
+) -> dict[str, Any]:
+    """The fields of vLLM's SamplingParams for one request.
+
+    `defaults` is the YAML's sampling over generation_config.json by vLLM's names; `context` is the
+    model's length in tokens. Raises PromptTooLong when no room is left for a new token.
+    """
+    given = {name: getattr(asked, name) for name in _FIELDS if getattr(asked, name) is not None}
+    return {
+        **defaults,
+        **given,
+        "max_tokens": _new_tokens(asked, defaults, max_length, prompt_tokens, context),
+    }
+
+
+def _new_tokens(
+    asked: Asked,
+    defaults: Mapping[str, Any],
+    max_length: MaxLength,
+    prompt_tokens: int,
+    context: int,
+) -> int:
+    room = context - prompt_tokens
+    if room < 1:
+        raise PromptTooLong(
+            f"the prompt is {prompt_tokens} tokens and the model's context is {context}, "
+            "which must also hold the answer; shorten the prompt or the history",
+            param="prompt",
+        )
+    # As in transformers, max_new_tokens wins over max_length.
+    if asked.max_new_tokens is not None:
+        return min(asked.max_new_tokens, room)
+    limit = asked.max_length or max_length.default
+    if limit is None:
+        return min(defaults.get("max_tokens") or room, room)
+    if max_length.counts == "prompt_and_new_tokens":
+        limit -= prompt_tokens
+        if limit < 1:
+            raise PromptTooLong(
+                f"max_length counts the prompt for this model, and the prompt is {prompt_tokens} "
+                "tokens; raise max_length or give max_new_tokens",
+                param="max_length",
+            )
+    return min(limit, room)

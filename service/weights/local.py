@@ -1,0 +1,15 @@
+"""A folder that the user names."""
+
+from pathlib import Path
+
+from service.errors import ConfigError
+
+
+def fetch(path: str) -> Path:
+    """The folder, when it looks like a checkpoint. Raises ConfigError when it does not."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"source.path: {path}: no such folder")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"source.path: {path}: has no config.json, so it is not a checkpoint")
+    return folder
