@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import ssl
+import sys
 import tempfile
 import threading
 import time
@@ -66,6 +67,7 @@ def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
     """Run the server until it is stopped. Raises ServiceError when it cannot start."""
     key_hash = settings.key_hash()
     _check_address(settings.host, settings.port)
+    print(f"Starting {config.name}; vLLM takes a while to import ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="chat-service-") as folder:
         _prepare_environment(Path(folder), config, settings, key_hash)
         args = arguments(config, origins, settings)

@@ -26,9 +26,21 @@ _PHASES: tuple[tuple[re.Pattern[str], str, bool], ...] = tuple(
 )
 # Warnings of vLLM and its libraries that ask nothing of the user here; --verbose shows them.
 _HARMLESS = re.compile(
-    r"Enforce eager set|Triton|\[shutdown\]|Reset SSM cache|Model Runner V2|libtcmalloc|libiomp|Inductor compilation"
-    r"|disabling stats logging|Default vLLM sampling parameters have been overridden|Reducing Torch threads|ulimit"
-    r"|Pin memory is not supported|NUMA|Setting VLLM_|tokenizer_mode|asynchronous scheduling"
+    "|".join(
+        (
+            "Triton",
+            "libtcmalloc|libiomp",
+            "Enforce eager set",
+            "Inductor compilation",
+            "Model Runner V2",
+            "Reset SSM cache",
+            "Reducing Torch threads",
+            "Default vLLM sampling parameters have been overridden",
+            "disabling stats logging",
+            r"\[shutdown\]",
+            "ulimit",
+        )
+    )
 )
 
 
