@@ -1,0 +1,73 @@
+# The commands of this repository. `make help` lists them; what they run is all there is to them.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+# cuda on a machine with an NVIDIA GPU, else cpu.
+EXTRA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+
+BIN := .venv/bin
+UV := $(BIN)/uv pip
+# uv does not read pip's settings: give it the user's mirror and wheel folder.
+pip_setting = $(shell $(PYTHON) -m pip config get global.$(1) 2>/dev/null)
+ifneq ($(or $(PIP_INDEX_URL),$(call pip_setting,index-url)),)
+export UV_DEFAULT_INDEX ?= $(or $(PIP_INDEX_URL),$(call pip_setting,index-url))
+endif
+ifneq ($(or $(PIP_FIND_LINKS),$(call pip_setting,find-links)),)
+export UV_FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(call pip_setting,find-links))
+endif
+export VIRTUAL_ENV := $(CURDIR)/.venv
+
+INSTALLED := .venv/installed-$(EXTRA)
+TESTED := .venv/installed-test
+BENCHED := .venv/installed-bench
+
+.PHONY: install serve test lint bench lock help
+
+install: $(INSTALLED) ## Make .venv and install the service (EXTRA=cpu or cuda)
+
+serve: $(INSTALLED) ## Serve a model (MODEL=name or file, PORT=6006, ARGS="--set key=value ...")
+	@$(BIN)/python -m service serve $(MODEL) $(if $(PORT),--port $(PORT)) $(ARGS)
+
+test: $(TESTED) ## Run the tests (ARGS="-k name")
+	$(BIN)/pytest $(ARGS)
+
+lint: $(TESTED) ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(BENCHED) ## Compare POST / with vLLM's own route (ARGS="--rounds 3")
+	$(BIN)/python -m benchmarks.compare $(ARGS)
+
+COMPILE := $(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate pyproject.toml
+CPU := --extra cpu --excludes requirements/cpu-excludes.txt
+lock: $(TESTED) ## Pin the newest versions that fit pyproject.toml in requirements/
+	$(COMPILE) $(CPU) -o requirements/cpu.txt
+	$(COMPILE) $(CPU) -c requirements/cpu.txt --extra test -o requirements/test.txt
+	$(COMPILE) $(CPU) -c requirements/cpu.txt --extra bench -o requirements/bench.txt
+	env -u UV_FIND_LINKS $(COMPILE) --extra cuda -o requirements/cuda.txt
+
+help: ## List the commands
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+
+$(BIN)/uv:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check uv==0.13.8
+
+# torch's CPU build is not on PyPI: from the user's wheel folder or mirror, else from PyTorch's index.
+$(INSTALLED): requirements/$(EXTRA).txt pyproject.toml | $(BIN)/uv
+	rm -f .venv/installed-*
+	$(UV) sync --quiet requirements/$(EXTRA).txt 2>/dev/null \
+		|| $(UV) sync --torch-backend $(EXTRA:cuda=auto) requirements/$(EXTRA).txt
+	$(UV) install --quiet --no-deps -e .
+	touch $@
+
+$(TESTED): $(INSTALLED) requirements/test.txt
+	$(UV) install --quiet -c requirements/test.txt -e '.[test]'
+	touch $@
+
+$(BENCHED): $(INSTALLED) requirements/bench.txt
+	$(UV) install --quiet -c requirements/bench.txt -e '.[bench]'
+	touch $@

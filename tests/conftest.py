@@ -1,0 +1,24 @@
+"""Fixtures: the real service on the embedded model, started once for all tests that talk to it."""
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from benchmarks.server import Server
+
+MODEL = "smollm2-135m-instruct"
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One API process. Eager, because compiling is most of a start; README's test compiles."""
+    log = tmp_path_factory.mktemp("service") / "log"
+    with Server.service(log, "--set", "engine.enforce_eager=true") as server:
+        yield server
+
+
+@pytest.fixture
+def http(service: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=service.url, timeout=120, trust_env=False) as client:
+        yield client
