@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 ENDPOINT_PLUGIN = "chat_service"
-_GENERAL_PLUGIN = "chat_service_models"
+GENERAL_PLUGIN = "chat_service_models"
 # The first is innermost.
-_MIDDLEWARE = ["service.guard.ApiKey", "service.guard.Observe"]
+MIDDLEWARE = ["service.guard.ApiKey", "service.guard.Observe"]
 
 # vLLM arguments that another key or setting decides here.
 _OWNED = {
@@ -70,13 +70,13 @@ def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
     print(f"Starting {config.name}; vLLM takes a while to import ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="chat-service-") as folder:
         _prepare_environment(Path(folder), config, settings, key_hash)
+        _load_plugins()
         args = arguments(config, origins, settings)
         model = weights.fetch(config.source, settings.cache_dir)
         tokenizer = (
             weights.fetch(config.tokenizer, settings.cache_dir) if config.tokenizer else model
         )
         args.model, args.tokenizer = str(model), str(tokenizer)
-        _load_plugins()
         announcer = _Announcer(config, settings, tls=bool(args.ssl_certfile))
         announcer.start()
         with _explained(settings):
@@ -95,18 +95,21 @@ def check(
     """
     with tempfile.TemporaryDirectory(prefix="chat-service-") as folder:
         _prepare_environment(Path(folder), config, settings, None)
+        _load_plugins()
         args = arguments(config, origins, settings)
         rows = [
-            (".".join(map(str, path)), value, origins.of(path))
+            (".".join(map(str, path)), value, origins.place(path))
             for path, value in _leaves(config.model_dump(exclude_unset=True))
         ]
         model = weights.present(config.source, settings.cache_dir)
-        if model is None:
+        tokenizer = (
+            weights.present(config.tokenizer, settings.cache_dir) if config.tokenizer else model
+        )
+        if model is None or tokenizer is None:
             rows.append(("files", "not downloaded yet", "`serve` does it"))
             return rows
         rows.append(("files", str(model), "this machine"))
-        args.model = args.tokenizer = str(model)
-        _load_plugins()
+        args.model, args.tokenizer = str(model), str(tokenizer)
         with _explained(settings):
             from vllm import AsyncEngineArgs
 
@@ -150,7 +153,7 @@ def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argp
     if "max_tokens" in sampling:  # its name in generation_config.json
         sampling["max_new_tokens"] = sampling.pop("max_tokens")
     args.override_generation_config = sampling
-    args.middleware = [*args.middleware, *_MIDDLEWARE]
+    args.middleware = [*args.middleware, *MIDDLEWARE]
     if "disable_uvicorn_access_log" not in config.engine:
         args.disable_uvicorn_access_log = True
     if "use_tqdm_on_load" not in config.engine:
@@ -163,16 +166,18 @@ def _parse(parser: "FlexibleArgumentParser", name: str, value: object, place: st
     actions = {action.dest: action for action in parser._actions}
     if name not in actions:
         raise ConfigError(f"{place}: vLLM has no such argument{nearest(name, actions)}")
-    flag = max(actions[name].option_strings, key=len).removeprefix("--no-")
-    flag = f"--{flag.removeprefix('--')}"
-    if value is None or (value is False and f"--no-{flag[2:]}" not in actions[name].option_strings):
-        words = []  # nothing to say: off is what the flag is when absent
-    elif isinstance(value, bool) and actions[name].nargs == 0:
-        words = [flag if value else f"--no-{flag[2:]}"]
-    elif isinstance(value, dict):
+    action = actions[name]
+    flag, no_flag = f"--{name.replace('_', '-')}", f"--no-{name.replace('_', '-')}"
+    if value is None or (value is False and no_flag not in action.option_strings):
+        words = []  # absent is what vLLM calls off, or its default
+    elif isinstance(value, bool) and action.nargs == 0:
+        words = [flag if value else no_flag]
+    elif isinstance(value, list) and isinstance(action, argparse._AppendAction):
+        words = [f"{flag}={v}" for v in value]
+    elif isinstance(value, list) and action.nargs:
+        words = [flag, *(json.dumps(v) if isinstance(v, dict) else str(v) for v in value)]
+    elif isinstance(value, dict | list):
         words = [flag, json.dumps(value)]
-    elif isinstance(value, list):
-        words = [flag, *map(str, value)]
     else:
         words = [f"{flag}={value}"]
     try:
@@ -220,7 +225,7 @@ def _prepare_environment(
     logging_config = folder / "logging.json"
     logging_config.write_text(json.dumps(logs.configuration(verbose=settings.verbose)))
     # Named ones only are loaded: ours, the other general plugins as without us, and the user's.
-    plugins = {ENDPOINT_PLUGIN, _GENERAL_PLUGIN}
+    plugins = {ENDPOINT_PLUGIN, GENERAL_PLUGIN}
     if chosen := os.environ.get("VLLM_PLUGINS"):
         plugins.update(chosen.split(","))
     else:
@@ -251,7 +256,7 @@ def _prepare_environment(
 def _load_plugins() -> None:
     """Load both plugins as vLLM will. It only logs a failure, and would serve without them."""
     for group, name in (
-        ("vllm.general_plugins", _GENERAL_PLUGIN),
+        ("vllm.general_plugins", GENERAL_PLUGIN),
         ("vllm.endpoint_plugins", ENDPOINT_PLUGIN),
     ):
         found: Sequence[EntryPoint] = tuple(entry_points(group=group, name=name))

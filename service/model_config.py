@@ -125,15 +125,20 @@ class Origins:
     lines: Mapping[Path_, int]
     overridden: frozenset[Path_]
 
-    def of(self, path: Path_) -> str:
-        """The place of a key, or of its nearest parent: "file.yaml:7: engine.dtype"."""
-        key = ".".join(map(str, path)) or "top level"
+    def place(self, path: Path_) -> str:
+        """Where a key, or its nearest parent, was written: "file.yaml:7", or "--set"."""
         for end in range(len(path), -1, -1):
             if path[:end] in self.overridden:
-                return f"--set {key}"
+                return "--set"
             if path[:end] in self.lines:
-                return f"{self.file}:{self.lines[path[:end]]}: {key}"
-        return f"{self.file}: {key}"
+                return f"{self.file}:{self.lines[path[:end]]}"
+        return str(self.file)
+
+    def of(self, path: Path_) -> str:
+        """The place and the key, for an error: "file.yaml:7: engine.dtype"."""
+        key = ".".join(map(str, path)) or "top level"
+        place = self.place(path)
+        return f"--set {key}" if place == "--set" else f"{place}: {key}"
 
 
 def catalogue() -> dict[str, Path]:

@@ -1,5 +1,6 @@
 """Fixtures: the real service on the embedded model, started once for all tests that talk to it."""
 
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -22,3 +23,13 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def http(service: Server) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=service.url, timeout=120, trust_env=False) as client:
         yield client
+
+
+def logged(server: Server, text: str) -> bool:
+    """Whether the server has logged `text`; a request's line follows its answer by a moment."""
+    deadline = time.monotonic() + 5
+    while text not in server.log.read_text():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True

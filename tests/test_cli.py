@@ -1,0 +1,112 @@
+"""chat-service as its user types it: data on stdout, one line on stderr for a mistake."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.server import free_port
+from service import launch
+from tests.conftest import MODEL
+
+
+def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "service", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={**os.environ, **env},
+    )
+
+
+def test_help_shows_each_command_with_an_example() -> None:
+    overview = run("--help")
+    assert overview.returncode == 0
+    for command in ("serve", "check", "models"):
+        assert command in overview.stdout
+        text = run(command, "--help").stdout
+        assert f"chat-service {command}" in text
+
+
+def test_models_is_a_table_with_a_line_for_each() -> None:
+    done = run("models")
+    assert done.returncode == 0
+    head, *lines = done.stdout.splitlines()
+    assert re.split(r"\s{2,}", head.strip()) == ["model", "style", "source", "description"]
+    assert [line.split()[0] for line in lines] == ["qwen2-7b-instruct", MODEL]
+
+
+def test_check_says_where_each_value_is_from() -> None:
+    done = run("check", "--set", "sampling.top_k=7")
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: re.split(r"\s{2,}", line.strip()) for line in done.stdout.splitlines()}
+    key, value, origin = rows["engine.max_model_len"]
+    assert value == "2048"
+    assert re.search(rf"model_configs/{MODEL}\.yaml:\d+", origin)
+    assert rows["sampling.top_k"][1:] == ["7", "--set"]
+    assert done.stdout.endswith(f"{MODEL}: ok\n")
+
+
+def test_check_works_before_anything_is_downloaded(tmp_path: Path) -> None:
+    done = run("check", "qwen2-7b-instruct", MODELSCOPE_CACHE=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "not downloaded yet" in done.stdout
+
+
+def test_check_refuses_what_vllm_refuses_for_this_model() -> None:
+    done = run("check", "--set", "engine.max_model_len=1000000")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"error: .*max_model_len.*\n", done.stderr.splitlines(True)[-1])
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serve", "smollm"], "error: no model named 'smollm'"),
+        (["check", "--set", "engine.dtipe=x"], "did you mean 'dtype'?"),
+        (["serve", "--port", "99999"], "error: --port: input should be less than or equal to"),
+        (["check", "none.yaml"], "error: none.yaml: no such file"),
+    ],
+)
+def test_a_mistake_is_one_line_on_stderr(arguments: list[str], message: str) -> None:
+    done = run(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_port_in_use_is_told_at_once() -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        port = s.getsockname()[1]
+        done = run("serve", "--port", str(port))
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"error: cannot listen on 127.0.0.1 port {port}: Address already in use; stop the program "
+        "that uses it, or choose another with --port or SERVICE_PORT\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "plugin"),
+    [("service.endpoint", launch.ENDPOINT_PLUGIN), ("service.models", launch.GENERAL_PLUGIN)],
+)
+def test_serve_refuses_to_start_without_its_plugins(module: str, plugin: str) -> None:
+    # An entry in sys.modules that is None makes the import of that module fail.
+    broken = f"import sys; sys.modules[{module!r}] = None; from service.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", broken, "serve", "--port", str(free_port())],
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 1
+    assert f"error: vLLM's plugin {plugin} fails to load" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,63 @@
+"""A YAML's engine section becomes vLLM's own arguments, or an error that vLLM's parser decides."""
+
+from pathlib import Path
+
+import pytest
+
+from service import launch, model_config, settings
+from service.errors import ConfigError
+
+
+def arguments(tmp_path: Path, engine: str) -> object:
+    file = tmp_path / "m.yaml"
+    file.write_text(f"name: m\nsource: {{path: .}}\nengine:\n  {engine}\n")
+    config, origins = model_config.load(str(file))
+    return launch.arguments(config, origins, settings.load())
+
+
+@pytest.mark.parametrize(
+    ("engine", "name", "value"),
+    [
+        ("max_model_len: 2048", "max_model_len", 2048),
+        ("max_model_len: 2k", "max_model_len", 2000),
+        ("max-model-len: 2048", "max_model_len", 2048),
+        ("gpu_memory_utilization: 0.5", "gpu_memory_utilization", 0.5),
+        ("enforce_eager: true", "enforce_eager", True),
+        ("enforce_eager: false", "enforce_eager", False),
+        ("enable_prefix_caching: false", "enable_prefix_caching", False),
+        ("disable_log_stats: false", "disable_log_stats", False),
+        ("max_logprobs: -1", "max_logprobs", -1),
+        ("quantization: null", "quantization", None),
+        ("api_server_count: 2", "api_server_count", 2),
+        ("allowed_origins: [a, b]", "allowed_origins", ["a", "b"]),
+        ("middleware: [a.b, c.d]", "middleware", ["a.b", "c.d", *launch.MIDDLEWARE]),
+        ("hf_overrides: {vocab_size: 7}", "hf_overrides", {"vocab_size": 7}),
+    ],
+)
+def test_values_are_read_as_vllm_reads_them(
+    tmp_path: Path, engine: str, name: str, value: object
+) -> None:
+    assert getattr(arguments(tmp_path, engine), name) == value
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ("max_model_length: 1", "vLLM has no such argument; did you mean 'max_model_len'?"),
+        ("dtype: bfloat61", "invalid choice: 'bfloat61'"),
+        ("max_model_len: many", "many"),
+        ("enforce_eager: maybe", "maybe"),
+        ("model: other", "given by source here"),
+        ("api_key: secret", "given by SERVICE_API_KEY here"),
+        ("trust_remote_code: true", "cannot be set: remote code is never run"),
+    ],
+)
+def test_vllm_decides_what_is_an_error_and_we_say_where(
+    tmp_path: Path, engine: str, message: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        arguments(tmp_path, engine)
+    place, _, said = str(error.value).partition(": ")
+    assert place == f"{tmp_path / 'm.yaml'}:4"
+    assert message in said
+    assert len(said) < 400

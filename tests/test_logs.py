@@ -1,0 +1,86 @@
+"""What the server says, at the start and for each request."""
+
+import re
+
+import httpx
+import openai
+
+from benchmarks.server import Server
+from tests.conftest import MODEL, logged
+
+
+def test_a_request_is_one_line_without_its_prompt(service: Server, http: httpx.Client) -> None:
+    answer = http.post(
+        "/", json={"prompt": "xyzzy", "max_new_tokens": 2}, headers={"X-Request-Id": "my-id.1"}
+    )
+    assert answer.headers["x-request-id"] == "my-id.1"
+    assert logged(service, "id=my-id.1")
+    log = service.log.read_text()
+    assert re.search(
+        r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d INFO request id=my-id.1 method=POST route=/ status=200 "
+        r"prompt_tokens=\d+ generation_tokens=2 finish_reason=length duration=0\.\d+ "
+        r"layer=0\.\d+$",
+        log,
+        re.M,
+    )
+    assert log.count("my-id.1") == 1
+    assert "xyzzy" not in log
+
+
+def test_a_refusal_says_why(service: Server, http: httpx.Client) -> None:
+    http.post("/", json={"prompt": 1}, headers={"X-Request-Id": "refused"})
+    assert logged(service, "id=refused method=POST route=/ status=422 error=invalid_request")
+
+
+def test_vllms_routes_have_the_same_line(service: Server) -> None:
+    with openai.OpenAI(base_url=f"{service.url}/v1", api_key="none") as client:
+        for stream in (False, True):
+            answer = client.chat.completions.create(
+                model=MODEL,
+                messages=[{"role": "user", "content": "hi"}],
+                max_tokens=3,
+                stream=stream,  # type: ignore[call-overload]
+                extra_headers={"X-Request-Id": f"vllm-{stream}"},
+            )
+            assert not stream or len(list(answer)) > 2
+    for stream in (False, True):
+        assert logged(
+            service,
+            f"id=vllm-{stream} method=POST route=/v1/chat/completions status=200 "
+            "prompt_tokens=10 generation_tokens=3 duration=",
+        )
+
+
+def test_a_hostile_request_id_is_replaced(service: Server, http: httpx.Client) -> None:
+    answer = http.get("/health", headers={"X-Request-Id": "a b\tforged"})
+    assert re.fullmatch(r"[0-9a-f]{32}", answer.headers["x-request-id"])
+    http.get("/nowhere", headers={"X-Request-Id": "after"})
+    assert logged(service, "id=after")
+    assert "forged" not in service.log.read_text()
+
+
+def test_probes_are_not_logged(service: Server, http: httpx.Client) -> None:
+    for probe in ("/health", "/health/ready", "/metrics"):
+        http.get(probe, headers={"X-Request-Id": "probe"})
+    http.get("/nowhere", headers={"X-Request-Id": "after-probes"})
+    assert logged(service, "id=after-probes")
+    assert "id=probe" not in service.log.read_text()
+
+
+def test_the_start_is_phases_and_then_how_to_call_it(service: Server) -> None:
+    start = re.split(r"^.* INFO request ", service.log.read_text(), flags=re.M)[0]
+    lines = [line for line in start.split("\n") if line]
+    said = [
+        r"Starting smollm2-135m-instruct",
+        r".* INFO Loading the weights \.\.\.",
+        r".* INFO Weights loaded in [\d.]+ s",
+        r".* INFO KV cache: room for 46,592 tokens",
+        r".* INFO Engine ready in [\d.]+ s",
+        rf"Ready: {MODEL} answers at {service.url}\. Try:",
+        rf"curl -X POST {service.url} \\",
+        r"  -d '\{\"prompt\": \"What is the capital of France\?\"\}'",
+        r"OpenAI clients: base_url ",
+    ]
+    assert len(lines) == len(said), start
+    for line, pattern in zip(lines, said, strict=True):
+        assert re.match(pattern, line), line

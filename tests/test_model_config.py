@@ -1,0 +1,104 @@
+"""The YAML of a model: what is accepted, and what each mistake is told."""
+
+from pathlib import Path
+
+import pytest
+
+from service import model_config
+from service.errors import ConfigError
+
+GOOD = """\
+name: mine
+source:
+  path: /models/mine
+engine:
+  max_model_len: 1024
+sampling:
+  temperature: 0.5
+"""
+
+
+def load(tmp_path: Path, text: str, *assignments: str) -> model_config.ModelConfig:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    return model_config.load(str(file), assignments)[0]
+
+
+@pytest.mark.parametrize("name", model_config.catalogue())
+def test_every_entry_of_the_catalogue_is_valid_and_named_as_its_file(name: str) -> None:
+    assert model_config.load(name)[0].name == name
+
+
+def test_set_overrides_one_value(tmp_path: Path) -> None:
+    config = load(
+        tmp_path, GOOD, "engine.max_model_len=2048", "sampling.top_k=5", "engine.dtype=bfloat16"
+    )
+    assert config.engine == {"max_model_len": 2048, "dtype": "bfloat16"}
+    assert (config.sampling.temperature, config.sampling.top_k) == (0.5, 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nmae: x\n" + GOOD, "{file}:1: nmae: unknown key; did you mean 'name'?"),
+        (
+            GOOD.replace("temperature", "temprature"),
+            "{file}:7: sampling.temprature: unknown key; did you mean 'temperature'?",
+        ),
+        (
+            GOOD.replace("0.5", "hot"),
+            "{file}:7: sampling.temperature: input should be a valid number",
+        ),
+        (
+            GOOD.replace("0.5", "3"),
+            "{file}:7: sampling.temperature: input should be less than or equal to 2",
+        ),
+        (GOOD.replace("name: mine\n", ""), "{file}: name is missing"),
+        (
+            GOOD.replace("  path: /models/mine", "  path: a\n  modelscope: b/c"),
+            "{file}:2: source: give exactly one of modelscope, path and embedded",
+        ),
+        (
+            GOOD + "  temperature: 0.7\n",
+            "{file}:8: sampling.temperature is given twice; it was first given on line 7",
+        ),
+        (
+            GOOD.replace("  temperature", "\ttemperature"),
+            "{file}:7: a tab cannot indent YAML; use spaces",
+        ),
+        ("just text", "{file}: expected keys and values, such as `name: my-model`"),
+        ("", "{file}: expected keys and values, such as `name: my-model`"),
+        (
+            GOOD + "  max_tokens: 5\nmax_length: {default: 5}",
+            "{file}: top level: give sampling.max_tokens or max_length.default, not both",
+        ),
+    ],
+)
+def test_a_mistake_is_told_with_its_line_and_the_nearest_name(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, text)
+    assert str(error.value) == message.format(file=tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("engine.max_model_len", "expected key.path=value, such as engine.max_model_len=2048"),
+        ("name.first=x", "name has no keys below it"),
+        ("prompt.ecko=true", "--set prompt.ecko: unknown key; did you mean 'echo'?"),
+        ("sampling.top_p=[", "the value is not valid YAML"),
+    ],
+)
+def test_a_mistake_in_set_is_told(tmp_path: Path, assignment: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, GOOD, assignment)
+    assert message in str(error.value)
+
+
+def test_a_name_that_is_not_in_the_catalogue_gets_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'smollm2-135m-instruct'"):
+        model_config.load("smollm2-135m")
+    with pytest.raises(ConfigError, match="no such file"):
+        model_config.load(str(tmp_path / "none.yaml"))

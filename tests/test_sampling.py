@@ -1,0 +1,58 @@
+"""What max_length means, per model, and who wins."""
+
+from typing import Any
+
+import pytest
+
+from service import sampling
+from service.contract import ContractRequest
+from service.errors import PromptTooLong
+from service.model_config import MaxLength
+
+NEW = MaxLength()
+WITH_PROMPT = MaxLength(counts="prompt_and_new_tokens", default=384)
+
+
+def max_tokens(rule: MaxLength, *, prompt: int = 10, default: int = 0, **asked: Any) -> int:
+    defaults = {"max_tokens": default} if default else {}
+    request = ContractRequest(prompt="hi", **asked)
+    resolved = sampling.resolve(request, defaults, rule, prompt_tokens=prompt, context=1000)
+    return int(resolved["max_tokens"])
+
+
+@pytest.mark.parametrize(
+    ("expected", "rule", "values"),
+    [
+        (990, NEW, {}),
+        (512, NEW, {"default": 512}),
+        (50, NEW, {"default": 512, "max_length": 50}),
+        (60, NEW, {"default": 512, "max_length": 50, "max_new_tokens": 60}),
+        (990, NEW, {"max_new_tokens": 5000}),
+        (990, NEW, {"default": 5000}),
+        (374, WITH_PROMPT, {}),
+        (40, WITH_PROMPT, {"max_length": 50}),
+        (60, WITH_PROMPT, {"max_length": 50, "max_new_tokens": 60}),
+        (990, WITH_PROMPT, {"max_length": 5000}),
+        (374, WITH_PROMPT, {"default": 512}),
+    ],
+)
+def test_how_many_tokens_may_be_generated(
+    expected: int, rule: MaxLength, values: dict[str, int]
+) -> None:
+    assert max_tokens(rule, **values) == expected
+
+
+@pytest.mark.parametrize(
+    ("rule", "values", "param"),
+    [
+        (NEW, {"prompt": 1000}, "prompt"),
+        (WITH_PROMPT, {"prompt": 400}, "max_length"),
+        (WITH_PROMPT, {"prompt": 50, "max_length": 50}, "max_length"),
+    ],
+)
+def test_a_prompt_that_leaves_no_room_is_refused(
+    rule: MaxLength, values: dict[str, int], param: str
+) -> None:
+    with pytest.raises(PromptTooLong) as error:
+        max_tokens(rule, **values)
+    assert error.value.param == param

@@ -1,0 +1,59 @@
+"""SERVICE_* variables: the only place a deployment is configured."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from service import settings
+from service.errors import ConfigError
+
+
+def test_flags_come_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVICE_PORT", "7000")
+    monkeypatch.setenv("SERVICE_HOST", "127.0.0.2")
+    loaded = settings.load(host=None, port=7001)
+    assert (loaded.host, loaded.port) == ("127.0.0.2", 7001)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("SERVICE_PROT", "1", "SERVICE_PROT: unknown setting; did you mean 'SERVICE_PORT'?"),
+        ("SERVICE_PORT", "0", "SERVICE_PORT: input should be greater than or equal to 1"),
+        (
+            "SERVICE_LOG_PROMPTS",
+            "perhaps",
+            "SERVICE_LOG_PROMPTS: input should be a valid boolean, unable to interpret input",
+        ),
+    ],
+)
+def test_a_mistake_names_the_variable(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as error:
+        settings.load()
+    assert str(error.value) == message
+
+
+def test_the_key_comes_from_a_variable_or_a_file_and_is_kept_as_a_hash(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SERVICE_API_KEY", "secret")
+    loaded = settings.load()
+    assert loaded.key_hash() == hashlib.sha256(b"secret").hexdigest()
+    assert "secret" not in repr(loaded)
+    file = tmp_path / "key"
+    file.write_text("secret\n")
+    monkeypatch.setenv("SERVICE_API_KEY_FILE", str(file))
+    with pytest.raises(ConfigError, match="not both"):
+        settings.load().key_hash()
+    monkeypatch.delenv("SERVICE_API_KEY")
+    assert settings.load().key_hash() == loaded.key_hash()
+    file.write_text("\n")
+    with pytest.raises(ConfigError, match="empty"):
+        settings.load().key_hash()
+    file.unlink()
+    with pytest.raises(ConfigError, match="No such file"):
+        settings.load().key_hash()

@@ -1,0 +1,72 @@
+"""Two API processes on one engine, with an API key and with prompts in the log."""
+
+import asyncio
+import re
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from benchmarks.server import Server
+from tests.conftest import MODEL, logged
+
+KEY = "correct horse battery staple"
+BEARER = {"authorization": f"Bearer {KEY}"}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("two")
+    key_file = folder / "key"
+    key_file.write_text(f"{KEY}\n")
+    env = {"SERVICE_API_KEY_FILE": str(key_file), "SERVICE_LOG_PROMPTS": "true"}
+    eager = ("--set", "engine.enforce_eager=true")
+    both = ("--set", "engine.api_server_count=2")
+    with Server.service(folder / "log", *eager, *both, env=env) as server:
+        yield server
+
+
+def test_both_answer_and_the_metrics_are_their_sum(two: Server) -> None:
+    async def ask_all() -> list[httpx.Response]:
+        async with httpx.AsyncClient(timeout=60, headers=BEARER, trust_env=False) as client:
+            asks = (
+                client.post(two.url, json={"prompt": f"Say {i}.", "max_new_tokens": 4})
+                for i in range(40)
+            )
+            return await asyncio.gather(*asks)
+
+    answers = asyncio.run(ask_all())
+    assert {answer.status_code for answer in answers} == {200}
+    text = httpx.get(f"{two.url}/metrics", headers=BEARER, trust_env=False).text
+    assert 'service_requests_total{route="/",status="200"} 40.0' in text
+    assert f'service_generation_tokens_total{{model="{MODEL}"}} 160.0' in text
+    assert "service_requests_in_flight 1.0" in text
+    assert "pid=" not in "".join(line for line in text.split("\n") if "service_" in line)
+    assert re.search(r'vllm:generation_tokens_total\{.*\} 160\.0', text)
+    assert all(logged(two, f'prompt:"Say {i}."') for i in range(40))
+
+
+@pytest.mark.parametrize(
+    "authorization", [None, "Bearer wrong", "Basic wrong", f"Basic {KEY}", KEY, "Bearer \xff"]
+)
+@pytest.mark.parametrize("route", ["/", "/v1/models", "/metrics", "/openapi.json", "/nowhere"])
+def test_every_route_asks_for_the_key(two: Server, route: str, authorization: str | None) -> None:
+    headers = {} if authorization is None else {b"authorization": authorization.encode("latin-1")}
+    answer = httpx.post(f"{two.url}{route}", headers=headers, json={}, trust_env=False)
+    assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+    body = answer.json()
+    assert (body["response"], body["status"], body["error"]["type"]) == ("", 401, "unauthorized")
+
+
+def test_health_needs_no_key(two: Server) -> None:
+    assert httpx.get(f"{two.url}/health", trust_env=False).status_code == 200
+    assert httpx.get(f"{two.url}/health/ready", trust_env=False).status_code == 200
+
+
+def test_prompts_are_logged_as_the_tutorials_do_on_one_line(two: Server) -> None:
+    prompt = 'Two\nlines "quoted"\x1b[31m'
+    body = {"prompt": prompt, "max_new_tokens": 3}
+    answer = httpx.post(two.url, headers=BEARER, json=body, timeout=60, trust_env=False).json()
+    line = f'[{answer["time"]}] ", prompt:"Two\\nlines \\"quoted\\"\\u001b[31m", response:"'
+    assert logged(two, f'{line}{answer["response"]!r}"\n')
+    assert KEY not in two.log.read_text()
