@@ -25,7 +25,7 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=1, le=65535)] = Field(6006, description="Port to listen on.")
     cache_dir: Path = Field(
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chat-service",
-        description="Where models are kept.",
+        description="Where the embedded model is kept; ModelScope's are under MODELSCOPE_CACHE.",
     )
     api_key: SecretStr | None = Field(
         None, description="When set, every route but the health checks asks for it as a Bearer."

@@ -224,9 +224,7 @@ def test_two_hundred_clients_each_get_their_own_answer(service: Server) -> None:
         async with httpx.AsyncClient(limits=limits, timeout=120, trust_env=False) as client:
             return await asyncio.gather(
                 *(
-                    client.post(
-                        service.url, json={"prompt": f"What is the capital of {country}?"}
-                    )
+                    client.post(service.url, json={"prompt": f"What is the capital of {country}?"})
                     for country in COUNTRIES * 20
                 )
             )

@@ -39,7 +39,7 @@ def test_vllms_routes_have_the_same_line(service: Server) -> None:
                 model=MODEL,
                 messages=[{"role": "user", "content": "hi"}],
                 max_tokens=3,
-                stream=stream,  # type: ignore[call-overload]
+                stream=stream,
                 extra_headers={"X-Request-Id": f"vllm-{stream}"},
             )
             assert not stream or len(list(answer)) > 2

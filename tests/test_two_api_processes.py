@@ -42,7 +42,7 @@ def test_both_answer_and_the_metrics_are_their_sum(two: Server) -> None:
     assert f'service_generation_tokens_total{{model="{MODEL}"}} 160.0' in text
     assert "service_requests_in_flight 1.0" in text
     assert "pid=" not in "".join(line for line in text.split("\n") if "service_" in line)
-    assert re.search(r'vllm:generation_tokens_total\{.*\} 160\.0', text)
+    assert re.search(r"vllm:generation_tokens_total\{.*\} 160\.0", text)
     assert all(logged(two, f'prompt:"Say {i}."') for i in range(40))
 
 

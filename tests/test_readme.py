@@ -1,0 +1,135 @@
+"""The README, word for word: its commands are run in their order, its answers are compared."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+
+from service import model_config
+from service.settings import Settings
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.M | re.S)
+RUN_BY_CI = {"make test\n"}
+
+
+@contextmanager
+def serving(command: str, port: int, folder: Path) -> Iterator[None]:
+    """The command in the background, as in another terminal, until its port answers."""
+    with (folder / f"{port}.log").open("w+") as log:
+        shell = subprocess.Popen(
+            ["bash", "-c", command], stdout=log, stderr=log, cwd=folder, start_new_session=True
+        )
+        try:
+            deadline = time.monotonic() + 500
+            while shell.poll() is None and time.monotonic() < deadline:
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health/ready").close()
+                    break
+                except OSError:
+                    time.sleep(0.5)
+            else:
+                log.seek(0)
+                pytest.fail(f"{command}: not ready\n{log.read()}")
+            yield
+        finally:
+            os.killpg(shell.pid, signal.SIGTERM)
+            shell.wait(60)
+
+
+def run(command: list[str], folder: Path) -> str:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, (command, done.stdout, done.stderr)
+    return done.stdout
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A folder in which the README's relative paths are this checkout's."""
+    for name in ("Makefile", "model_configs", "pyproject.toml", "requirements", ".venv"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (text,) = (body for language, body in BLOCKS if language == "yaml")
+    (tmp_path / "my-model.yaml").write_text(text)
+    return tmp_path
+
+
+def test_every_command_runs_and_answers_as_shown(clone: Path) -> None:
+    blocks = iter([*BLOCKS, ("end", "")])
+    language, body = next(blocks)
+    assert body == "make serve\n"
+    seen = 1
+    with serving(body, 6006, clone):
+        second_server = ""
+        language, body = next(blocks)
+        while language != "end":
+            following = next(blocks)
+            if "make serve" in body and language == "bash":
+                second_server = body
+            elif language == "bash" and ":7000" in body:
+                with serving(second_server, 7000, clone):
+                    assert "Shakespeare" in run(["bash", "-ec", body], clone)
+            elif language == "bash" and body not in RUN_BY_CI:
+                output = run(["bash", "-ec", body], clone)
+                assert output
+                if following[0] == "json":
+                    time_key = r'"time": "[\d: -]+"'
+                    shown = re.sub(time_key, "", following[1].strip())
+                    assert re.sub(time_key, "", output.strip()) == shown
+            elif language == "python":
+                output = run([sys.executable, "-c", body], clone)
+                assert output == "The capital of France is Paris.\n"
+            seen += 1
+            language, body = following
+    assert seen == len(BLOCKS)
+
+
+def test_what_ci_runs_is_in_ci() -> None:
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert "\nmake lint test\n" in ci
+
+
+def test_the_table_of_models_is_the_catalogue() -> None:
+    rows = []
+    for name in model_config.catalogue():
+        config, _ = model_config.load(name)
+        where = config.source.modelscope or config.source.embedded
+        rows.append(f"| `{name}` | {config.prompt.style} | `{where}` | {config.description} |\n")
+    assert "|---|---|---|---|\n" + "".join(rows) + "\n" in README
+
+
+def test_the_table_of_variables_is_the_settings() -> None:
+    rows = re.findall(r"^\| `SERVICE_(\w+)` \|(.*)\|(.*)\|$", README, re.M)
+    assert [tuple(cell.strip() for cell in row) for row in rows] == [
+        (name.upper(), _default(field.default), field.description)
+        for name, field in Settings.model_fields.items()
+    ]
+
+
+def _default(value: object) -> str:
+    if value is None:
+        return ""
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return f"`{text.replace(str(Path.home()), '~')}`"
+
+
+def test_compose_serves_with_a_volume_and_a_healthcheck() -> None:
+    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    chat = compose["services"]["chat"]
+    assert chat["ports"] == ["127.0.0.1:6006:6006"]
+    assert chat["volumes"] == ["cache:/cache"]
+    (probe,) = (part for part in chat["healthcheck"]["test"] if "urlopen" in part)
+    assert "/health/ready" in probe
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    assert all(f"=/cache/{name}" in dockerfile for name in ("models", "modelscope", "vllm"))
+    assert shutil.which("make")  # what the image installs with
