@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
@@ -31,6 +32,8 @@ from service.model_config import (
     TopP,
 )
 from service.request_record import RequestRecord
+
+_logger = logging.getLogger("service")
 
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 
@@ -129,6 +132,8 @@ class Contract:
             error: RequestError = ClientGone("the client closed the connection")
         except RequestError as e:
             error = e
+        except Exception:
+            error = _unexpected(record)
         record.error = error.type
         return refusal(error)
 
@@ -155,12 +160,12 @@ class Contract:
         began = time.perf_counter()
         body = self._body(generation, generation.echo + chunk.text, chunk, record)
         record.layer_seconds += time.perf_counter() - began
-        metrics.LAYER_SECONDS.observe(record.layer_seconds)
+        self._count(chunk, record)
         return body
 
     async def _events(
         self, generation: _Generation, first: Chunk, record: RequestRecord
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         """Server-sent events: the new text of each chunk, then the ordinary answer."""
         text = generation.echo
         if text:
@@ -168,29 +173,37 @@ class Contract:
         chunk = first
         try:
             while True:
-                if chunk.text:
-                    text += chunk.text
-                    yield _delta(chunk.text)
+                began = time.perf_counter()
+                text += chunk.text
+                frame = _delta(chunk.text) if chunk.text else b""
+                if chunk.finish_reason:
+                    body = self._body(generation, text, chunk, record)
+                    frame += b"data: " + body + b"\n\n"
+                record.layer_seconds += time.perf_counter() - began
+                if frame:
+                    yield frame
                 if chunk.finish_reason:
                     break
                 chunk = await anext(generation.chunks)
-            began = time.perf_counter()
-            body = self._body(generation, text, chunk, record)
-            record.layer_seconds += time.perf_counter() - began
-            metrics.LAYER_SECONDS.observe(record.layer_seconds)
-            yield b"data: " + body + b"\n\n"
-        except RequestError as e:
-            record.status, record.error = e.status, e.type
-            yield b"data: " + refusal_body(e) + b"\n\n"
+        except Exception as e:
+            error = e if isinstance(e, RequestError) else _unexpected(record)
+            record.status, record.error = error.status, error.type
+            yield b"data: " + refusal_body(error) + b"\n\n"
+        finally:
+            self._count(chunk, record)
+
+    def _count(self, last: Chunk, record: RequestRecord) -> None:
+        """Note what was generated, also for a client that did not stay to the end."""
+        record.generation_tokens = last.tokens
+        record.finish_reason = last.finish_reason
+        self._generation_tokens.inc(last.tokens)
+        metrics.LAYER_SECONDS.observe(record.layer_seconds)
 
     def _body(
         self, generation: _Generation, text: str, last: Chunk, record: RequestRecord
     ) -> bytes:
         """The contract's answer object, its keys in the tutorials' order."""
         asked = generation.asked
-        record.generation_tokens = last.tokens
-        record.finish_reason = last.finish_reason
-        self._generation_tokens.inc(last.tokens)
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         if self.log_prompts:
             record.exchange = (now, asked.prompt, text)
@@ -215,7 +228,9 @@ class EventStream(Response):
     engine's request if it is still running.
     """
 
-    def __init__(self, frames: AsyncIterator[bytes], source: AsyncGenerator[Chunk, None]) -> None:
+    def __init__(
+        self, frames: AsyncGenerator[bytes, None], source: AsyncGenerator[Chunk, None]
+    ) -> None:
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
         del self.headers["content-length"]
         self.frames = frames
@@ -224,9 +239,13 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         try:
-            async with aclosing(self.source), _cancelled_when_gone(receive):
+            async with (
+                _cancelled_when_gone(receive),
+                aclosing(self.source),
+                aclosing(self.frames) as frames,
+            ):
                 await send(start)
-                async for frame in self.frames:
+                async for frame in frames:
                     await send({"type": "http.response.body", "body": frame, "more_body": True})
         except ClientGone as e:
             record = RequestRecord.of(scope)
@@ -265,6 +284,12 @@ def parse(body: bytes) -> ContractRequest:
         )
     message = error["msg"].removeprefix("Input ").removeprefix("String ")
     raise InvalidRequest(f"{param} {message}", param=param)
+
+
+def _unexpected(record: RequestRecord) -> RequestError:
+    """A fault of ours, for the log in full and for the client by its id."""
+    _logger.exception("request %s failed", record.id)
+    return RequestError(f"internal error; the server's log has more under request {record.id}")
 
 
 def _delta(text: str) -> bytes:

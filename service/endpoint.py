@@ -1,9 +1,11 @@
 """The endpoint plugin: our routes in vLLM's app. The only file that knows vLLM's app and engine."""
 
+import asyncio
 import logging
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from fastapi import FastAPI
@@ -13,8 +15,10 @@ from starlette.responses import JSONResponse, Response
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.inputs import tokens_input
+from vllm.outputs import CompletionOutput
 from vllm.renderers import ChatParams
 from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from service import settings
@@ -29,6 +33,11 @@ from service.errors import (
 from service.prompting import Message
 
 _logger = logging.getLogger("service")
+
+# Up to here rendering and tokenising takes less time than handing it to vLLM's threads and back.
+_INLINE_CHARACTERS = 4096
+# So many tokens become text before others get their turn on the loop: about a millisecond.
+_TOKENS_AT_ONCE = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +113,7 @@ class Engine:
         self.defaults: Mapping[str, Any] = model.get_diff_sampling_param()
         self._client = client
         self._renderer = client.renderer
+        self._tokenizer = client.renderer.get_tokenizer()
         online = state.online_renderer
         # As vLLM's own chat route renders (ChatCompletionRequest.build_chat_params).
         self._chat = ChatParams(
@@ -118,16 +128,8 @@ class Engine:
 
     async def tokenize(self, prompt: list[Message] | str) -> list[int]:
         """Token ids of a rendered prompt, as vLLM's own routes make them."""
-        renderer = self._renderer
         try:
-            if isinstance(prompt, str):
-                (rendered,) = await renderer.render_cmpl_async(
-                    [{"prompt": prompt}], renderer.default_cmpl_tok_params
-                )
-            else:
-                _, (rendered,) = await renderer.render_chat_async(
-                    [prompt], self._chat, renderer.default_chat_tok_params
-                )
+            rendered = await self._render(prompt)
         except VLLMClientError as e:
             raise PromptTooLong(
                 f"the prompt does not fit the model's context of {self.context} tokens, which must "
@@ -143,17 +145,36 @@ class Engine:
         token_ids: list[int] = rendered["prompt_token_ids"]
         return token_ids
 
+    async def _render(self, prompt: list[Message] | str) -> Any:
+        renderer = self._renderer
+        if isinstance(prompt, str):
+            text = {"prompt": prompt}
+            params = renderer.default_cmpl_tok_params
+            if len(prompt) <= _INLINE_CHARACTERS:
+                (rendered,) = renderer.render_cmpl([text], params)
+            else:
+                (rendered,) = await renderer.render_cmpl_async([text], params)
+            return rendered
+        params = renderer.default_chat_tok_params
+        if sum(len(message["content"]) for message in prompt) <= _INLINE_CHARACTERS:
+            _, (rendered,) = renderer.render_chat([prompt], self._chat, params)
+        else:
+            _, (rendered,) = await renderer.render_chat_async([prompt], self._chat, params)
+        return rendered
+
     def decode(self, token_ids: list[int]) -> str:
-        text: str = self._renderer.get_tokenizer().decode(token_ids, skip_special_tokens=True)
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
         return text
 
     async def generate(
         self, token_ids: list[int], params: dict[str, Any], request_id: str, *, stream: bool
     ) -> AsyncGenerator[Chunk, None]:
         kind = RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
+        # Text is needed at every step only to send it or to look for stop strings.
+        stepwise = stream or "stop" in params
         tokens = 0
         try:
-            sampling = SamplingParams(**params, output_kind=kind)
+            sampling = SamplingParams(**params, output_kind=kind, detokenize=stepwise)
             async for output in self._client.generate(
                 tokens_input(token_ids), sampling, request_id
             ):
@@ -164,7 +185,10 @@ class Engine:
                     raise GenerationFailed("the engine failed this request; send it again")
                 if reason == "abort":
                     raise Unavailable("the server is stopping", retry_after=5)
-                yield Chunk(completion.text, tokens, reason)
+                text = completion.text
+                if not stepwise:
+                    text = await self._detokenize(token_ids, completion, sampling, request_id)
+                yield Chunk(text, tokens, reason)
         except RequestError:
             raise
         except EngineDeadError as e:
@@ -178,3 +202,24 @@ class Engine:
         except Exception as e:
             _logger.exception("request %s failed in the engine", request_id)
             raise GenerationFailed("the engine failed this request; send it again") from e
+
+    async def _detokenize(
+        self,
+        prompt: list[int],
+        completion: CompletionOutput,
+        sampling: SamplingParams,
+        request_id: str,
+    ) -> str:
+        """The text that vLLM's own detokenizer makes of a whole answer, token by token."""
+        request = SimpleNamespace(
+            request_id=request_id, prompt_token_ids=prompt, sampling_params=sampling
+        )
+        detokenizer = IncrementalDetokenizer.from_new_request(self._tokenizer, request)
+        ids = list(completion.token_ids)
+        if completion.finish_reason == "stop":
+            ids.pop()  # the stop token
+        for start in range(0, len(ids), _TOKENS_AT_ONCE):
+            detokenizer.update(ids[start : start + _TOKENS_AT_ONCE], stop_terminated=False)
+            if start:
+                await asyncio.sleep(0)
+        return str(detokenizer.get_next_output_text(finished=True, delta=False))

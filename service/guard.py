@@ -55,6 +55,9 @@ class Observe:
         metrics.IN_FLIGHT.inc()
         try:
             await self.app(scope, receive, observed)
+        except Exception:
+            record.status = 500  # what the server answers after us
+            raise
         finally:
             metrics.IN_FLIGHT.dec()
             seconds = time.perf_counter() - began
