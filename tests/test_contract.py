@@ -131,6 +131,22 @@ def test_a_stream_is_deltas_and_then_the_ordinary_answer(http: httpx.Client) -> 
     assert last["details"]["completion_tokens"] == 8
 
 
+def test_a_plain_answer_is_the_streamed_one_also_where_a_character_is_cut(
+    http: httpx.Client,
+) -> None:
+    # The model's tokens for these are single bytes: a limit falls inside of characters.
+    body = {"prompt": "Repeat after me: 你好😀, 你好😀", "history": [["你好😀", "你好😀你好😀"]]}
+    answers = set()
+    for limit in range(1, 13):
+        plain = ask(http, **body, max_new_tokens=limit)["response"]
+        stream = http.post("/", json={**body, "max_new_tokens": limit, "stream": True})
+        *deltas, last = events(stream.text)
+        assert "".join(delta["delta"] for delta in deltas) == last["response"] == plain
+        assert "\ufffd" not in plain
+        answers.add(plain)
+    assert 2 < len(answers) < 12  # some limits add no whole character
+
+
 def test_a_client_that_leaves_frees_the_engine(http: httpx.Client) -> None:
     long = {"prompt": "Count from one to a thousand.", "temperature": 2, "max_new_tokens": 1900}
     with http.stream("POST", "/", json={**long, "stream": True}) as answer:

@@ -92,6 +92,9 @@ def test_every_command_runs_and_answers_as_shown(clone: Path) -> None:
             seen += 1
             language, body = following
     assert seen == len(BLOCKS)
+    log = (clone / "6006.log").read_text()
+    assert "Compiling and warming up ..." in log
+    assert not re.search("WARNING|ERROR|Traceback", log.replace("status=422", "")), log
 
 
 def test_what_ci_runs_is_in_ci() -> None:
