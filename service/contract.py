@@ -56,7 +56,7 @@ class ContractRequest(BaseModel):
     top_k: TopK | None = Field(None, description="0 or -1 considers every token.")
     repetition_penalty: RepetitionPenalty | None = None
     seed: Annotated[int, Field(ge=-1, le=2**63 - 1)] | None = Field(
-        None, description="The same seed gives the same answer."
+        None, description="The same seed gives the same answer; -1 is no seed."
     )
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = Field(
         None, description="The answer ends before the first of these."
@@ -117,7 +117,7 @@ class Contract:
         """Answer one request. A refusal is answered too, with its own HTTP status."""
         record = RequestRecord.of(request.scope)
         try:
-            asked = parse(await request.body())
+            asked = self._parse(await request.body(), record)
             if asked.stream:
                 async with _cancelled_when_gone(request.receive):
                     generation = await self._start(asked, record)
@@ -137,6 +137,12 @@ class Contract:
         record.error = error.type
         return refusal(error)
 
+    def _parse(self, body: bytes, record: RequestRecord) -> ContractRequest:
+        began = time.perf_counter()
+        asked = parse(body)
+        record.layer_seconds += time.perf_counter() - began
+        return asked
+
     async def _start(self, asked: ContractRequest, record: RequestRecord) -> _Generation:
         began = time.perf_counter()
         prompt = prompting.render(asked.prompt, asked.history, self.config.prompt)
@@ -149,18 +155,18 @@ class Contract:
             context=self.engine.context,
         )
         record.prompt_tokens = len(token_ids)
-        self._prompt_tokens.inc(len(token_ids))
         echo = self.engine.decode(token_ids) if self.config.prompt.echo else ""
         record.layer_seconds += time.perf_counter() - began
         chunks = self.engine.generate(token_ids, params, record.id, stream=bool(asked.stream))
         return _Generation(asked, params, len(token_ids), echo, chunks)
 
     async def _answer(self, generation: _Generation, record: RequestRecord) -> bytes:
-        chunk = await anext(generation.chunks)
+        # To its end: a generator that is dropped makes vLLM abort a request that has finished.
+        (chunk,) = [chunk async for chunk in generation.chunks]
         began = time.perf_counter()
         body = self._body(generation, generation.echo + chunk.text, chunk, record)
         record.layer_seconds += time.perf_counter() - began
-        self._count(chunk, record)
+        self._count(generation, chunk, record)
         return body
 
     async def _events(
@@ -171,8 +177,10 @@ class Contract:
         if text:
             yield _delta(text)
         chunk = first
+        following: Chunk | None = first
         try:
-            while True:
+            while following is not None:
+                chunk = following
                 began = time.perf_counter()
                 text += chunk.text
                 frame = _delta(chunk.text) if chunk.text else b""
@@ -182,18 +190,17 @@ class Contract:
                 record.layer_seconds += time.perf_counter() - began
                 if frame:
                     yield frame
-                if chunk.finish_reason:
-                    break
-                chunk = await anext(generation.chunks)
+                following = await anext(generation.chunks, None)
         except Exception as e:
             error = e if isinstance(e, RequestError) else _unexpected(record)
             record.status, record.error = error.status, error.type
             yield b"data: " + refusal_body(error) + b"\n\n"
         finally:
-            self._count(chunk, record)
+            self._count(generation, chunk, record)
 
-    def _count(self, last: Chunk, record: RequestRecord) -> None:
-        """Note what was generated, also for a client that did not stay to the end."""
+    def _count(self, generation: _Generation, last: Chunk, record: RequestRecord) -> None:
+        """Note what an answer took: a whole one, or as much as was streamed."""
+        self._prompt_tokens.inc(generation.prompt_tokens)
         record.generation_tokens = last.tokens
         record.finish_reason = last.finish_reason
         self._generation_tokens.inc(last.tokens)

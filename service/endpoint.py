@@ -1,13 +1,15 @@
 """The endpoint plugin: our routes in vLLM's app. The only file that knows vLLM's app and engine."""
 
 import asyncio
+import contextlib
 import logging
 from argparse import Namespace
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import jinja2
 from fastapi import FastAPI
 from starlette.datastructures import State
 from starlette.requests import Request
@@ -21,21 +23,25 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from service import settings
+from service import prompting, settings
 from service.contract import OPENAPI, Chunk, Contract
 from service.errors import (
+    ConfigError,
     GenerationFailed,
     InvalidRequest,
     PromptTooLong,
     RequestError,
     Unavailable,
 )
+from service.model_config import ModelConfig
 from service.prompting import Message
 
 _logger = logging.getLogger("service")
 
 # Up to here rendering and tokenising takes less time than handing it to vLLM's threads and back.
 _INLINE_CHARACTERS = 4096
+# How long a stopping server waits for vLLM's own routes, which do not end with the engine.
+_GRACE_SECONDS = 5
 # So many tokens become text before others get their turn on the loop: about a millisecond.
 _TOKENS_AT_ONCE = 256
 
@@ -47,6 +53,7 @@ class ServiceState:
     contract: Contract
     engine_client: EngineClient
     key_hash: str | None
+    instance: str
 
 
 class ChatService:
@@ -86,7 +93,10 @@ class ChatService:
             contract=Contract(config.model, engine, log_prompts=config.log_prompts),
             engine_client=engine_client,
             key_hash=config.key_hash,
+            instance=config.instance,
         )
+        await _try_template(engine, config.model)
+        engine.end_requests_with_the_engine(state)
 
 
 async def _create(request: Request) -> Response:
@@ -100,7 +110,21 @@ async def _ready(request: Request) -> Response:
         await state.engine_client.check_health()
     except EngineDeadError:
         return JSONResponse({"status": "the engine has stopped"}, 503)
-    return JSONResponse({"status": "ready", "model": state.contract.config.name})
+    return JSONResponse(
+        {
+            "status": "ready",
+            "model": state.contract.config.name,
+            "instance": state.instance,
+        }
+    )
+
+
+async def _try_template(engine: "Engine", model: ModelConfig) -> None:
+    """Render one turn, so that a broken template ends the start and not every request."""
+    try:
+        await engine.tokenize(prompting.render("hi", None, model.prompt))
+    except RequestError as e:
+        raise ConfigError(f"prompt.template cannot render one user turn: {e.__cause__}") from e
 
 
 class Engine:
@@ -114,6 +138,8 @@ class Engine:
         self._client = client
         self._renderer = client.renderer
         self._tokenizer = client.renderer.get_tokenizer()
+        self._stopped = False
+        self._generating: set[asyncio.Task[Any]] = set()
         online = state.online_renderer
         # As vLLM's own chat route renders (ChatCompletionRequest.build_chat_params).
         self._chat = ChatParams(
@@ -126,6 +152,36 @@ class Engine:
             },
         )
 
+    def end_requests_with_the_engine(self, state: State) -> None:
+        """Watch the engine; when it is stopped, nobody else tells those who wait for it."""
+
+        async def watch() -> None:
+            while self._client.is_running:
+                await asyncio.sleep(0.2)
+                if server := getattr(state, "server", None):
+                    server.config.timeout_graceful_shutdown = _GRACE_SECONDS
+            self._stopped = True
+            for task in self._generating:
+                task.cancel()
+
+        self._watcher = asyncio.create_task(watch())  # kept, or it may be collected
+
+    @contextlib.contextmanager
+    def _ended_with_the_engine(self) -> Iterator[None]:
+        """Raise Unavailable in the current task when the engine is stopped under it."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._generating.add(task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self._stopped:
+                raise
+            task.uncancel()
+            raise Unavailable("the server is stopping", retry_after=5) from None
+        finally:
+            self._generating.discard(task)
+
     async def tokenize(self, prompt: list[Message] | str) -> list[int]:
         """Token ids of a rendered prompt, as vLLM's own routes make them."""
         try:
@@ -136,7 +192,7 @@ class Engine:
                 "also hold the answer; shorten the prompt or the history",
                 param="prompt",
             ) from e
-        except (ValueError, TypeError) as e:  # raised by the chat template itself
+        except (ValueError, TypeError, jinja2.TemplateError) as e:  # from the chat template itself
             raise InvalidRequest(
                 "the model's chat template does not accept these turns; usually they must "
                 "alternate between user and assistant, with system at most first",
@@ -156,7 +212,7 @@ class Engine:
                 (rendered,) = await renderer.render_cmpl_async([text], params)
             return rendered
         params = renderer.default_chat_tok_params
-        if sum(len(message["content"]) for message in prompt) <= _INLINE_CHARACTERS:
+        if sum(len(message["content"]) + 16 for message in prompt) <= _INLINE_CHARACTERS:
             _, (rendered,) = renderer.render_chat([prompt], self._chat, params)
         else:
             _, (rendered,) = await renderer.render_chat_async([prompt], self._chat, params)
@@ -175,20 +231,20 @@ class Engine:
         tokens = 0
         try:
             sampling = SamplingParams(**params, output_kind=kind, detokenize=stepwise)
-            async for output in self._client.generate(
-                tokens_input(token_ids), sampling, request_id
-            ):
-                (completion,) = output.outputs
-                tokens += len(completion.token_ids)
-                reason = completion.finish_reason
-                if reason == "error":
-                    raise GenerationFailed("the engine failed this request; send it again")
-                if reason == "abort":
-                    raise Unavailable("the server is stopping", retry_after=5)
-                text = completion.text
-                if not stepwise:
-                    text = await self._detokenize(token_ids, completion, sampling, request_id)
-                yield Chunk(text, tokens, reason)
+            outputs = self._client.generate(tokens_input(token_ids), sampling, request_id)
+            with self._ended_with_the_engine():
+                async for output in outputs:
+                    (completion,) = output.outputs
+                    tokens += len(completion.token_ids)
+                    reason = completion.finish_reason
+                    if reason == "error":
+                        raise GenerationFailed("the engine failed this request; send it again")
+                    if reason == "abort":
+                        raise Unavailable("the server is stopping", retry_after=5)
+                    text = completion.text
+                    if not stepwise:
+                        text = await self._detokenize(token_ids, completion, sampling, request_id)
+                    yield Chunk(text, tokens, reason)
         except RequestError:
             raise
         except EngineDeadError as e:

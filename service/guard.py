@@ -78,7 +78,8 @@ class ApiKey:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or scope["path"] in _HEALTH:
+        # A browser asks with OPTIONS, and without the key, whether it may send the key.
+        if scope["type"] != "http" or scope["path"] in _HEALTH or scope["method"] == "OPTIONS":
             await self.app(scope, receive, send)
             return
         state: ServiceState = scope["app"].state.service
@@ -93,7 +94,7 @@ class ApiKey:
 
 def _has_key(headers: Headers, key_hash: str) -> bool:
     scheme, _, key = headers.get("authorization", "").partition(" ")
-    given = hashlib.sha256(key.strip().encode()).hexdigest()
+    given = hashlib.sha256(key.strip().encode("latin-1")).hexdigest()  # the bytes as they came
     return hmac.compare_digest(given, key_hash) and scheme.lower() == "bearer"
 
 

@@ -5,6 +5,8 @@ reads the environment that `serve` prepares.
 """
 
 import argparse
+import errno
+import http.client
 import json
 import os
 import signal
@@ -16,6 +18,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -69,7 +72,7 @@ def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
     _check_address(settings.host, settings.port)
     print(f"Starting {config.name}; vLLM takes a while to import ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="chat-service-") as folder:
-        _prepare_environment(Path(folder), config, settings, key_hash)
+        instance = _prepare_environment(Path(folder), config, settings, key_hash)
         _load_plugins()
         args = arguments(config, origins, settings)
         _work_around_vllm()
@@ -78,7 +81,7 @@ def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
             weights.fetch(config.tokenizer, settings.cache_dir) if config.tokenizer else model
         )
         args.model, args.tokenizer = str(model), str(tokenizer)
-        announcer = _Announcer(config, settings, tls=bool(args.ssl_certfile))
+        announcer = _Announcer(config, settings, instance, tls=bool(args.ssl_certfile))
         announcer.start()
         with _explained(settings):
             _launch(args)
@@ -115,7 +118,7 @@ def check(
             from vllm import AsyncEngineArgs
 
             vllm_config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
-        if "max_model_len" not in config.engine:
+        if not {"max_model_len", "max-model-len"} & config.engine.keys():
             length = vllm_config.model_config.max_model_len
             rows.append(("engine.max_model_len", length, "the model's config.json"))
         for name, value in vllm_config.model_config.get_diff_sampling_param().items():
@@ -139,9 +142,13 @@ def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argp
 
     parser = make_arg_parser(Parser())
     args: argparse.Namespace = parser.parse_args([])
+    given: set[str] = set()
     for key, value in config.engine.items():
         place = origins.of(("engine", key))
         name = key.replace("-", "_")
+        if name in given:
+            raise ConfigError(f"{place}: given twice, with a dash and with an underscore")
+        given.add(name)
         if name in _OWNED:
             raise ConfigError(f"{place}: given by {_OWNED[name]} here")
         if name in _REFUSED:
@@ -155,9 +162,9 @@ def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argp
         sampling["max_new_tokens"] = sampling.pop("max_tokens")
     args.override_generation_config = sampling
     args.middleware = [*args.middleware, *MIDDLEWARE]
-    if "disable_uvicorn_access_log" not in config.engine:
+    if "disable_uvicorn_access_log" not in given:
         args.disable_uvicorn_access_log = True
-    if "use_tqdm_on_load" not in config.engine:
+    if "use_tqdm_on_load" not in given:
         args.use_tqdm_on_load = settings.verbose
     return args
 
@@ -169,19 +176,19 @@ def _parse(parser: "FlexibleArgumentParser", name: str, value: object, place: st
         raise ConfigError(f"{place}: vLLM has no such argument{nearest(name, actions)}")
     action = actions[name]
     flag, no_flag = f"--{name.replace('_', '-')}", f"--no-{name.replace('_', '-')}"
-    if value is None or (value is False and no_flag not in action.option_strings):
-        words = []  # absent is what vLLM calls off, or its default
-    elif isinstance(value, bool) and action.nargs == 0:
-        words = [flag if value else no_flag]
-    elif isinstance(value, list) and isinstance(action, argparse._AppendAction):
-        words = [f"{flag}={v}" for v in value]
-    elif isinstance(value, list) and action.nargs:
-        words = [flag, *(json.dumps(v) if isinstance(v, dict) else str(v) for v in value)]
-    elif isinstance(value, dict | list):
-        words = [flag, json.dumps(value)]
-    else:
-        words = [f"{flag}={value}"]
     try:
+        if value is None or (value is False and no_flag not in action.option_strings):
+            words = []  # absent is what vLLM calls off, or its default
+        elif isinstance(value, bool) and action.nargs == 0:
+            words = [flag if value else no_flag]
+        elif isinstance(value, list) and isinstance(action, argparse._AppendAction):
+            words = [f"{flag}={v}" for v in value]
+        elif isinstance(value, list) and action.nargs:
+            words = [flag, *(json.dumps(v) if isinstance(v, dict) else str(v) for v in value)]
+        elif isinstance(value, dict | list):
+            words = [flag, json.dumps(value)]
+        else:
+            words = [f"{flag}={value}"]
         return getattr(parser.parse_args(words), name)
     except (ValueError, TypeError, argparse.ArgumentError) as e:
         reason = str(e).partition(": ")[2] or str(e)
@@ -205,22 +212,32 @@ def _check_address(host: str, port: int) -> None:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-    except OSError as e:
-        raise LaunchError(
-            f"cannot listen on {host} port {port}: {e.strerror or e}; stop the program that uses "
-            f"it, or choose another with --port or SERVICE_PORT"
-        ) from None
+    except (OSError, UnicodeError) as e:
+        reason = getattr(e, "strerror", None) or "not a host name"
+        remedy = (
+            "stop the program that uses it, or choose another with --port or SERVICE_PORT"
+            if isinstance(e, OSError) and e.errno == errno.EADDRINUSE
+            else "choose another with --host and --port, or SERVICE_HOST and SERVICE_PORT"
+        )
+        raise LaunchError(f"cannot listen on {host[:80]} port {port}: {reason}; {remedy}") from None
 
 
 def _prepare_environment(
     folder: Path, config: ModelConfig, settings: Settings, key_hash: str | None
-) -> None:
-    """What every process of the server reads from its environment; `folder` must outlive them."""
+) -> str:
+    """What every process of the server reads from its environment; `folder` must outlive them.
+
+    Returns the name of this run, which /health/ready repeats.
+    """
+    instance = uuid.uuid4().hex
     process_config = folder / "config.json"
     process_config.touch(mode=0o600)
     process_config.write_text(
         ApiProcessConfig(
-            model=config, key_hash=key_hash, log_prompts=settings.log_prompts
+            model=config,
+            key_hash=key_hash,
+            log_prompts=settings.log_prompts,
+            instance=instance,
         ).model_dump_json()
     )
     logging_config = folder / "logging.json"
@@ -252,6 +269,8 @@ def _prepare_environment(
         warnings.simplefilter("ignore")
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    os.environ.pop("SERVICE_API_KEY", None)  # its hash is all that the other processes need
+    return instance
 
 
 def _load_plugins() -> None:
@@ -315,11 +334,14 @@ def _sentence(error: Exception) -> str:
 class _Announcer(threading.Thread):
     """Waits beside vLLM's launcher, which blocks, and says when the service answers."""
 
-    def __init__(self, config: ModelConfig, settings: Settings, *, tls: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, settings: Settings, instance: str, *, tls: bool
+    ) -> None:
         super().__init__(name="announcer", daemon=True)
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
         self.url = f"http{'s' * tls}://{f'[{host}]' if ':' in host else host}:{settings.port}"
         self.model = config.name
+        self.instance = instance
         self.key = settings.key_hash() is not None
         self.failure: str | None = None
 
@@ -332,17 +354,18 @@ class _Announcer(threading.Thread):
         )
         while True:
             try:
-                opener.open(f"{self.url}/health/ready", timeout=5).close()
-                break
+                with opener.open(f"{self.url}/health/ready", timeout=5) as answer:
+                    if json.load(answer).get("instance") == self.instance:
+                        break
             except urllib.error.HTTPError as e:
                 if e.code == 404:
                     self.failure = "this model does not generate text, so POST / cannot serve it"
                     os.kill(os.getpid(), signal.SIGTERM)
                     return
-            except OSError:
+            except (OSError, ValueError, http.client.HTTPException):
                 pass
             time.sleep(0.2)
-        key = '  -H "Authorization: Bearer $SERVICE_API_KEY" \\\n' if self.key else ""
+        key = '  -H "Authorization: Bearer <the API key>" \\\n' if self.key else ""
         print(
             f"\nReady: {self.model} answers at {self.url}. Try:\n\n"
             f"curl -X POST {self.url} \\\n{key}"

@@ -1,6 +1,5 @@
 """What is logged, and how it looks: one line a request, and start-up told in phases."""
 
-import json
 import logging
 import re
 from typing import Any
@@ -52,9 +51,15 @@ class StartUp(logging.Filter):
         self._phase_began = 0.0
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.name.partition(".")[0] == "service" or record.levelno >= logging.ERROR:
+        if record.name.partition(".")[0] == "service":
             return True
         message = record.getMessage()
+        if record.levelno >= logging.ERROR:
+            if "failed to start" in message and record.exc_info and record.exc_info[1]:
+                # The same failure passes through three processes, each with a traceback.
+                record.msg, record.args = f"{message} {record.exc_info[1]}", ()
+                record.exc_info = record.exc_text = None
+            return True
         if record.levelno >= logging.WARNING:
             return not _HARMLESS.search(message)
         for pattern, phase, timed in _PHASES:
@@ -121,5 +126,5 @@ def request(record: RequestRecord, method: str, route: str, seconds: float, *, q
     _logger.log(level, "request %s", line)
     if record.exchange:
         when, prompt, response = record.exchange
-        escaped = json.dumps(prompt, ensure_ascii=False)[1:-1]  # one line, whatever the prompt
+        escaped = repr(prompt)[1:-1]  # one line, whatever the prompt
         _logger.info('[%s] ", prompt:"%s", response:"%r"', when, escaped, response)

@@ -28,16 +28,16 @@ REQUEST_SECONDS = Histogram(
 )
 LAYER_SECONDS = Histogram(
     "service_layer_duration_seconds",
-    "Time of one POST / outside the engine: parsing, prompt, tokens, and building the answer.",
+    "Time of one answered POST / outside the engine: parsing, prompt, tokens, building the answer.",
     buckets=_LAYER_SECONDS,
 )
 PROMPT_TOKENS = Counter(
     "service_prompt_tokens_total",
-    "Prompt tokens of POST / (those of every route are in vllm:prompt_tokens).",
+    "Prompt tokens of POST / requests with an answer (of every route: vllm:prompt_tokens).",
     ["model"],
 )
 GENERATION_TOKENS = Counter(
     "service_generation_tokens_total",
-    "Tokens generated for POST / (those of every route are in vllm:generation_tokens).",
+    "Tokens in the answers of POST /, streamed parts too (of every route: vllm:generation_tokens).",
     ["model"],
 )

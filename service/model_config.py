@@ -115,6 +115,8 @@ class ModelConfig(_Section):
 
 
 Path_ = tuple[str | int, ...]
+# What PyYAML raises for text that it cannot turn into values, such as `!!int zz`.
+_UNREADABLE = (yaml.YAMLError, ValueError, KeyError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,8 @@ class Origins:
 
     def place(self, path: Path_) -> str:
         """Where a key, or its nearest parent, was written: "file.yaml:7", or "--set"."""
+        if any(written[: len(path)] == path for written in self.overridden if path):
+            return "--set"
         for end in range(len(path), -1, -1):
             if path[:end] in self.overridden:
                 return "--set"
@@ -156,9 +160,7 @@ def find(name_or_file: str) -> Path:
     if name_or_file in entries:
         return entries[name_or_file]
     if name_or_file.endswith((".yaml", ".yml")) or "/" in name_or_file:
-        if not (file := Path(name_or_file)).is_file():
-            raise ConfigError(f"{name_or_file}: no such file")
-        return file
+        return Path(name_or_file)  # what is wrong with it is told when it is read
     raise ConfigError(
         f"no model named {name_or_file!r}{nearest(name_or_file, entries)}; "
         "`chat-service models` lists the catalogue, and a path to a YAML file works too"
@@ -175,6 +177,9 @@ def load(
     file = file or find(name_or_file)
     data, lines = _parse(file)
     overridden = frozenset(_assign(data, assignment) for assignment in assignments)
+    for path in overridden:
+        for written in [line for line in lines if line[: len(path)] == path]:
+            del lines[written]
     origins = Origins(file, lines, overridden)
     try:
         return ModelConfig.model_validate(data), origins
@@ -210,8 +215,8 @@ def _parse(file: Path) -> tuple[dict[str, Any], dict[Path_, int]]:
         if "'\\t'" in problem:
             problem = "a tab cannot indent YAML; use spaces"
         raise ConfigError(f"{file}{line}: {problem}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as e:
-        raise ConfigError(f"{file}: not valid YAML: {str(e).splitlines()[0]}") from None
+    except _UNREADABLE as e:
+        raise ConfigError(f"{file}: not valid YAML: {str(e).splitlines()[0][:200]}") from None
     raise ConfigError(f"{file}: expected keys and values, such as `name: my-model`")
 
 
@@ -242,8 +247,8 @@ def _assign(data: dict[str, Any], assignment: str) -> Path_:
         )
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {key}: the value is not valid YAML") from None
+    except _UNREADABLE:
+        raise ConfigError(f"--set {key[:100]}: the value is not valid YAML") from None
     section: Any = data
     for part in path[:-1]:
         section = section.setdefault(part, {})

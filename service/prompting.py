@@ -3,13 +3,17 @@
 from collections.abc import Sequence
 from typing import Literal
 
+from pydantic import with_config
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from service.errors import InvalidRequest
 from service.model_config import Prompt
 
 
+@with_config(extra="allow", strict=True)
 class Message(TypedDict):
+    """One turn. Other keys of a client's come back to it, and do not reach the model."""
+
     role: Literal["system", "user", "assistant"]
     content: str
 
@@ -45,7 +49,7 @@ def _messages(history: History) -> list[Message]:
     messages: list[Message] = []
     for turn in history:
         if isinstance(turn, dict):
-            messages.append(turn)
+            messages.append({"role": turn["role"], "content": turn["content"]})
         else:
             user, assistant = turn
             messages.append({"role": "user", "content": user})

@@ -38,7 +38,7 @@ class Settings(BaseSettings):
 
     def key_hash(self) -> str | None:
         """SHA-256 of the API key in hex, or None. Raises ConfigError for an unusable file."""
-        key = self.api_key.get_secret_value() if self.api_key else None
+        key = self.api_key.get_secret_value().strip() if self.api_key else None
         if self.api_key_file:
             if key:
                 raise ConfigError("give SERVICE_API_KEY or SERVICE_API_KEY_FILE, not both")
@@ -60,6 +60,7 @@ class ApiProcessConfig(BaseModel):
     model: ModelConfig
     key_hash: str | None
     log_prompts: bool
+    instance: str  # tells this run's answers from those of another on the same port
 
 
 def load(**flags: object) -> Settings:
@@ -70,7 +71,10 @@ def load(**flags: object) -> Settings:
     known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
     for name in os.environ:
         if name.startswith(PREFIX) and name not in known:
-            raise ConfigError(f"{name}: unknown setting{nearest(name, known)}")
+            close = nearest(name.removeprefix(PREFIX), (n.removeprefix(PREFIX) for n in known))
+            raise ConfigError(
+                f"{name}: unknown setting{close.replace(chr(39), chr(39) + PREFIX, 1)}"
+            )
     given = {name: value for name, value in flags.items() if value is not None}
     try:
         return Settings(**given)  # type: ignore[arg-type]

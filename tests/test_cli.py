@@ -71,7 +71,7 @@ def test_check_refuses_what_vllm_refuses_for_this_model() -> None:
         (["serve", "smollm"], "error: no model named 'smollm'"),
         (["check", "--set", "engine.dtipe=x"], "did you mean 'dtype'?"),
         (["serve", "--port", "99999"], "error: --port: input should be less than or equal to"),
-        (["check", "none.yaml"], "error: none.yaml: no such file"),
+        (["check", "none.yaml"], "error: none.yaml: No such file or directory"),
     ],
 )
 def test_a_mistake_is_one_line_on_stderr(arguments: list[str], message: str) -> None:
@@ -110,3 +110,11 @@ def test_serve_refuses_to_start_without_its_plugins(module: str, plugin: str) ->
     assert done.returncode == 1
     assert f"error: vLLM's plugin {plugin} fails to load" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_template_that_cannot_be_rendered_ends_the_start() -> None:
+    eager = ("--set", "engine.enforce_eager=true")
+    template = ("--set", "prompt.template='{{ messages | nope }}'")
+    done = run("serve", *eager, *template, "--port", str(free_port()))
+    assert done.returncode == 1
+    assert "prompt.template cannot render one user turn" in done.stderr.splitlines()[-1]

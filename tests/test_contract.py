@@ -63,7 +63,7 @@ def test_history_comes_back_with_the_turn_in_the_form_it_came_in(http: httpx.Cli
     as_pairs = ask(http, prompt="And of Italy?", history=pairs, max_new_tokens=16)
     assert as_pairs["history"] == [*pairs, ["And of Italy?", as_pairs["response"]]]
     messages = [
-        {"role": "user", "content": FRANCE},
+        {"role": "user", "content": FRANCE, "metadata": ""},
         {"role": "assistant", "content": PARIS},
     ]
     as_messages = ask(http, prompt="And of Italy?", history=messages, max_new_tokens=16)

@@ -89,6 +89,9 @@ def test_a_mistake_is_told_with_its_line_and_the_nearest_name(
         ("name.first=x", "name has no keys below it"),
         ("prompt.ecko=true", "--set prompt.ecko: unknown key; did you mean 'echo'?"),
         ("sampling.top_p=[", "the value is not valid YAML"),
+        ("name=!!int zz", "the value is not valid YAML"),
+        ("name=" + "[" * 5000, "the value is not valid YAML"),
+        ("sampling={temperature: hot}", "--set sampling.temperature: input should be a valid"),
     ],
 )
 def test_a_mistake_in_set_is_told(tmp_path: Path, assignment: str, message: str) -> None:
@@ -100,5 +103,5 @@ def test_a_mistake_in_set_is_told(tmp_path: Path, assignment: str, message: str)
 def test_a_name_that_is_not_in_the_catalogue_gets_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'smollm2-135m-instruct'"):
         model_config.load("smollm2-135m")
-    with pytest.raises(ConfigError, match="no such file"):
+    with pytest.raises(ConfigError, match="No such file"):
         model_config.load(str(tmp_path / "none.yaml"))

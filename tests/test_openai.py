@@ -68,5 +68,9 @@ def test_completion_and_the_list_of_models(client: openai.OpenAI) -> None:
 def test_the_other_routes_are_there(http: httpx.Client) -> None:
     assert http.post("/tokenize", json={"prompt": "hi"}).json()["tokens"] == [6004]
     assert http.get("/health").status_code == 200
-    assert http.get("/health/ready").json() == {"status": "ready", "model": MODEL}
+    assert http.get("/health/ready").json() == {
+        "status": "ready",
+        "model": MODEL,
+        "instance": http.get("/health/ready").json()["instance"],
+    }
     assert http.get("/version").json() == {"version": "0.32.0"}

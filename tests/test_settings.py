@@ -20,6 +20,7 @@ def test_flags_come_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
     ("name", "value", "message"),
     [
         ("SERVICE_PROT", "1", "SERVICE_PROT: unknown setting; did you mean 'SERVICE_PORT'?"),
+        ("SERVICE_FOO", "1", "SERVICE_FOO: unknown setting"),
         ("SERVICE_PORT", "0", "SERVICE_PORT: input should be greater than or equal to 1"),
         (
             "SERVICE_LOG_PROMPTS",
@@ -40,7 +41,7 @@ def test_a_mistake_names_the_variable(
 def test_the_key_comes_from_a_variable_or_a_file_and_is_kept_as_a_hash(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("SERVICE_API_KEY", "secret")
+    monkeypatch.setenv("SERVICE_API_KEY", " secret\n")
     loaded = settings.load()
     assert loaded.key_hash() == hashlib.sha256(b"secret").hexdigest()
     assert "secret" not in repr(loaded)

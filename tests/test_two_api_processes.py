@@ -72,6 +72,6 @@ def test_prompts_are_logged_as_the_tutorials_do_on_one_line(two: Server) -> None
     prompt = 'Two\nlines "quoted"\x1b[31m'
     body = {"prompt": prompt, "max_new_tokens": 3}
     answer = httpx.post(two.url, headers=BEARER, json=body, timeout=60, trust_env=False).json()
-    line = f'[{answer["time"]}] ", prompt:"Two\\nlines \\"quoted\\"\\u001b[31m", response:"'
+    line = f'[{answer["time"]}] ", prompt:"Two\\nlines "quoted"\\x1b[31m", response:"'
     assert logged(two, f'{line}{answer["response"]!r}"\n')
     assert KEY not in two.log.read_text()

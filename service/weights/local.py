@@ -7,7 +7,10 @@ from service.errors import ConfigError
 
 def fetch(path: str) -> Path:
     """The folder, when it looks like a checkpoint. Raises ConfigError when it does not."""
-    folder = Path(path).expanduser()
+    try:
+        folder = Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"source.path: {path}: no such user") from None
     if not folder.is_dir():
         raise ConfigError(f"source.path: {path}: no such folder")
     if not (folder / "config.json").is_file():
