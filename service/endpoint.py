@@ -124,7 +124,8 @@ async def _try_template(engine: "Engine", model: ModelConfig) -> None:
     try:
         await engine.tokenize(prompting.render("hi", None, model.prompt))
     except RequestError as e:
-        raise ConfigError(f"prompt.template cannot render one user turn: {e.__cause__}") from e
+        reason = " ".join(str(e.__cause__).split())
+        raise ConfigError(f"prompt.template cannot render one user turn: {reason}") from e
 
 
 class Engine:

@@ -116,5 +116,5 @@ def test_a_template_that_cannot_be_rendered_ends_the_start() -> None:
     eager = ("--set", "engine.enforce_eager=true")
     template = ("--set", "prompt.template='{{ messages | nope }}'")
     done = run("serve", *eager, *template, "--port", str(free_port()))
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "prompt.template cannot render one user turn" in done.stderr.splitlines()[-1]
