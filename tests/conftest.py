@@ -2,13 +2,21 @@
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 
 from benchmarks.server import Server
+from service import model_config, settings, weights
 
 MODEL = "smollm2-135m-instruct"
+
+
+@pytest.fixture(scope="session")
+def embedded_model() -> Path:
+    """The folder of the embedded model, fetched before a test that asks whether it is here."""
+    return weights.fetch(model_config.load(MODEL)[0].source, settings.load().cache_dir)
 
 
 @pytest.fixture(scope="session")

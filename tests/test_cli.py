@@ -41,7 +41,7 @@ def test_models_is_a_table_with_a_line_for_each() -> None:
     assert [line.split()[0] for line in lines] == ["qwen2-7b-instruct", MODEL]
 
 
-def test_check_says_where_each_value_is_from() -> None:
+def test_check_says_where_each_value_is_from(embedded_model: Path) -> None:
     done = run("check", "--set", "sampling.top_k=7")
     assert done.returncode == 0, done.stderr
     rows = {line.split()[0]: re.split(r"\s{2,}", line.strip()) for line in done.stdout.splitlines()}
@@ -49,6 +49,7 @@ def test_check_says_where_each_value_is_from() -> None:
     assert value == "2048"
     assert re.search(rf"model_configs/{MODEL}\.yaml:\d+", origin)
     assert rows["sampling.top_k"][1:] == ["7", "--set"]
+    assert rows["files"][1] == str(embedded_model)
     assert done.stdout.endswith(f"{MODEL}: ok\n")
 
 
@@ -58,7 +59,7 @@ def test_check_works_before_anything_is_downloaded(tmp_path: Path) -> None:
     assert "not downloaded yet" in done.stdout
 
 
-def test_check_refuses_what_vllm_refuses_for_this_model() -> None:
+def test_check_refuses_what_vllm_refuses_for_this_model(embedded_model: Path) -> None:
     done = run("check", "--set", "engine.max_model_len=1000000")
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(r"error: .*max_model_len.*\n", done.stderr.splitlines(True)[-1])
