@@ -82,12 +82,13 @@ def cpu_per_request(rounds: int, folder: Path) -> dict[str, list[float]]:
         pid = server.process.pid
         for route in measured:
             asyncio.run(_load(server.url, route, requests=CONCURRENT))  # warm both up
-        for _ in range(rounds):
-            for route, values in measured.items():
+        for turn in range(rounds):
+            # Each route is the first of a round as often as the other.
+            for route in list(measured)[:: 1 if turn % 2 else -1]:
                 before = cpu_seconds(pid)
                 asyncio.run(_load(server.url, route, requests=REQUESTS))
-                values.append((cpu_seconds(pid) - before) / REQUESTS * 1000)
-                print(f"{route} {values[-1]:.2f} ms", flush=True)
+                measured[route].append((cpu_seconds(pid) - before) / REQUESTS * 1000)
+                print(f"{route} {measured[route][-1]:.2f} ms", flush=True)
     return measured
 
 
@@ -101,7 +102,8 @@ async def _load(url: str, route: str, *, requests: int) -> None:
         body = {"model": MODEL, "messages": messages, "max_tokens": TOKENS}
     gate = asyncio.Semaphore(CONCURRENT)
 
-    async with httpx.AsyncClient(base_url=url, timeout=300, trust_env=False) as client:
+    kept = httpx.Limits(max_connections=CONCURRENT, max_keepalive_connections=CONCURRENT)
+    async with httpx.AsyncClient(base_url=url, timeout=300, trust_env=False, limits=kept) as client:
 
         async def one() -> None:
             async with gate:
