@@ -189,10 +189,10 @@ def load(
         ) from None
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """ "; did you mean X?" for the closest valid name, or nothing."""
+def nearest(name: str, valid: Iterable[str], prefix: str = "") -> str:
+    """ "; did you mean X?" for the closest valid name, shown after `prefix`, or nothing."""
     close = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {prefix + close[0]!r}?" if close else ""
 
 
 def _parse(file: Path) -> tuple[dict[str, Any], dict[Path_, int]]:

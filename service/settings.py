@@ -68,13 +68,12 @@ def load(**flags: object) -> Settings:
 
     Raises ConfigError naming the variable, and the nearest one for an unknown name.
     """
-    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
-    for name in os.environ:
-        if name.startswith(PREFIX) and name not in known:
-            close = nearest(name.removeprefix(PREFIX), (n.removeprefix(PREFIX) for n in known))
-            raise ConfigError(
-                f"{name}: unknown setting{close.replace(chr(39), chr(39) + PREFIX, 1)}"
-            )
+    known = {name.upper() for name in Settings.model_fields}
+    for variable in os.environ:
+        name = variable.removeprefix(PREFIX)
+        if variable.startswith(PREFIX) and name not in known:
+            # Compared without the prefix, which all of them share.
+            raise ConfigError(f"{variable}: unknown setting{nearest(name, known, PREFIX)}")
     given = {name: value for name, value in flags.items() if value is not None}
     try:
         return Settings(**given)  # type: ignore[arg-type]
