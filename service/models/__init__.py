@@ -6,6 +6,31 @@ vLLM calls `register` in every process it starts, bare `vllm serve` included.
 
 def register() -> None:
     """Make the models known to transformers and vLLM. May be called more than once."""
-    from service.models import minicpm
+    from transformers import AutoConfig
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.llama import LlamaForCausalLM
 
-    minicpm.register()
+    from service.models.baichuan2 import Baichuan2Config, Baichuan2ForCausalLM
+    from service.models.bluelm import BlueLMConfig, BlueLMForCausalLM
+    from service.models.minicpm import MiniCPMConfig
+    from service.models.openelm import OpenELMConfig, OpenELMForCausalLM
+    from service.models.vllm_private import assume_model_type
+    from service.models.xverse import XverseConfig
+    from service.tokenizers import register as register_tokenizers
+
+    # Architecture in config.json -> its model. Classes and not their names: for a name vLLM starts
+    # a process that imports all of vLLM again (16 s on two cores) at every start of the server.
+    architectures = {
+        "BaichuanForCausalLM": Baichuan2ForCausalLM,
+        "BlueLMForCausalLM": BlueLMForCausalLM,
+        "OpenELMForCausalLM": OpenELMForCausalLM,
+        "XverseForCausalLM": LlamaForCausalLM,
+    }
+    known = ModelRegistry.get_supported_archs()
+    for architecture, model in architectures.items():
+        if architecture not in known:
+            ModelRegistry.register_model(architecture, model)
+    for config in (Baichuan2Config, BlueLMConfig, MiniCPMConfig, OpenELMConfig, XverseConfig):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+    assume_model_type("MiniCPMForCausalLM", MiniCPMConfig.model_type)
+    register_tokenizers()

@@ -5,9 +5,7 @@ nor `tie_word_embeddings` and otherwise points at remote code. The keys beside L
 embeddings, are those of OpenBMB/MiniCPM's configuration_minicpm.py.
 """
 
-from transformers import AutoConfig, LlamaConfig
-
-from service.models.vllm_private import assume_model_type
+from transformers import LlamaConfig
 
 
 class MiniCPMConfig(LlamaConfig):  # type: ignore[misc]  # transformers is not typed for us
@@ -23,9 +21,3 @@ class MiniCPMConfig(LlamaConfig):  # type: ignore[misc]  # transformers is not t
     scale_emb: int | float = 1
     scale_depth: int | float = 1
     dim_model_base: int = 1
-
-
-def register() -> None:
-    """Make transformers and vLLM load the config. May be called more than once."""
-    AutoConfig.register(MiniCPMConfig.model_type, MiniCPMConfig, exist_ok=True)
-    assume_model_type("MiniCPMForCausalLM", MiniCPMConfig.model_type)

@@ -1,0 +1,67 @@
+"""BlueLM's chat format (source: vivo-ai-lab/BlueLM's cli_demo.py and openai_api_demo).
+
+    <s>[|Human|]:question[|AI|]:answer</s>[|Human|]:question[|AI|]:
+
+The published code encodes that as one string. `[|SYSTEM|]:` exists in the 32K variants.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from service.tokenizers import chat
+from service.tokenizers.sentencepiece import SentencePieceTokenizer
+
+_MARKER = {"system": "[|SYSTEM|]:", "user": "[|Human|]:", "assistant": "[|AI|]:"}
+
+
+class BlueLMTokenizer(SentencePieceTokenizer):
+    """`[|Human|]:`, `[|AI|]:`, `[|SYSTEM|]:` and `[|Function|]:` stay text in a user's text."""
+
+    MARKERS = (*_MARKER.values(), "[|Function|]:")
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Mapping[str, Any]],
+        truncate_to: int | None = None,
+        **options: Any,
+    ) -> list[int]:
+        """Token ids of the prompt. `truncate_to` is a limit in tokens, see `chat.joined`."""
+        turns = chat.turns(conversation, options)
+        for role, _ in turns:
+            if _MARKER[role] not in self.marker_ids:
+                raise ValueError(f"this model has no {role} messages")
+        bos = [self.bos_token_id] if self.add_bos_token else []
+        ids = bos + self._encode(turns)
+        if truncate_to is not None and len(ids) > truncate_to:
+            if turns[0][0] == "system":
+                bos += self._encode([turns.pop(0)])
+            rounds = [self._encode(group) for group in chat.rounds_of(turns)]
+            ids = chat.joined(bos, rounds, truncate_to)
+        return ids
+
+    def _encode(self, turns: list[chat.Turn]) -> list[int]:
+        """Ids of these turns; after a user's, an answer begins."""
+        ids: list[int] = []
+        string: list[chat.Turn] = []
+        for turn in turns:
+            string.append(turn)
+            if turn[0] == "assistant":
+                ids += [*self._encode_string(string), self.eos_token_id]
+                string = []
+        if string and string[-1][0] == "user":
+            string.append(("assistant", ""))
+        return ids + self._encode_string(string)
+
+    def _encode_string(self, turns: list[chat.Turn]) -> list[int]:
+        control = (*self.MARKERS, *self.all_special_tokens)
+        ids: list[int]
+        if not any(token in text for _, text in turns for token in control):
+            string = "".join(_MARKER[role] + text for role, text in turns)
+            ids = self.encode(string, add_special_tokens=False)
+            return ids
+        ids = self.encode(_MARKER["user"], add_special_tokens=False)[:-1]  # dummy prefix, if any
+        for role, text in turns:
+            marker = _MARKER[role]
+            ids.append(self.marker_ids[marker])
+            ids += self.encode_text(text, follows_marker=marker not in self.all_special_tokens)
+        return ids

@@ -1,0 +1,94 @@
+"""Tokenizers that are a sentencepiece model, encoded and decoded by sentencepiece itself.
+
+transformers reads such a `tokenizer.model` too, and gets texts wrong silently: it ignores the flag
+for the dummy prefix. The semantics here are those of the publishers' own Python classes.
+"""
+
+from typing import Any, Self
+
+from sentencepiece import SentencePieceProcessor
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
+from vllm.tokenizers.hf import get_cached_tokenizer
+
+_UNUSED = ModelProto.SentencePiece.Type.UNUSED
+
+
+class SentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]  # transformers is untyped
+    """`MARKERS` are the pieces that structure a chat.
+
+    Text never becomes one (`encode_text`), and they are dropped from what is shown.
+    """
+
+    MARKERS: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        vocab_file: str,
+        unk_token: Any = "<unk>",
+        bos_token: Any = "<s>",
+        eos_token: Any = "</s>",
+        pad_token: Any = None,
+        add_bos_token: bool = True,
+        add_eos_token: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.add_bos_token = add_bos_token
+        self.add_eos_token = add_eos_token
+        super().__init__(
+            vocab_file=vocab_file,
+            unk_token=unk_token,
+            bos_token=bos_token,
+            eos_token=eos_token,
+            pad_token=pad_token,
+            add_bos_token=add_bos_token,
+            add_eos_token=add_eos_token,
+            **kwargs,
+        )
+        model = ModelProto.FromString(self.sp_model.serialized_model_proto())
+        self.marker_ids: dict[str, int] = {}
+        for id, piece in enumerate(model.pieces):
+            if piece.piece in self.MARKERS:
+                self.marker_ids[piece.piece] = id
+                piece.type = _UNUSED
+        self._text_model = SentencePieceProcessor(model_proto=model.SerializeToString())
+        # The same again for text that follows a marker, where no dummy prefix belongs.
+        model.normalizer_spec.add_dummy_prefix = False
+        model.normalizer_spec.remove_extra_whitespaces = False
+        self._inner_model = SentencePieceProcessor(model_proto=model.SerializeToString())
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
+        tokenizer: Self = get_cached_tokenizer(super().from_pretrained(*args, **kwargs))
+        return tokenizer
+
+    def encode_text(self, text: str, *, follows_marker: bool = False) -> list[int]:
+        """Ids of text alone: no bos or eos, and no marker whatever the text spells."""
+        model = self._inner_model if follows_marker else self._text_model
+        ids: list[int] = model.encode(text)
+        return ids
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        bos = [self.bos_token_id] if self.add_bos_token else []
+        eos = [self.eos_token_id] if self.add_eos_token else []
+        built = bos + token_ids_0 + eos
+        return built if token_ids_1 is None else built + bos + token_ids_1 + eos
+
+    def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
+        if skip_special_tokens and not isinstance(ids, int):
+            markers = set(self.marker_ids.values())
+            ids = [id for id in ids if id not in markers]
+        return super().convert_ids_to_tokens(ids, skip_special_tokens)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        text = ""
+        pieces: list[str] = []
+        for token in tokens:
+            if token in self.all_special_tokens:
+                text += self.sp_model.decode(pieces) + token
+                pieces = []
+            else:
+                pieces.append(token)
+        return text + str(self.sp_model.decode(pieces))

@@ -1,0 +1,62 @@
+"""XVERSE's chat format (source: xverse's modeling_xverse.py).
+
+    Human: question\n\nAssistant: answer<eos>Human: question\n\nAssistant:
+
+Every turn is encoded on its own, and the end of an answer is one token id.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vllm.tokenizers.hf import CachedHfTokenizer
+
+from service.tokenizers import chat
+
+
+class XverseTokenizer:
+    """The `tokenizer_mode` "xverse". Control tokens in a message stay text."""
+
+    @staticmethod
+    def from_pretrained(*args: Any, **kwargs: Any) -> Any:
+        return xverse(CachedHfTokenizer.from_pretrained(*args, **kwargs))
+
+
+def xverse(tokenizer: Any) -> Any:
+    """A tokenizer like this one that builds XVERSE's chat prompts."""
+
+    class Xverse(tokenizer.__class__):  # type: ignore[misc]  # as vLLM derives its cached tokenizers
+        def apply_chat_template(
+            self,
+            conversation: Sequence[Mapping[str, Any]],
+            truncate_to: int | None = None,
+            **options: Any,
+        ) -> list[int]:
+            """Token ids of the prompt. `truncate_to` is a limit in tokens, see `chat.joined`."""
+            turns = chat.turns(conversation, options)
+            if turns[0][0] == "system":
+                raise ValueError("this model has no system messages")
+            rounds: list[list[int]] = []
+            for group in chat.rounds_of(turns):
+                ids: list[int] = []
+                for turn in group:
+                    role, text = turn
+                    if role == "assistant":
+                        ids += [*self._encode(f"Assistant: {text}"), self.eos_token_id]
+                    else:
+                        end = "Assistant: " if turn is turns[-1] else ""
+                        ids += self._encode(f"Human: {text}\n\n{end}")
+                rounds.append(ids)
+            return chat.joined([], rounds, truncate_to)
+
+        def _encode(self, text: str) -> list[int]:
+            ids: list[int] = self.encode(text, split_special_tokens=True)
+            return ids
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return xverse, (tokenizer,)
+
+    Xverse.__name__ = f"Xverse{type(tokenizer).__name__}"
+    made = copy.copy(tokenizer)
+    made.__class__ = Xverse
+    return made
