@@ -1,8 +1,10 @@
 """The command line: parse, call, print. What the commands do is in the modules they import."""
 
+import json
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -11,6 +13,9 @@ from rich.table import Table
 
 from service import model_config, settings
 from service.errors import ServiceError
+
+if TYPE_CHECKING:
+    from service.verify import Report
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -82,6 +87,42 @@ def check(
 
 
 @app.command()
+def verify(
+    model: Model = DEFAULT_MODEL,
+    assignments: Assignments = None,
+    prompts: Annotated[
+        list[str] | None, typer.Option("--prompt", help="Ask this instead; may be repeated.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to compare for each prompt.")] = 24,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    verbose: Verbose = None,
+) -> None:
+    """Compare the engine with a plain PyTorch reference on the model's files; 1 when they differ.
+
+    Examples:
+
+        chat-service verify
+
+        chat-service verify baichuan2-7b-chat --set engine.dtype=float32 --json
+    """
+    from service import verify
+
+    config, origins = model_config.load(model, assignments or ())
+    report = verify.verify(
+        config,
+        origins,
+        settings.load(verbose=verbose),
+        prompts=prompts or verify.PROMPTS,
+        tokens=tokens,
+    )
+    if as_json:
+        print(json.dumps({**asdict(report), "verdict": report.verdict}, ensure_ascii=False))
+    else:
+        _print_report(report)
+    raise SystemExit(1 if report.problems else 0)
+
+
+@app.command()
 def models() -> None:
     """List the catalogue.
 
@@ -96,6 +137,30 @@ def models() -> None:
         where = source.modelscope or source.path or source.embedded
         rows.append((name, config.prompt.style, where, config.description))
     _print_table(("model", "style", "source", "description"), rows)
+
+
+def _print_report(report: "Report") -> None:
+    rows = []
+    for comparison in report.comparisons:
+        divergence = comparison.divergence
+        rows.append(
+            (
+                repr(comparison.rendered),
+                comparison.token_ids,
+                f"{comparison.agreeing}/{comparison.tokens}",
+                f"{comparison.largest_difference:.2g}",
+                f"token {divergence.position}: {divergence.engine!r}, reference "
+                f"{divergence.reference!r} (by {divergence.gap:.2g})"
+                if divergence
+                else "-",
+            )
+        )
+    _print_table(("prompt", "token ids", "agree", "logprobs differ by", "first divergence"), rows)
+    stops = ", ".join(f"{stop.id} {stop.token!r}" for stop in report.stop_tokens)
+    print(f"an answer ends at: {stops}")
+    for problem in report.problems:
+        print(f"problem: {problem}")
+    print(f"{report.model}, engine in {report.dtype}, reference in float32: {report.verdict}")
 
 
 def _print_table(columns: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, Protocol
@@ -77,18 +77,23 @@ class Engine(Protocol):
     """What the handler needs of the engine. Every method raises only `errors.RequestError`."""
 
     context: int
-    defaults: Mapping[str, Any]
+    defaults: dict[str, Any]
 
     async def tokenize(self, prompt: list[prompting.Message] | str) -> list[int]: ...
 
-    def decode(self, token_ids: list[int]) -> str:
-        """The text of the tokens, special ones dropped."""
-        ...
-
     def generate(
-        self, token_ids: list[int], params: dict[str, Any], request_id: str, *, stream: bool
+        self,
+        token_ids: list[int],
+        params: dict[str, Any],
+        request_id: str,
+        *,
+        stream: bool,
+        echo: bool,
     ) -> AsyncGenerator[Chunk, None]:
-        """Chunks as they come, or one whole. Closing or cancelling it aborts the request."""
+        """Chunks as they come, or one whole; with `echo` the first begins with the prompt's text.
+
+        Closing or cancelling it aborts the request.
+        """
         ...
 
 
@@ -99,7 +104,6 @@ class _Generation:
     asked: ContractRequest
     params: dict[str, Any]
     prompt_tokens: int
-    echo: str
     chunks: AsyncGenerator[Chunk, None]
 
 
@@ -155,16 +159,21 @@ class Contract:
             context=self.engine.context,
         )
         record.prompt_tokens = len(token_ids)
-        echo = self.engine.decode(token_ids) if self.config.prompt.echo else ""
         record.layer_seconds += time.perf_counter() - began
-        chunks = self.engine.generate(token_ids, params, record.id, stream=bool(asked.stream))
-        return _Generation(asked, params, len(token_ids), echo, chunks)
+        chunks = self.engine.generate(
+            token_ids,
+            params,
+            record.id,
+            stream=bool(asked.stream),
+            echo=self.config.prompt.echo,
+        )
+        return _Generation(asked, params, len(token_ids), chunks)
 
     async def _answer(self, generation: _Generation, record: RequestRecord) -> bytes:
         # To its end: a generator that is dropped makes vLLM abort a request that has finished.
         (chunk,) = [chunk async for chunk in generation.chunks]
         began = time.perf_counter()
-        body = self._body(generation, generation.echo + chunk.text, chunk, record)
+        body = self._body(generation, chunk.text, chunk, record)
         record.layer_seconds += time.perf_counter() - began
         self._count(generation, chunk, record)
         return body
@@ -173,9 +182,7 @@ class Contract:
         self, generation: _Generation, first: Chunk, record: RequestRecord
     ) -> AsyncGenerator[bytes, None]:
         """Server-sent events: the new text of each chunk, then the ordinary answer."""
-        text = generation.echo
-        if text:
-            yield _delta(text)
+        text = ""
         chunk = first
         following: Chunk | None = first
         try:

@@ -4,9 +4,8 @@ import asyncio
 import contextlib
 import logging
 from argparse import Namespace
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import jinja2
@@ -17,10 +16,8 @@ from starlette.responses import JSONResponse, Response
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.inputs import tokens_input
-from vllm.outputs import CompletionOutput
 from vllm.renderers import ChatParams
 from vllm.sampling_params import RequestOutputKind, SamplingParams
-from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from service import prompting, settings
@@ -42,8 +39,8 @@ _logger = logging.getLogger("service")
 _INLINE_CHARACTERS = 4096
 # How long a stopping server waits for vLLM's own routes, which do not end with the engine.
 _GRACE_SECONDS = 5
-# So many tokens become text before others get their turn on the loop: about a millisecond.
-_TOKENS_AT_ONCE = 256
+# Up to here the text of an answer is made on the loop: about a millisecond.
+_INLINE_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +86,7 @@ class ChatService:
         for model in state.openai_serving_models.base_model_paths:
             model.model_path = config.model.name  # /v1/models would show a path of this machine
         engine = Engine(engine_client, state)
+        engine.stop_at(config.model.sampling.stop or (), state)
         state.service = ServiceState(
             contract=Contract(config.model, engine, log_prompts=config.log_prompts),
             engine_client=engine_client,
@@ -135,7 +133,7 @@ class Engine:
         model = client.model_config
         self.context: int = model.max_model_len
         # The YAML's sampling is vLLM's override_generation_config, so this has both.
-        self.defaults: Mapping[str, Any] = model.get_diff_sampling_param()
+        self.defaults: dict[str, Any] = model.get_diff_sampling_param()
         self._client = client
         self._renderer = client.renderer
         self._tokenizer = client.renderer.get_tokenizer()
@@ -152,6 +150,19 @@ class Engine:
                 "tokenize": False,
             },
         )
+
+    def stop_at(self, strings: Sequence[str], state: State) -> None:
+        """End every answer at these, by token where one token says it.
+
+        vLLM's own chat route has no default for strings, only for tokens.
+        """
+        vocabulary = self._tokenizer.get_vocab()
+        token_ids = [vocabulary[string] for string in strings if string in vocabulary]
+        if rest := [string for string in strings if string not in vocabulary]:
+            self.defaults["stop"] = rest
+        if token_ids:
+            self.defaults["stop_token_ids"] = token_ids
+            state.openai_serving_chat.default_sampling_params["stop_token_ids"] = token_ids
 
     def end_requests_with_the_engine(self, state: State) -> None:
         """Watch the engine; when it is stopped, nobody else tells those who wait for it."""
@@ -205,6 +216,10 @@ class Engine:
     async def _render(self, prompt: list[Message] | str) -> Any:
         renderer = self._renderer
         if isinstance(prompt, str):
+            if any(token in prompt for token in self._tokenizer.all_special_tokens):
+                # Text, also when it spells a control token.
+                ids = self._tokenizer.encode(prompt, split_special_tokens=True)
+                return {"prompt_token_ids": ids}
             text = {"prompt": prompt}
             params = renderer.default_cmpl_tok_params
             if len(prompt) <= _INLINE_CHARACTERS:
@@ -219,24 +234,27 @@ class Engine:
             _, (rendered,) = await renderer.render_chat_async([prompt], self._chat, params)
         return rendered
 
-    def decode(self, token_ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
-        return text
-
     async def generate(
-        self, token_ids: list[int], params: dict[str, Any], request_id: str, *, stream: bool
+        self,
+        token_ids: list[int],
+        params: dict[str, Any],
+        request_id: str,
+        *,
+        stream: bool,
+        echo: bool,
     ) -> AsyncGenerator[Chunk, None]:
         kind = RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
         # Text is needed at every step only to send it or to look for stop strings.
         stepwise = stream or "stop" in params
-        tokens = 0
+        answer: list[int] = []
+        begun = False
         try:
             sampling = SamplingParams(**params, output_kind=kind, detokenize=stepwise)
             outputs = self._client.generate(tokens_input(token_ids), sampling, request_id)
             with self._ended_with_the_engine():
                 async for output in outputs:
                     (completion,) = output.outputs
-                    tokens += len(completion.token_ids)
+                    answer += completion.token_ids
                     reason = completion.finish_reason
                     if reason == "error":
                         raise GenerationFailed("the engine failed this request; send it again")
@@ -244,8 +262,11 @@ class Engine:
                         raise Unavailable("the server is stopping", retry_after=5)
                     text = completion.text
                     if not stepwise:
-                        text = await self._detokenize(token_ids, completion, sampling, request_id)
-                    yield Chunk(text, tokens, reason)
+                        text = await self._decode(token_ids if echo else [], answer, reason)
+                    elif not begun and (text or reason):
+                        begun = True
+                        text = self._begin(token_ids if echo else [], answer, text)
+                    yield Chunk(text, len(answer), reason)
         except RequestError:
             raise
         except EngineDeadError as e:
@@ -260,23 +281,26 @@ class Engine:
             _logger.exception("request %s failed in the engine", request_id)
             raise GenerationFailed("the engine failed this request; send it again") from e
 
-    async def _detokenize(
-        self,
-        prompt: list[int],
-        completion: CompletionOutput,
-        sampling: SamplingParams,
-        request_id: str,
-    ) -> str:
-        """The text that vLLM's own detokenizer makes of a whole answer, token by token."""
-        request = SimpleNamespace(
-            request_id=request_id, prompt_token_ids=prompt, sampling_params=sampling
+    async def _decode(self, echoed: list[int], answer: list[int], reason: str | None) -> str:
+        """A whole answer as the tutorials decode it, special tokens dropped."""
+        ids = echoed + (answer[:-1] if reason == "stop" else answer)  # less the stop token
+        if len(ids) <= _INLINE_TOKENS:
+            text = self._text(ids)
+        else:
+            text = await asyncio.to_thread(self._text, ids)
+        return text.rstrip("\ufffd") if reason == "length" else text  # a character cut in two
+
+    def _begin(self, echoed: list[int], answer: list[int], text: str) -> str:
+        """The first text of a stream, such that the whole is what `_decode` gives."""
+        if echoed:
+            return self._text(echoed) + text
+        # vLLM decodes after the prompt and keeps a space that decoding the answer alone drops.
+        if text.startswith(" ") and not self._text(answer).startswith(" "):
+            return text[1:]
+        return text
+
+    def _text(self, token_ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(
+            token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        detokenizer = IncrementalDetokenizer.from_new_request(self._tokenizer, request)
-        ids = list(completion.token_ids)
-        if completion.finish_reason == "stop":
-            ids.pop()  # the stop token
-        for start in range(0, len(ids), _TOKENS_AT_ONCE):
-            detokenizer.update(ids[start : start + _TOKENS_AT_ONCE], stop_terminated=False)
-            if start:
-                await asyncio.sleep(0)
-        return str(detokenizer.get_next_output_text(finished=True, delta=False))
+        return text

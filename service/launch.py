@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from service import logs, weights
-from service.errors import ConfigError, LaunchError, ServiceError
+from service.errors import ConfigError, LaunchError, ServiceError, WeightsError
 from service.model_config import ModelConfig, Origins, nearest
 from service.settings import CONFIG_VARIABLE, ApiProcessConfig, Settings
 
@@ -71,19 +71,12 @@ def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
     key_hash = settings.key_hash()
     _check_address(settings.host, settings.port)
     print(f"Starting {config.name}; vLLM takes a while to import ...", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory(prefix="chat-service-") as folder:
-        instance = _prepare_environment(Path(folder), config, settings, key_hash)
-        _load_plugins()
-        args = arguments(config, origins, settings)
+    with prepared(config, origins, settings, key_hash) as (args, instance):
         _work_around_vllm()
-        model = weights.fetch(config.source, settings.cache_dir)
-        tokenizer = (
-            weights.fetch(config.tokenizer, settings.cache_dir) if config.tokenizer else model
-        )
-        args.model, args.tokenizer = str(model), str(tokenizer)
+        fetch_files(args, config, settings)
         announcer = _Announcer(config, settings, instance, tls=bool(args.ssl_certfile))
         announcer.start()
-        with _explained(settings):
+        with explained(settings):
             _launch(args)
         if announcer.failure:
             raise LaunchError(announcer.failure)
@@ -97,10 +90,7 @@ def check(
     When the model's files are here, vLLM's whole configuration is built from them too; weights are
     never loaded. Raises ServiceError.
     """
-    with tempfile.TemporaryDirectory(prefix="chat-service-") as folder:
-        _prepare_environment(Path(folder), config, settings, None)
-        _load_plugins()
-        args = arguments(config, origins, settings)
+    with prepared(config, origins, settings) as (args, _):
         rows = [
             (".".join(map(str, path)), value, origins.place(path))
             for path, value in _leaves(config.model_dump(exclude_unset=True))
@@ -113,8 +103,8 @@ def check(
             rows.append(("files", "not downloaded yet", "`serve` does it"))
             return rows
         rows.append(("files", str(model), "this machine"))
-        args.model, args.tokenizer = str(model), str(tokenizer)
-        with _explained(settings):
+        _use_files(args, model, tokenizer)
+        with explained(settings):
             from vllm import AsyncEngineArgs
 
             vllm_config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
@@ -125,6 +115,27 @@ def check(
             if getattr(config.sampling, name, None) is None:
                 rows.append((f"sampling.{name}", value, "generation_config.json"))
     return rows
+
+
+@contextmanager
+def prepared(
+    config: ModelConfig, origins: Origins, settings: Settings, key_hash: str | None = None
+) -> Iterator[tuple[argparse.Namespace, str]]:
+    """The environment and vLLM's arguments for this model, and the name of this run.
+
+    Raises ServiceError.
+    """
+    with tempfile.TemporaryDirectory(prefix="chat-service-") as folder:
+        instance = _prepare_environment(Path(folder), config, settings, key_hash)
+        _load_plugins()
+        yield arguments(config, origins, settings), instance
+
+
+def fetch_files(args: argparse.Namespace, config: ModelConfig, settings: Settings) -> None:
+    """Fetch what is missing of the model and its tokenizer, and put both into `args`."""
+    model = weights.fetch(config.source, settings.cache_dir)
+    tokenizer = weights.fetch(config.tokenizer, settings.cache_dir) if config.tokenizer else model
+    _use_files(args, model, tokenizer)
 
 
 def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argparse.Namespace:
@@ -157,7 +168,7 @@ def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argp
     args.host, args.port = settings.host, settings.port
     args.served_model_name = [config.name]
     args.chat_template = config.prompt.template
-    sampling = config.sampling.model_dump(exclude_none=True)
+    sampling = config.sampling.model_dump(exclude_none=True, exclude={"stop"})
     if "max_tokens" in sampling:  # its name in generation_config.json
         sampling["max_new_tokens"] = sampling.pop("max_tokens")
     args.override_generation_config = sampling
@@ -167,6 +178,22 @@ def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argp
     if "use_tqdm_on_load" not in given:
         args.use_tqdm_on_load = settings.verbose
     return args
+
+
+def _use_files(args: argparse.Namespace, model: Path, tokenizer: Path) -> None:
+    """The model's files, and what vLLM does not read of them: transformers is greedy without
+    `do_sample` in generation_config.json, whatever temperature stands beside it."""
+    args.model, args.tokenizer = str(model), str(tokenizer)
+    try:
+        generation = json.loads((model / "generation_config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        generation = {}
+    except (OSError, ValueError) as e:
+        raise WeightsError(
+            f"{model / 'generation_config.json'} is not readable JSON: {e}"
+        ) from None
+    if not generation.get("do_sample"):
+        args.override_generation_config.setdefault("temperature", 0.0)
 
 
 def _parse(parser: "FlexibleArgumentParser", name: str, value: object, place: str) -> object:
@@ -310,7 +337,7 @@ def _launch(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _explained(settings: Settings) -> Iterator[None]:
+def explained(settings: Settings) -> Iterator[None]:
     """Turn what vLLM raises into one sentence; --verbose keeps its traceback."""
     try:
         yield

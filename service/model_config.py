@@ -75,6 +75,11 @@ class Sampling(_Section):
         None, description="Above 1 discourages tokens that were in the prompt or the answer."
     )
     max_tokens: TokenLimit | None = Field(None, description="New tokens at most.")
+    stop: list[Annotated[str, Field(min_length=1)]] | None = Field(
+        None,
+        description="The answer ends before the first of these, beside the model's own end tokens. "
+        "On /v1 only those that are one token.",
+    )
 
 
 class MaxLength(_Section):

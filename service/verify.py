@@ -1,0 +1,215 @@
+"""`chat-service verify`: does the engine say what the reference says, on the user's own files?
+
+The engine answers some prompts greedily; the reference reads the same tokens and says what it would
+have chosen at each.
+"""
+
+import gc
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from service import launch, prompting
+from service.model_config import ModelConfig, Origins
+from service.settings import Settings
+
+PROMPTS = (
+    "你好",
+    "Who are you?",
+    "Which mountain is the highest in Shandong Province? Is it higher or lower than Huangshan?",
+    "山东省最高的山是哪座山？🏔️",
+)
+# How far log probabilities may be from a float32 reference: the engine's rounding, not its formulas.
+_TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.3}
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where the reference would have chosen another token than the engine."""
+
+    position: int  # of the answer, from 0
+    engine: str
+    reference: str
+    gap: float  # how much likelier the reference finds its own, in nats
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One prompt: what the model was given, and how far the engine and the reference agree."""
+
+    prompt: str
+    rendered: str
+    token_ids: list[int]
+    tokens: int  # that the engine answered
+    agreeing: int  # of them, before the first divergence
+    divergence: Divergence | None
+    largest_difference: float  # between log probabilities of the engine's likeliest, in nats
+    mean_difference: float
+
+
+@dataclass(frozen=True)
+class StopToken:
+    id: int
+    token: str | None  # None: it is not in the vocabulary
+
+
+@dataclass(frozen=True)
+class Report:
+    model: str
+    files: str
+    dtype: str
+    comparisons: list[Comparison]
+    stop_tokens: list[StopToken]
+    problems: list[str]  # none: the engine and the reference say the same
+
+    @property
+    def verdict(self) -> str:
+        if self.problems:
+            return "different"
+        if any(comparison.divergence for comparison in self.comparisons):
+            return f"equal within the rounding of {self.dtype}"
+        return "equal"
+
+
+def verify(
+    config: ModelConfig,
+    origins: Origins,
+    settings: Settings,
+    *,
+    prompts: Sequence[str] = PROMPTS,
+    tokens: int = 24,
+) -> Report:
+    """Run the engine as `serve` would, then the reference. Raises ServiceError."""
+    # In this process: its memory is free again when the reference needs it.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    with launch.prepared(config, origins, settings) as (args, _):
+        launch.fetch_files(args, config, settings)
+        with launch.explained(settings):
+            answers, dtype, stop_tokens = _ask_engine(args, config, prompts, tokens)
+    from service import reference
+
+    logits = reference.logits(
+        Path(args.model), [answer.prompt_ids + answer.token_ids for answer in answers]
+    )
+    comparisons = [_compare(answer, rows) for answer, rows in zip(answers, logits, strict=True)]
+    return Report(
+        config.name,
+        args.model,
+        dtype,
+        comparisons,
+        stop_tokens,
+        [*_problems(comparisons, _TOLERANCE[dtype]), *_missing(stop_tokens)],
+    )
+
+
+@dataclass(frozen=True)
+class _Answer:
+    prompt: str
+    rendered: str
+    prompt_ids: list[int]
+    token_ids: list[int]
+    logprobs: list[dict[int, float]]  # of each answered token's place, the likeliest
+    texts: dict[int, str]  # of every id in logprobs
+
+
+def _ask_engine(
+    args: Any, config: ModelConfig, prompts: Sequence[str], tokens: int
+) -> tuple[list[_Answer], str, list[StopToken]]:
+    from vllm import LLM, EngineArgs, SamplingParams
+
+    llm = LLM.from_engine_args(EngineArgs.from_cli_args(args))
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, logprobs=5, ignore_eos=True)
+    rendered = [prompting.render(prompt, None, config.prompt) for prompt in prompts]
+    if config.prompt.style == "completion":
+        outputs = llm.generate(rendered, sampling, use_tqdm=False)
+    else:
+        outputs = llm.chat(rendered, sampling, use_tqdm=False, chat_template=config.prompt.template)
+    tokenizer = llm.get_tokenizer()
+    answers = []
+    for prompt, output in zip(prompts, outputs, strict=True):
+        (completion,) = output.outputs
+        places = [{id: p.logprob for id, p in place.items()} for place in completion.logprobs]
+        texts = {id: tokenizer.decode([id]) for place in places for id in place}
+        ids = list(output.prompt_token_ids)
+        answers.append(
+            _Answer(prompt, tokenizer.decode(ids), ids, list(completion.token_ids), places, texts)
+        )
+    model = llm.llm_engine.model_config
+    stop_tokens = _stop_tokens(tokenizer, model, config)
+    del llm, outputs
+    gc.collect()
+    return answers, str(model.dtype).removeprefix("torch."), stop_tokens
+
+
+def _compare(answer: _Answer, logits: Any) -> Comparison:
+    """`logits`: the reference's, [prompt and answer, vocabulary]."""
+    # The row of a token says what comes after it.
+    rows = logits[len(answer.prompt_ids) - 1 : -1].log_softmax(-1)
+    differences = [
+        abs(logprob - float(row[id]))
+        for row, place in zip(rows, answer.logprobs, strict=True)
+        for id, logprob in place.items()
+    ]
+    divergence = None
+    agreeing = 0
+    for chosen, row in zip(answer.token_ids, rows, strict=True):
+        best = int(row.argmax())
+        if best != chosen:
+            gap = float(row[best] - row[chosen])
+            texts = answer.texts
+            divergence = Divergence(agreeing, texts[chosen], texts.get(best, f"token {best}"), gap)
+            break
+        agreeing += 1
+    return Comparison(
+        answer.prompt,
+        answer.rendered,
+        answer.prompt_ids,
+        len(answer.token_ids),
+        agreeing,
+        divergence,
+        max(differences),
+        sum(differences) / len(differences),
+    )
+
+
+def _problems(comparisons: Sequence[Comparison], tolerance: float) -> list[str]:
+    found = []
+    for number, comparison in enumerate(comparisons, 1):
+        divergence = comparison.divergence
+        # Each of two likely tokens may be off by the tolerance.
+        if divergence and divergence.gap > 2 * tolerance:
+            found.append(
+                f"prompt {number}, token {divergence.position}: the engine says "
+                f"{divergence.engine!r}, the reference {divergence.reference!r}, which it finds "
+                f"likelier by {divergence.gap:.3g} nats"
+            )
+        if not comparison.largest_difference <= tolerance:  # also when it is not a number
+            found.append(
+                f"prompt {number}: log probabilities differ by {comparison.largest_difference:.3g} "
+                f"nats, more than {tolerance:g}"
+            )
+    return found
+
+
+def _stop_tokens(tokenizer: Any, model: Any, config: ModelConfig) -> list[StopToken]:
+    """Where the engine ends an answer: the tokenizer's eos, generation_config's and the YAML's."""
+    ids = model.try_get_generation_config().get("eos_token_id") or []
+    ids = [tokenizer.eos_token_id, *([ids] if isinstance(ids, int) else ids)]
+    vocabulary = tokenizer.get_vocab()
+    ids += [vocabulary[text] for text in config.sampling.stop or () if text in vocabulary]
+    known = {id: token for token, id in vocabulary.items()}
+    return [
+        StopToken(id, known.get(id) if id < model.get_vocab_size() else None)
+        for id in dict.fromkeys(ids)
+        if id is not None
+    ]
+
+
+def _missing(stop_tokens: Sequence[StopToken]) -> list[str]:
+    if not stop_tokens:
+        return ["no token ends an answer: the tokenizer has no eos and generation_config none"]
+    return [
+        f"stop token {stop.id} is not in the vocabulary" for stop in stop_tokens if not stop.token
+    ]
