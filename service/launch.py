@@ -97,7 +97,9 @@ def check(
         ]
         model = weights.present(config.source, settings.cache_dir)
         tokenizer = (
-            weights.present(config.tokenizer, settings.cache_dir) if config.tokenizer else model
+            weights.present(config.tokenizer, settings.cache_dir, weights=False)
+            if config.tokenizer
+            else model
         )
         if model is None or tokenizer is None:
             rows.append(("files", "not downloaded yet", "`serve` does it"))
@@ -134,7 +136,9 @@ def prepared(
 def fetch_files(args: argparse.Namespace, config: ModelConfig, settings: Settings) -> None:
     """Fetch what is missing of the model and its tokenizer, and put both into `args`."""
     model = weights.fetch(config.source, settings.cache_dir)
-    tokenizer = weights.fetch(config.tokenizer, settings.cache_dir) if config.tokenizer else model
+    tokenizer = model
+    if config.tokenizer:
+        tokenizer = weights.fetch(config.tokenizer, settings.cache_dir, weights=False)
     _use_files(args, model, tokenizer)
 
 

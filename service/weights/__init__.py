@@ -6,23 +6,24 @@ from service.model_config import Source
 from service.weights import embedded, local, modelscope
 
 
-def fetch(source: Source, cache_dir: Path) -> Path:
+def fetch(source: Source, cache_dir: Path, *, weights: bool = True) -> Path:
     """The folder with the model's files, fetched on the first call.
 
+    `weights=False` is for the source of a tokenizer: what only the weights need is not downloaded.
     Raises WeightsError or ConfigError with the remedy.
     """
     if source.embedded and source.sha256:
         return embedded.fetch(source.embedded, source.sha256, cache_dir)
     if source.modelscope:
-        return modelscope.fetch(source.modelscope, source.revision)
+        return modelscope.fetch(source.modelscope, source.revision, weights=weights)
     return local.fetch(source.path or "")
 
 
-def present(source: Source, cache_dir: Path) -> Path | None:
-    """The folder with the model's files when they are on this machine already, else None."""
+def present(source: Source, cache_dir: Path, *, weights: bool = True) -> Path | None:
+    """The folder that `fetch` would return when all is on this machine already, else None."""
     if source.embedded and source.sha256:
         folder = embedded.folder(source.embedded, source.sha256, cache_dir)
         return folder if folder.is_dir() else None
     if source.modelscope:
-        return modelscope.present(source.modelscope, source.revision)
+        return modelscope.present(source.modelscope, source.revision, weights=weights)
     return local.fetch(source.path or "")
