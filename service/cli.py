@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from service import model_config, settings
+from service import model_config, settings, weights
 from service.errors import ServiceError
 
 if TYPE_CHECKING:
@@ -87,6 +87,25 @@ def check(
 
 
 @app.command()
+def download(model: Model = DEFAULT_MODEL, assignments: Assignments = None) -> None:
+    """Download a model, and print the folder; its tokenizer's own folder, if any, comes second.
+
+    Run again, it resumes. `serve` does the same when the files are not here.
+
+    Examples:
+
+        chat-service download qwen2-7b-instruct
+
+        chat-service download my-model.yaml --set source.revision=v1.0
+    """
+    config, _ = model_config.load(model, assignments or ())
+    cache_dir = settings.load().cache_dir
+    print(weights.fetch(config.source, cache_dir))
+    if config.tokenizer:
+        print(weights.fetch(config.tokenizer, cache_dir, weights=False))
+
+
+@app.command()
 def verify(
     model: Model = DEFAULT_MODEL,
     assignments: Assignments = None,
@@ -140,27 +159,24 @@ def models() -> None:
 
 
 def _print_report(report: "Report") -> None:
-    rows = []
-    for comparison in report.comparisons:
-        divergence = comparison.divergence
-        rows.append(
-            (
-                repr(comparison.rendered),
-                comparison.token_ids,
-                f"{comparison.agreeing}/{comparison.tokens}",
-                f"{comparison.largest_difference:.2g}",
-                f"token {divergence.position}: {divergence.engine!r}, reference "
-                f"{divergence.reference!r} (by {divergence.gap:.2g})"
-                if divergence
-                else "-",
-            )
+    for number, comparison in enumerate(report.comparisons, 1):
+        print(
+            f"{number}. {comparison.agreeing} of {comparison.tokens} tokens agree, log "
+            f"probabilities within {comparison.largest_difference:.2g} nats "
+            f"(mean {comparison.mean_difference:.2g})\n"
+            f"   prompt     {comparison.rendered!r}\n"
+            f"   token ids  {' '.join(map(str, comparison.token_ids))}"
         )
-    _print_table(("prompt", "token ids", "agree", "logprobs differ by", "first divergence"), rows)
+        if divergence := comparison.divergence:
+            print(
+                f"   token {divergence.position}    engine {divergence.engine!r}, reference "
+                f"{divergence.reference!r}, likelier by {divergence.gap:.2g} nats"
+            )
     stops = ", ".join(f"{stop.id} {stop.token!r}" for stop in report.stop_tokens)
     print(f"an answer ends at: {stops}")
     for problem in report.problems:
         print(f"problem: {problem}")
-    print(f"{report.model}, engine in {report.dtype}, reference in float32: {report.verdict}")
+    print(f"{report.model}: {report.verdict} ({report.dtype} engine, float32 reference)")
 
 
 def _print_table(columns: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> None:

@@ -72,7 +72,6 @@ def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
     _check_address(settings.host, settings.port)
     print(f"Starting {config.name}; vLLM takes a while to import ...", file=sys.stderr, flush=True)
     with prepared(config, origins, settings, key_hash) as (args, instance):
-        _work_around_vllm()
         fetch_files(args, config, settings)
         announcer = _Announcer(config, settings, instance, tls=bool(args.ssl_certfile))
         announcer.start()
@@ -130,7 +129,9 @@ def prepared(
     with tempfile.TemporaryDirectory(prefix="chat-service-") as folder:
         instance = _prepare_environment(Path(folder), config, settings, key_hash)
         _load_plugins()
-        yield arguments(config, origins, settings), instance
+        args = arguments(config, origins, settings)
+        _work_around_vllm()
+        yield args, instance
 
 
 def fetch_files(args: argparse.Namespace, config: ModelConfig, settings: Settings) -> None:

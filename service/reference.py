@@ -312,7 +312,9 @@ def _mlp(layer: Layer, x: Tensor) -> Tensor:
 
 def _transformers_logits(folder: Path, sequences: Sequence[Sequence[int]]) -> Iterator[Tensor]:
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     ).eval()

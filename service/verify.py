@@ -21,7 +21,7 @@ PROMPTS = (
     "Which mountain is the highest in Shandong Province? Is it higher or lower than Huangshan?",
     "山东省最高的山是哪座山？🏔️",
 )
-# How far log probabilities may be from a float32 reference: the engine's rounding, not its formulas.
+# How far log probabilities may be from a float32 reference by the engine's rounding alone.
 _TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.3}
 
 

@@ -349,6 +349,25 @@ def tiny_yaml(tmp_path: Path) -> str:
     return str(file)
 
 
+def test_download_prints_the_folders_without_importing_an_engine(
+    hub: Hub, tmp_path: Path, tiny_yaml: str
+) -> None:
+    # None in sys.modules makes an import fail.
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'vllm')));"
+        "from service.cli import main; main()"
+    )
+    status, output, error = run_cli(hub, tmp_path, code, "download", tiny_yaml)
+    assert status == 0, error
+    folders = [Path(line) for line in output.splitlines()]
+    assert [here(folder).keys() for folder in folders] == [{*TOKENIZER, BIG}, TOKENIZER]
+
+    wrong = ("--set", "source.revision=v2")
+    status, output, error = run_cli(hub, tmp_path, code, "download", tiny_yaml, *wrong)
+    assert (status, output) == (1, "")
+    assert error.splitlines()[-1].startswith("error: could not download owner/tiny")
+
+
 def test_serve_downloads_what_is_missing_and_check_does_not(
     hub: Hub, tmp_path: Path, tiny_yaml: str
 ) -> None:

@@ -16,7 +16,7 @@ def fetch(source: Source, cache_dir: Path, *, weights: bool = True) -> Path:
         return embedded.fetch(source.embedded, source.sha256, cache_dir)
     if source.modelscope:
         return modelscope.fetch(source.modelscope, source.revision, weights=weights)
-    return local.fetch(source.path or "")
+    return local.fetch(source.path or "", weights=weights)
 
 
 def present(source: Source, cache_dir: Path, *, weights: bool = True) -> Path | None:
@@ -26,4 +26,4 @@ def present(source: Source, cache_dir: Path, *, weights: bool = True) -> Path | 
         return folder if folder.is_dir() else None
     if source.modelscope:
         return modelscope.present(source.modelscope, source.revision, weights=weights)
-    return local.fetch(source.path or "")
+    return local.fetch(source.path or "", weights=weights)
