@@ -4,7 +4,6 @@ The engine answers some prompts greedily; the reference reads the same tokens an
 have chosen at each.
 """
 
-import gc
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +20,10 @@ PROMPTS = (
     "Which mountain is the highest in Shandong Province? Is it higher or lower than Huangshan?",
     "山东省最高的山是哪座山？🏔️",
 )
-# How far log probabilities may be from a float32 reference by the engine's rounding alone.
-_TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.3}
+# How far log probabilities may be from a float32 reference by the engine's rounding alone, in nats:
+# on average over a prompt, and at most. Seen on tiny checkpoints: 0.02 to 0.11 and 0.07 to 1.2 in
+# bfloat16, 5e-6 and 3e-5 in float32.
+_TOLERANCE = {"float32": (1e-4, 1e-3), "float16": (0.02, 0.2), "bfloat16": (0.15, 1.5)}
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def verify(
         dtype,
         comparisons,
         stop_tokens,
-        [*_problems(comparisons, _TOLERANCE[dtype]), *_missing(stop_tokens)],
+        [*_problems(comparisons, dtype), *_missing(stop_tokens)],
     )
 
 
@@ -138,8 +139,7 @@ def _ask_engine(
         )
     model = llm.llm_engine.model_config
     stop_tokens = _stop_tokens(tokenizer, model, config)
-    del llm, outputs
-    gc.collect()
+    llm.llm_engine.engine_core.shutdown()
     return answers, str(model.dtype).removeprefix("torch."), stop_tokens
 
 
@@ -174,21 +174,22 @@ def _compare(answer: _Answer, logits: Any) -> Comparison:
     )
 
 
-def _problems(comparisons: Sequence[Comparison], tolerance: float) -> list[str]:
+def _problems(comparisons: Sequence[Comparison], dtype: str) -> list[str]:
+    on_average, at_most = _TOLERANCE[dtype]
     found = []
     for number, comparison in enumerate(comparisons, 1):
         divergence = comparison.divergence
-        # Each of two likely tokens may be off by the tolerance.
-        if divergence and divergence.gap > 2 * tolerance:
+        if divergence and divergence.gap > at_most:
             found.append(
                 f"prompt {number}, token {divergence.position}: the engine says "
                 f"{divergence.engine!r}, the reference {divergence.reference!r}, which it finds "
                 f"likelier by {divergence.gap:.3g} nats"
             )
-        if not comparison.largest_difference <= tolerance:  # also when it is not a number
+        mean, most = comparison.mean_difference, comparison.largest_difference
+        if not (mean <= on_average and most <= at_most):  # also when they are not numbers
             found.append(
-                f"prompt {number}: log probabilities differ by {comparison.largest_difference:.3g} "
-                f"nats, more than {tolerance:g}"
+                f"prompt {number}: log probabilities differ by {mean:.3g} nats on average and "
+                f"{most:.3g} at most; rounding to {dtype} makes {on_average:g} and {at_most:g}"
             )
     return found
 

@@ -1,18 +1,25 @@
 """Tiny random checkpoints in the layouts that were published: key names, config.json, file format.
 
-`auto_map` names remote code that is not there, as for a user who never runs it.
+`auto_map` names remote code that is not there, as for a user who never runs it. The tokenizers are
+trained on a few sentences.
 """
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import sentencepiece
 import torch
 from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-HIDDEN, LAYERS, HEADS, FFN, VOCABULARY = 128, 3, 4, 192, 320
+from service import model_config
+from service.model_config import ModelConfig, Origins
+
+HIDDEN, LAYERS, HEADS, FFN, VOCABULARY = 128, 3, 4, 192, 512
 
 LLAMA: dict[str, Any] = {
     "hidden_size": HIDDEN,
@@ -41,7 +48,24 @@ def write(name: str, folder: Path, **changes: Any) -> Path:
         torch.save(tensors, folder / "pytorch_model.bin")
     else:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if name == "openelm":  # its tokenizer is another repository's
+        TOKENIZERS[name](folder / "tokenizer")
+    else:
+        TOKENIZERS[name](folder)
     return folder
+
+
+def load(name: str, folder: Path, *assignments: str) -> tuple[ModelConfig, Origins]:
+    """The catalogue's entry of a model, on the files that `write` made in `folder`."""
+    return model_config.load(CATALOGUE[name], arguments(name, folder, *assignments))
+
+
+def arguments(name: str, folder: Path, *assignments: str) -> list[str]:
+    """For --set: the files that `write` made, and a KV cache that is small."""
+    files = [f"source={{path: {folder}}}"]
+    if name == "openelm":
+        files.append(f"tokenizer={{path: {folder / 'tokenizer'}}}")
+    return [*files, "engine.kv_cache_memory_bytes=64M", *assignments]
 
 
 def _random(*shape: int, scale: float = 1.0) -> Tensor:
@@ -227,3 +251,162 @@ BUILDERS: dict[str, Callable[..., tuple[dict[str, Any], Tensors]]] = {
 }
 # As published; the others are safetensors.
 BIN = {"baichuan2", "xverse", "bluelm", "bluelm_32k", "minicpm"}
+
+
+CATALOGUE = {
+    "baichuan2": "baichuan2-7b-chat",
+    "xverse": "xverse-7b-chat",
+    "bluelm": "bluelm-7b-chat",
+    "bluelm_32k": "bluelm-7b-chat",
+    "openelm": "openelm-3b-instruct",
+    "minicpm": "minicpm-2b-sft",
+    "qwen2": "qwen2-7b-instruct",
+}
+
+TEXTS = (
+    "你好，世界！今天天气怎么样？",
+    "山东省最高的山是泰山，它比黄山低。",
+    "The quick brown fox jumps over the lazy dog.",
+    "Who are you? I am a small model, and I am 12 days old.",
+    "Once upon a time there was a little girl in the mountains.",
+)
+
+
+def sentencepiece_model(
+    folder: Path, markers: tuple[str, ...] = (), **options: Any
+) -> sentencepiece.SentencePieceProcessor:
+    """Train and write `tokenizer.model`: byte-pair encoding with byte fallback."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 20),
+        model_writer=model,
+        vocab_size=480,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=1.0,
+        user_defined_symbols=list(markers),
+        minloglevel=2,
+        **{
+            "add_dummy_prefix": False,
+            "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False,
+            **options,
+        },
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+def _json(folder: Path, name: str, **keys: Any) -> None:
+    (folder / name).write_text(json.dumps(keys, ensure_ascii=False))
+
+
+def baichuan2_tokenizer(folder: Path, **options: Any) -> None:
+    model = sentencepiece_model(
+        folder, tuple(f"<reserved_{i}>" for i in range(100, 110)), **options
+    )
+    _json(
+        folder,
+        "tokenizer_config.json",
+        add_bos_token=False,
+        add_eos_token=False,
+        auto_map={"AutoTokenizer": ["tokenization_remote.BaichuanTokenizer", None]},
+        tokenizer_class="BaichuanTokenizer",
+    )
+    _json(
+        folder,
+        "generation_config.json",
+        user_token_id=model.piece_to_id("<reserved_106>"),
+        assistant_token_id=model.piece_to_id("<reserved_107>"),
+        eos_token_id=2,
+        do_sample=True,
+        temperature=0.3,
+        top_k=5,
+        top_p=0.85,
+        repetition_penalty=1.05,
+        max_new_tokens=2048,
+    )
+
+
+def bluelm_tokenizer(folder: Path, **options: Any) -> None:
+    markers = ("[|Human|]:", "[|AI|]:", "[|SYSTEM|]:", "[|Function|]:")
+    sentencepiece_model(folder, markers, **options)
+    _json(folder, "tokenizer_config.json", add_bos_token=True, tokenizer_class="BlueLMTokenizer")
+    _json(folder, "generation_config.json", eos_token_id=2, repetition_penalty=1.1)
+
+
+def llama_tokenizer(folder: Path, markers: tuple[str, ...] = ()) -> None:
+    sentencepiece_model(folder, markers, add_dummy_prefix=True)
+    _json(
+        folder,
+        "tokenizer_config.json",
+        add_bos_token=True,
+        add_eos_token=False,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        tokenizer_class="LlamaTokenizer",
+    )
+
+
+def minicpm_tokenizer(folder: Path) -> None:
+    llama_tokenizer(folder, ("<用户>", "<AI>"))
+
+
+def _tokenizers_model(folder: Path, tokenizer: Tokenizer, special: list[str], **keys: Any) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=480,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if "<|im_end|>" in special else [],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS * 20, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _json(folder, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", **keys)
+
+
+def xverse_tokenizer(folder: Path) -> None:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    special = ["<unk>", "<pad>", "<|startoftext|>", "<|endoftext|>"]
+    roles = {"unk_token": "<unk>", "pad_token": "<pad>"}
+    roles |= {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
+    _tokenizers_model(folder, tokenizer, special, **roles)
+    _json(folder, "generation_config.json", eos_token_id=3, do_sample=True, temperature=0.5)
+
+
+def qwen2_tokenizer(folder: Path) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    template = (
+        "{% if messages[0]['role'] != 'system' %}"
+        "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"
+        "{% for m in messages %}"
+        "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    _tokenizers_model(
+        folder,
+        tokenizer,
+        special,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=template,
+    )
+    _json(folder, "generation_config.json", eos_token_id=[2, 0], do_sample=True, temperature=0.7)
+
+
+TOKENIZERS: dict[str, Callable[..., None]] = {
+    "baichuan2": baichuan2_tokenizer,
+    "xverse": xverse_tokenizer,
+    "bluelm": bluelm_tokenizer,
+    "bluelm_32k": bluelm_tokenizer,
+    "openelm": llama_tokenizer,
+    "minicpm": minicpm_tokenizer,
+    "qwen2": qwen2_tokenizer,
+}

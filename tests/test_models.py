@@ -1,31 +1,258 @@
-"""What the general plugin adds to vLLM, also to bare vLLM."""
+"""The tutorials' architectures in vLLM, beside the reference, on tiny random checkpoints."""
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
+from safetensors.torch import save_file
+from vllm.model_executor.models.llama import LlamaAttention, LlamaModel
 from vllm.plugins import load_general_plugins
 from vllm.transformers_utils.config import get_config
 
-# MiniCPM-2B's published config.json in small: neither model_type nor tie_word_embeddings.
-MINICPM = {
-    "architectures": ["MiniCPMForCausalLM"],
-    "auto_map": {"AutoConfig": "configuration_minicpm.MiniCPMConfig"},
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 2,
-    "num_key_value_heads": 4,
-    "vocab_size": 128,
-    "scale_emb": 12,
-    "dim_model_base": 16,
-    "scale_depth": 1.4,
+from service import reference
+from service.models import baichuan2, bluelm, openelm
+from tests import checkpoints
+from tests.engine import PROMPTS, Answer, ask, engine
+
+NAMES = list(checkpoints.BUILDERS)
+# The model code is ours, or their tensors are split in a way that is.
+OURS = ["baichuan2", "xverse", "bluelm", "openelm"]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {name: checkpoints.write(name, folder / name) for name in NAMES}
+
+
+def differences(folder: Path, answers: Sequence[Answer]) -> tuple[int, float, float]:
+    """Answers to the first of PROMPTS: tokens that the reference would not have chosen; how far
+    log probabilities are, most and on average."""
+    asked = PROMPTS[: len(answers)]
+    logits = reference.logits(
+        folder, [prompt + answer.tokens for prompt, answer in zip(asked, answers, strict=True)]
+    )
+    other = 0
+    found: list[float] = []
+    for prompt, answer, rows in zip(asked, answers, logits, strict=True):
+        rows = rows[len(prompt) - 1 : -1].log_softmax(-1)
+        other += int((rows.argmax(-1) != torch.tensor(answer.tokens)).sum())
+        for row, place in zip(rows, answer.logprobs, strict=True):
+            found += [abs(logprob - float(row[int(id)])) for id, logprob in place.items()]
+    return other, max(found), sum(found) / len(found)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float32_says_what_the_reference_says_also_in_chunks_and_from_the_cache(
+    folders: dict[str, Path], name: str
+) -> None:
+    with engine(folders[name]) as llm:
+        answers, again = ask(llm), ask(llm)
+    other, most, _ = differences(folders[name], answers)
+    assert (other, most < 1e-3) == (0, True), most
+    assert [answer.cached for answer in again] == [0, 0, 128]
+    other, most, _ = differences(folders[name], again)
+    assert (other, most < 1e-3) == (0, True), most
+    assert len(set(answers[2].tokens)) > 3  # or the checkpoint would show nothing
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_differs_from_the_reference_by_rounding_only(
+    folders: dict[str, Path], name: str
+) -> None:
+    with engine(folders[name], dtype="bfloat16") as llm:
+        _, _, mean = differences(folders[name], ask(llm))
+    assert mean < 0.15
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_compiled_code_says_what_the_reference_says(folders: dict[str, Path], name: str) -> None:
+    with engine(folders[name], enforce_eager=False) as llm:
+        other, most, _ = differences(folders[name], ask(llm))
+    assert (other, most < 1e-3) == (0, True), most
+
+
+@pytest.fixture(scope="session")
+def on_two_workers(folders: dict[str, Path]) -> dict[str, list[Answer]]:
+    """All of them in one process, whose workers inherit what it has imported.
+
+    It is bare vLLM: nothing there imports `service` but vLLM's own plugin loader.
+    """
+    paths = [str(folders[name]) for name in OURS]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engine", json.dumps({"tensor_parallel_size": 2}), *paths],
+        env={**os.environ, "VLLM_WORKER_MULTIPROC_METHOD": "fork", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = json.loads(done.stdout.splitlines()[-1])
+    return {name: [Answer(**answer) for answer in answers[str(folders[name])]] for name in OURS}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_two_tensor_parallel_workers_say_what_the_reference_says(
+    folders: dict[str, Path], on_two_workers: dict[str, list[Answer]], name: str
+) -> None:
+    other, most, _ = differences(folders[name], on_two_workers[name])
+    assert (other, most < 1e-3) == (0, True), most
+
+
+def swap_gate_and_up(patch: pytest.MonkeyPatch) -> None:
+    load = openelm.OpenELMForCausalLM.load_weights
+
+    def swapped(self: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> set[str]:
+        return load(
+            self,
+            (
+                (name, torch.cat(weight.chunk(2)[::-1]) if "proj_1" in name else weight)
+                for name, weight in weights
+            ),
+        )
+
+    patch.setattr(openelm.OpenELMForCausalLM, "load_weights", swapped)
+
+
+MISTAKES: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None] | dict[str, Any]]] = {
+    "no NormHead": ("baichuan2", lambda p: p.setattr(baichuan2, "_normalized", lambda head: head)),
+    "no embed_layer_norm": (
+        "bluelm",
+        lambda p: p.setattr(bluelm.BlueLMModel, "embed_input_ids", LlamaModel.embed_input_ids),
+    ),
+    "no q and k norm": (
+        "openelm",
+        lambda p: p.setattr(openelm.OpenELMAttention, "forward", LlamaAttention.forward),
+    ),
+    "up before gate": ("openelm", swap_gate_and_up),
+    "no scale_emb": ("minicpm", {"scale_emb": 1}),
+    "no scale_depth": ("minicpm", {"scale_depth": checkpoints.LAYERS**0.5}),
+    "no final scale": ("minicpm", {"dim_model_base": checkpoints.HIDDEN}),
+    "another rope base": (
+        "xverse",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
+    ),
+    "no ntkmixed": (
+        "bluelm_32k",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    ),
 }
 
 
-def test_minicpms_config_loads_without_remote_code(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(MINICPM))
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_comparison_shows_a_mistake_in_a_model(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, mistake: str
+) -> None:
+    name, change = MISTAKES[mistake]
+    overrides: dict[str, Any] = {}
+    if callable(change):
+        change(monkeypatch)
+    else:
+        overrides["hf_overrides"] = change
+        if name == "bluelm_32k":  # whose length is in what the mistake drops
+            overrides["max_model_len"] = 64
+    with engine(folders[name], **overrides) as llm:
+        _, most, _ = differences(folders[name], ask(llm, PROMPTS[:2]))
+    assert most > 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "modules"),
+    [
+        ("baichuan2", "model.layers.1", {"self_attn.W_pack": (384, 128)}),
+        (
+            "openelm",
+            "transformer.layers.1",
+            {"attn.qkv_proj": (576, 128), "ffn.proj_1": (384, 128)},
+        ),
+    ],
+)
+def test_an_adapter_for_matrices_that_are_fused_on_disk_acts_as_if_merged(
+    folders: dict[str, Path],
+    tmp_path: Path,
+    name: str,
+    layer: str,
+    modules: dict[str, tuple[int, int]],
+) -> None:
+    config, merged = checkpoints.BUILDERS[name]()
+    adapter, rank = {}, 4
+    for module, (rows, columns) in modules.items():
+        a, b = torch.randn(rank, columns) * 0.1, torch.randn(rows, rank) * 0.1
+        adapter[f"base_model.model.{layer}.{module}.lora_A.weight"] = a
+        adapter[f"base_model.model.{layer}.{module}.lora_B.weight"] = b
+        merged[f"{layer}.{module}.weight"] += 2 * b @ a
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(merged, tmp_path / "model.safetensors")
+    (tmp_path / "adapter").mkdir()
+    save_file(adapter, tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps(
+            {
+                "peft_type": "LORA",
+                "r": rank,
+                "lora_alpha": 2 * rank,
+                "target_modules": [module.rpartition(".")[2] for module in modules],
+            }
+        )
+    )
+    with engine(folders[name], enable_lora=True, max_lora_rank=8) as llm:
+        plain = ask(llm)
+        adapted = ask(llm, lora=str(tmp_path / "adapter"))
+    assert differences(folders[name], plain)[1] < 1e-3
+    assert differences(tmp_path, plain)[1] > 0.01
+    assert differences(tmp_path, adapted)[1] < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("baichuan2", {"hidden_size": 5120}, "13B Baichuan (hidden_size 5120)"),
+        ("baichuan2", {"vocab_size": 64000}, "Baichuan 1 (vocab_size 64000)"),
+        ("openelm", {"num_query_heads": [8, 12]}, "num_query_heads must have one entry for each"),
+        ("openelm", {"ffn_with_glu": False}, "ffn_with_glu other than True"),
+    ],
+)
+def test_what_is_not_served_is_refused_by_name(
+    folders: dict[str, Path], tmp_path: Path, name: str, config: dict[str, Any], message: str
+) -> None:
+    published = json.loads((folders[name] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(published | config))
     load_general_plugins()
-    config = get_config(tmp_path, trust_remote_code=False)
-    assert config.model_type == "minicpm"
-    assert config.tie_word_embeddings is True
-    assert (config.scale_emb, config.dim_model_base, config.scale_depth) == (12, 16, 1.4)
+    with pytest.raises(ValueError) as error:
+        get_config(tmp_path, trust_remote_code=False)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("tp_size", "repeats"), [(1, [1, 1, 1, 1]), (2, [2, 1, 2, 1]), (4, [4, 1, 4, 2])]
+)
+def test_openelm_3b_repeats_as_few_kv_heads_as_it_must(
+    monkeypatch: pytest.MonkeyPatch, tp_size: int, repeats: list[int]
+) -> None:
+    config = openelm_3b()
+    monkeypatch.setattr(openelm, "get_tensor_model_parallel_world_size", lambda: tp_size)
+    assert [openelm.kv_repeats(config, layer) for layer in range(4)] == repeats
+
+
+def test_an_impossible_tensor_parallel_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openelm, "get_tensor_model_parallel_world_size", lambda: 8)
+    with pytest.raises(ValueError, match="tensor_parallel_size 8: layer 0 has 12 query and 3 KV"):
+        openelm.kv_repeats(openelm_3b(), 0)
+
+
+def openelm_3b() -> openelm.OpenELMConfig:
+    """OpenELM-3B's four sizes of layer."""
+    return openelm.OpenELMConfig(
+        model_dim=3072,
+        head_dim=128,
+        num_transformer_layers=4,
+        num_query_heads=[12, 16, 20, 24],
+        num_kv_heads=[3, 4, 5, 6],
+        ffn_multipliers=[0.5, 1.0, 2.37, 4.0],
+    )

@@ -1,0 +1,97 @@
+"""vLLM's engine in this process, on tiny checkpoints: it starts in two seconds.
+
+`python -m tests.engine` is one process for many checkpoints on several workers.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Short, long enough for three steps of prefill, and one token over a KV block.
+PROMPTS = [
+    torch.randint(4, 480, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    for length in (5, 17, 150)
+]
+TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Answer:
+    """To one of PROMPTS: greedy tokens, the likeliest at each place, and cached prompt tokens."""
+
+    tokens: list[int]
+    logprobs: list[dict[int, float]]
+    cached: int
+
+
+@contextmanager
+def engine(folder: Path, **arguments: Any) -> Iterator[Any]:
+    """vLLM's LLM. It changes the environment of its process, which is put back."""
+    saved = dict(os.environ)
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_USE_AOT_COMPILE": "0",
+        # Two engines on two cores would share one of them.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
+    from vllm import LLM
+
+    llm = LLM(
+        str(folder),
+        **{
+            "skip_tokenizer_init": True,
+            "dtype": "float32",
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": 64 << 20,
+            "max_num_batched_tokens": 64,
+            "max_num_seqs": 8,
+            "block_size": 32,
+            "use_tqdm_on_load": False,
+            **arguments,
+        },
+    )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        os.environ.clear()
+        os.environ.update(saved)
+
+
+def ask(llm: Any, prompts: Sequence[list[int]] = PROMPTS, lora: str | None = None) -> list[Answer]:
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        SamplingParams(
+            temperature=0, max_tokens=TOKENS, logprobs=5, ignore_eos=True, detokenize=False
+        ),
+        lora_request=LoRARequest("adapter", 1, lora) if lora else None,
+        use_tqdm=False,
+    )
+    return [
+        Answer(
+            list(output.outputs[0].token_ids),
+            [{id: p.logprob for id, p in place.items()} for place in output.outputs[0].logprobs],
+            output.num_cached_tokens,
+        )
+        for output in outputs
+    ]
+
+
+if __name__ == "__main__":
+    arguments = json.loads(sys.argv[1])
+    answers = {}
+    for checkpoint in sys.argv[2:]:
+        with engine(Path(checkpoint), **arguments) as llm:
+            answers[checkpoint] = [asdict(answer) for answer in ask(llm)]
+    print(json.dumps(answers))
