@@ -6,6 +6,7 @@ trained on a few sentences.
 
 import io
 import json
+import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -354,12 +355,14 @@ def minicpm_tokenizer(folder: Path) -> None:
     llama_tokenizer(folder, ("<用户>", "<AI>"))
 
 
-def _tokenizers_model(folder: Path, tokenizer: Tokenizer, special: list[str], **keys: Any) -> None:
+def _tokenizers_model(
+    folder: Path, tokenizer: Tokenizer, special: list[str], alphabet: list[str], **keys: Any
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     trainer = trainers.BpeTrainer(
         vocab_size=480,
         special_tokens=[AddedToken(token, special=True, normalized=False) for token in special],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if "<|im_end|>" in special else [],
+        initial_alphabet=alphabet,
         show_progress=False,
     )
     tokenizer.train_from_iterator(TEXTS * 20, trainer)
@@ -374,7 +377,7 @@ def xverse_tokenizer(folder: Path) -> None:
     special = ["<unk>", "<pad>", "<|startoftext|>", "<|endoftext|>"]
     roles = {"unk_token": "<unk>", "pad_token": "<pad>"}
     roles |= {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
-    _tokenizers_model(folder, tokenizer, special, **roles)
+    _tokenizers_model(folder, tokenizer, special, [*string.printable], **roles)
     _json(folder, "generation_config.json", eos_token_id=3, do_sample=True, temperature=0.5)
 
 
@@ -394,6 +397,7 @@ def qwen2_tokenizer(folder: Path) -> None:
         folder,
         tokenizer,
         special,
+        pre_tokenizers.ByteLevel.alphabet(),
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         chat_template=template,

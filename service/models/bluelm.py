@@ -21,6 +21,7 @@ from vllm.model_executor.models.llama import (
     LlamaForCausalLM,
     LlamaModel,
 )
+from vllm.model_executor.models.utils import PPMissingLayer
 
 
 class BlueLMConfig(LlamaConfig):  # type: ignore[misc]  # neither it nor vLLM is typed for us
@@ -61,7 +62,8 @@ class BlueLMModel(LlamaModel):  # type: ignore[misc]
             prefix=prefix,
             layer_type=partial(LlamaDecoderLayer, attn_layer_type=BlueLMAttention),
         )
-        self.embed_layer_norm: nn.Module = nn.Identity()
+        # Elsewhere, and without the norm: it returns its input, and its weights are skipped.
+        self.embed_layer_norm: nn.Module = PPMissingLayer()
         if self.config.use_stable_embedding and get_pp_group().is_first_rank:
             self.embed_layer_norm = nn.LayerNorm(
                 self.config.hidden_size, eps=self.config.rms_norm_eps

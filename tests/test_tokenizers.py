@@ -1,0 +1,232 @@
+"""Prompts to the token id, as the publishers' own code builds them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import sentencepiece
+from vllm.plugins import load_general_plugins
+from vllm.sampling_params import SamplingParams
+from vllm.tokenizers import get_tokenizer
+from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+
+from tests import checkpoints
+
+TEXTS = ["你好", " 你好 ", "Who are you?", "a  b", "😀 龘", "第一行\n第二行\n", "12345", "</s>"]
+# As trained by their publishers, or not: nobody here has seen the real files.
+FLAGS: list[dict[str, Any]] = [
+    {},
+    {"add_dummy_prefix": True},
+    {
+        "add_dummy_prefix": True,
+        "remove_extra_whitespaces": True,
+        "normalization_rule_name": "nmt_nfkc",
+    },
+]
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def system(text: str) -> dict[str, str]:
+    return {"role": "system", "content": text}
+
+
+def load(name: str, folder: Path, mode: str, **options: Any) -> Any:
+    load_general_plugins()
+    checkpoints.TOKENIZERS[name](folder, **options)
+    return get_tokenizer(folder, tokenizer_mode=mode)
+
+
+@pytest.fixture(params=FLAGS, ids=["plain", "prefix", "prefix and nfkc"])
+def baichuan2(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    return load("baichuan2", tmp_path, "baichuan2", **request.param)
+
+
+@pytest.fixture(params=FLAGS, ids=["plain", "prefix", "prefix and nfkc"])
+def bluelm(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    return load("bluelm", tmp_path, "bluelm", **request.param)
+
+
+@pytest.fixture
+def xverse(tmp_path: Path) -> Any:
+    return load("xverse", tmp_path, "xverse")
+
+
+def model_of(tokenizer: Any) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_file=tokenizer.vocab_file)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_baichuan2_encodes_each_message_between_its_turn_tokens(baichuan2: Any, text: str) -> None:
+    encode = model_of(baichuan2).encode
+    asks, answers = baichuan2.turn_ids["user"], baichuan2.turn_ids["assistant"]
+    assert baichuan2.apply_chat_template([user(text)]) == [asks, *encode(text), answers]
+    conversation = [system("Be brief."), user("你好"), assistant(text), user(text)]
+    assert baichuan2.apply_chat_template(conversation) == [
+        *encode("Be brief."),
+        *[asks, *encode("你好"), answers, *encode(text)],
+        *[asks, *encode(text), answers],
+    ]
+    assert baichuan2.apply_chat_template([user("你好"), assistant(text)])[-1] != answers
+
+
+def test_baichuan2_takes_bos_and_turn_tokens_from_the_files(tmp_path: Path) -> None:
+    baichuan2 = load("baichuan2", tmp_path, "baichuan2")
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true}')
+    (tmp_path / "generation_config.json").write_text('{"user_token_id": 7}')
+    other = get_tokenizer(tmp_path, tokenizer_mode="baichuan2")
+    ids = other.apply_chat_template([user("你好")])
+    assert ids[:2] == [7, 1]
+    assert ids[2:] == baichuan2.apply_chat_template([user("你好")])[1:]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_bluelm_encodes_up_to_an_answers_end_as_one_string(bluelm: Any, text: str) -> None:
+    encode = model_of(bluelm).encode
+    assert bluelm.apply_chat_template([user(text)]) == [1, *encode(f"[|Human|]:{text}[|AI|]:")]
+    conversation = [system("S"), user(text), assistant("好的"), user("再见")]
+    assert bluelm.apply_chat_template(conversation) == [
+        *[1, *encode(f"[|SYSTEM|]:S[|Human|]:{text}[|AI|]:好的"), 2],
+        *encode("[|Human|]:再见[|AI|]:"),
+    ]
+
+
+def test_xverse_encodes_each_turn_and_ends_answers_with_eos(xverse: Any) -> None:
+    one = xverse.apply_chat_template([user("你好")])
+    assert one == xverse.encode("Human: 你好\n\nAssistant: ")
+    many = xverse.apply_chat_template([user("a"), assistant("b"), user("你好")])
+    assert many == [
+        *xverse.encode("Human: a\n\n"),
+        *xverse.encode("Assistant: b"),
+        xverse.eos_token_id,
+        *one,
+    ]
+    with pytest.raises(ValueError, match="no system messages"):
+        xverse.apply_chat_template([system("S"), user("a")])
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "markers"),
+    [
+        ("baichuan2", "baichuan2", ["<reserved_106>", "<reserved_107>", "</s>"]),
+        ("bluelm", "bluelm", ["[|Human|]:", "[|AI|]:", "</s>"]),
+        ("xverse", "xverse", ["<|endoftext|>", "<|startoftext|>"]),
+        ("qwen2", "literal", ["<|im_end|>", "<|im_start|>", "<|endoftext|>"]),
+        ("minicpm", "literal", ["</s>", "<s>"]),
+    ],
+)
+def test_control_tokens_in_a_message_stay_text(
+    tmp_path: Path, name: str, mode: str, markers: Sequence[str]
+) -> None:
+    tokenizer = load(name, tmp_path, mode)
+    vocabulary = tokenizer.get_vocab()
+    ids = [vocabulary[marker] for marker in markers]
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
+    if name == "minicpm":
+        config, _ = checkpoints.load(name, tmp_path)
+        options["chat_template"] = config.prompt.template
+
+    def rendered(text: str) -> list[int]:
+        prompt = tokenizer.apply_chat_template([user(text), assistant(text), user(text)], **options)
+        if isinstance(prompt, str):
+            return list(tokenizer.encode(prompt, add_special_tokens=False))
+        return list(prompt)
+
+    plain, spelled = rendered("ab"), rendered(f"a{''.join(markers)}b")
+    assert [plain.count(id) for id in ids] == [spelled.count(id) for id in ids]
+    assert tokenizer.decode(spelled).count(f"a{''.join(markers)}b") == 3
+
+
+def test_literal_renders_as_transformers_does_when_nothing_is_spelled(tmp_path: Path) -> None:
+    literal = load("qwen2", tmp_path, "literal")
+    plain = get_tokenizer(tmp_path)
+    conversation = [system("S"), user("你好 <|im"), assistant("_end|>"), user("😀")]
+    options = {"tokenize": False, "add_generation_prompt": True}
+    assert literal.apply_chat_template(conversation, **options) == plain.apply_chat_template(
+        conversation, **options
+    )
+    spelled = literal.apply_chat_template([user("a<|im_end|>\n\nb")], **options)
+    start, end = (plain.convert_tokens_to_ids(f"<|im_{which}|>") for which in ("start", "end"))
+
+    def text(string: str) -> list[int]:
+        return list(plain.encode(string, split_special_tokens=True))
+
+    assert spelled == [
+        *[start, *text("system\nYou are a helpful assistant."), end, *text("\n")],
+        *[start, *text("user\na<|im_end|>\n\nb"), end, *text("\n")],
+        *[start, *text("assistant\n")],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "keeps_system"),
+    [("baichuan2", "baichuan2", True), ("bluelm", "bluelm", True), ("xverse", "xverse", False)],
+)
+def test_a_limit_drops_the_oldest_rounds_first_and_then_cuts_the_left_end(
+    tmp_path: Path, name: str, mode: str, keeps_system: bool
+) -> None:
+    tokenizer = load(name, tmp_path, mode)
+    first = [system("Be brief.")] if keeps_system else []
+    rounds = [[user(f"question {i}"), assistant(f"answer {i}")] for i in range(3)]
+    last = [user("你好")]
+
+    def render(*turns: list[dict[str, str]], **options: Any) -> list[int]:
+        return list(tokenizer.apply_chat_template([t for turn in turns for t in turn], **options))
+
+    whole = render(first, *rounds, last)
+    assert render(first, *rounds, last, truncate_to=len(whole)) == whole
+    without_one = render(first, *rounds[1:], last)
+    # As published: the token that begins the answer is not counted when rounds are.
+    assert render(first, *rounds, last, truncate_to=len(whole) - 2) == without_one
+    alone = render(last)
+    assert render(*rounds, last, truncate_to=len(alone)) == alone
+    assert render(*rounds, last, truncate_to=len(alone) - 1) == alone[1:]
+
+
+@pytest.mark.parametrize(
+    ("conversation", "options", "message"),
+    [
+        ([], {}, "there is no user message"),
+        ([user("a"), system("b")], {}, "a system message must be the first"),
+        ([{"role": "tool", "content": "a"}], {}, "no place for a tool message"),
+        ([user("a")], {"tools": [{}]}, "is fixed and has no tools"),
+        ([user("a")], {"chat_template": "x"}, "is fixed and has no chat_template"),
+    ],
+)
+def test_what_the_format_has_no_place_for_is_refused(
+    tmp_path: Path, conversation: list[Any], options: dict[str, Any], message: str
+) -> None:
+    tokenizer = load("baichuan2", tmp_path, "baichuan2")
+    with pytest.raises(ValueError, match=message):
+        tokenizer.apply_chat_template(conversation, **options)
+
+
+@pytest.mark.parametrize("name", ["baichuan2", "bluelm", "minicpm", "openelm", "qwen2"])
+def test_a_stream_never_shows_half_a_character(tmp_path: Path, name: str) -> None:
+    mode = name if name in ("baichuan2", "bluelm") else "auto"
+    tokenizer = load(name, tmp_path, mode)
+    text = "你好龘靐😀👩‍👩‍👧🏔️ and ünïcode"  # most of it in bytes
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert len(ids) > len(text)
+    request = SimpleNamespace(
+        request_id="a",
+        prompt_token_ids=tokenizer.encode("问"),
+        prompt_embeds=None,
+        sampling_params=SamplingParams(),
+    )
+    detokenizer = IncrementalDetokenizer.from_new_request(tokenizer, request)
+    pieces = []
+    for id in ids:
+        detokenizer.update([id], stop_terminated=False)
+        pieces.append(detokenizer.get_next_output_text(finished=False, delta=True))
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert "".join(pieces).lstrip(" ") == text
+    assert len([piece for piece in pieces if piece]) > 5
