@@ -20,7 +20,7 @@ from torch import Tensor
 from service import model_config
 from service.model_config import ModelConfig, Origins
 
-HIDDEN, LAYERS, HEADS, FFN, VOCABULARY = 128, 3, 4, 192, 512
+HIDDEN, LAYERS, HEADS, FFN, VOCABULARY = 128, 3, 4, 192, 480
 
 LLAMA: dict[str, Any] = {
     "hidden_size": HIDDEN,
@@ -43,17 +43,33 @@ Tensors = dict[str, Tensor]
 def write(name: str, folder: Path, **changes: Any) -> Path:
     """Write the checkpoint of one of BUILDERS; `changes` go over its config.json."""
     config, tensors = BUILDERS[name](**changes)
-    folder.mkdir(parents=True, exist_ok=True)
+    # OpenELM's tokenizer is another repository's.
+    tokenizer = folder / "tokenizer" if name == "openelm" else folder
+    TOKENIZERS[name](tokenizer)
+    _silence_what_is_no_text(tokenizer / "tokenizer.model", tensors)
     (folder / "config.json").write_text(json.dumps(config))
     if name in BIN:
         torch.save(tensors, folder / "pytorch_model.bin")
     else:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    if name == "openelm":  # its tokenizer is another repository's
-        TOKENIZERS[name](folder / "tokenizer")
-    else:
-        TOKENIZERS[name](folder)
     return folder
+
+
+def _silence_what_is_no_text(tokenizer: Path, tensors: Tensors) -> None:
+    """Give single bytes and control tokens no likelihood, or answers would be mostly those."""
+    if not tokenizer.exists():
+        return
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    ids = [
+        id
+        for id in range(len(model))
+        if model.is_byte(id) or model.is_control(id) or model.is_unknown(id)
+    ]
+    if "lm_head.weight" in tensors:
+        tensors["lm_head.weight"][ids] = 0
+    else:
+        (embeddings,) = (name for name in tensors if "embed" in name)
+        tensors[embeddings][ids] *= 0.01
 
 
 def load(name: str, folder: Path, *assignments: str) -> tuple[ModelConfig, Origins]:
@@ -282,7 +298,7 @@ def sentencepiece_model(
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS * 20),
         model_writer=model,
-        vocab_size=480,
+        vocab_size=VOCABULARY,
         model_type="bpe",
         byte_fallback=True,
         character_coverage=1.0,
@@ -360,7 +376,7 @@ def _tokenizers_model(
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     trainer = trainers.BpeTrainer(
-        vocab_size=480,
+        vocab_size=VOCABULARY,
         special_tokens=[AddedToken(token, special=True, normalized=False) for token in special],
         initial_alphabet=alphabet,
         show_progress=False,

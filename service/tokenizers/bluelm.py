@@ -19,6 +19,13 @@ class BlueLMTokenizer(SentencePieceTokenizer):
 
     MARKERS = (*_MARKER.values(), "[|Function|]:")
 
+    def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
+        # The tutorial's answers show none of them.
+        if skip_special_tokens and not isinstance(ids, int):
+            markers = set(self.marker_ids.values())
+            ids = [id for id in ids if id not in markers]
+        return super().convert_ids_to_tokens(ids, skip_special_tokens)
+
     def apply_chat_template(
         self,
         conversation: Sequence[Mapping[str, Any]],

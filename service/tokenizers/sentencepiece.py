@@ -15,10 +15,7 @@ _UNUSED = ModelProto.SentencePiece.Type.UNUSED
 
 
 class SentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]  # transformers is untyped
-    """`MARKERS` are the pieces that structure a chat.
-
-    Text never becomes one (`encode_text`), and they are dropped from what is shown.
-    """
+    """`MARKERS` are the pieces that structure a chat. Text never becomes one (`encode_text`)."""
 
     MARKERS: tuple[str, ...] = ()
 
@@ -75,12 +72,6 @@ class SentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]  # tra
         eos = [self.eos_token_id] if self.add_eos_token else []
         built = bos + token_ids_0 + eos
         return built if token_ids_1 is None else built + bos + token_ids_1 + eos
-
-    def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
-        if skip_special_tokens and not isinstance(ids, int):
-            markers = set(self.marker_ids.values())
-            ids = [id for id in ids if id not in markers]
-        return super().convert_ids_to_tokens(ids, skip_special_tokens)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         text = ""
