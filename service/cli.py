@@ -116,7 +116,7 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     verbose: Verbose = None,
 ) -> None:
-    """Compare the engine with a plain PyTorch reference on the model's files; 1 when they differ.
+    """Compare the engine with a plain PyTorch reference on the model's files; exit 3: different.
 
     Examples:
 
@@ -138,7 +138,7 @@ def verify(
         print(json.dumps({**asdict(report), "verdict": report.verdict}, ensure_ascii=False))
     else:
         _print_report(report)
-    raise SystemExit(1 if report.problems else 0)
+    raise SystemExit(3 if report.problems else 0)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """Where models come from: the embedded wheel, a ModelScope hub on loopback, a folder."""
 
 import errno
+import json
 import os
 import resource
 import signal
@@ -241,6 +242,22 @@ def test_a_killed_download_is_not_taken_for_a_model_and_resumes(hub: Hub, tmp_pa
     folder, _ = fetch(hub, tmp_path)
     assert here(folder).items() <= FILES.items()
     assert (BIG, size) in hub.sent and not partial.exists()
+
+
+def test_a_cache_that_modelscope_filled_itself_serves_without_the_hub(
+    hub: Hub, tmp_path: Path
+) -> None:
+    dead = "http://127.0.0.1:9"
+    shard = "model-00001-of-00001.safetensors"
+    hub.files[shard] = hub.files.pop(BIG)
+    index = {"weight_map": {"a": shard}}
+    hub.files["model.safetensors.index.json"] = json.dumps(index).encode()
+    folder, _ = fetch(hub, tmp_path)
+    (folder / ".complete.json").unlink()
+    assert "using the files already downloaded" in fetch(hub, tmp_path, MODELSCOPE_ENDPOINT=dead)[1]
+    (folder / shard).unlink()
+    message = refusal(hub, tmp_path, MODELSCOPE_ENDPOINT=dead)
+    assert f"{folder} has no complete copy" in message
 
 
 def test_a_file_may_take_longer_than_the_hour_that_modelscope_gives_it() -> None:

@@ -62,7 +62,7 @@ def fetch(model_id: str, revision: str, *, weights: bool = True) -> Path:
                 folder.mkdir(parents=True, exist_ok=True)
                 _check_space(folder, files)
                 receipt = _receipt(folder, weights)
-                receipt.unlink(missing_ok=True)  # from now on the folder may be a mixture
+                receipt.write_text("{}")  # from now on the folder may be a mixture
                 hub.download_repo(model_id, "model", revision=revision, file_list=files)
                 receipt.write_text(json.dumps({"revision": revision, "files": files}))
     except (HubError, RequestException, OSError) as e:
@@ -142,13 +142,36 @@ def _complete(
     """
     try:
         kept = json.loads(_receipt(folder, weights).read_text())
+    except FileNotFoundError:
+        return files is None and _looks_complete(folder, weights)  # modelscope's own command's
+    except (OSError, ValueError):
+        return False
+    try:
         return (
             kept["revision"] == revision
             and files in (None, kept["files"])
             and all((folder / f["Path"]).stat().st_size == f["Size"] for f in kept["files"])
         )
-    except (OSError, ValueError):
+    except (OSError, KeyError):
         return False
+
+
+def _looks_complete(folder: Path, weights: bool) -> bool:
+    """Whether a folder that another program filled lacks nothing that can be told from itself."""
+    if any(folder.rglob("*.incomplete")):
+        return False
+    if not weights:
+        return any(folder.glob("tokenizer*"))
+    shards = {
+        shard
+        for index in folder.glob("*.index.json")
+        for shard in json.loads(index.read_text())["weight_map"].values()
+    }
+    return (
+        (folder / "config.json").is_file()
+        and any(_matches(file.name, _WEIGHTS) for file in folder.iterdir())
+        and all((folder / shard).is_file() for shard in shards)
+    )
 
 
 def _check_space(folder: Path, files: list[dict[str, Any]]) -> None:
