@@ -66,11 +66,15 @@ class ContractRequest(BaseModel):
 
 
 class Chunk(NamedTuple):
-    """New text from the engine; `tokens` counts all of this request's so far."""
+    """New text from the engine; `tokens` counts all of this request's so far.
+
+    `echoed` is how many characters of the whole text are the prompt's.
+    """
 
     text: str
     tokens: int
     finish_reason: str | None
+    echoed: int = 0
 
 
 class Engine(Protocol):
@@ -223,7 +227,8 @@ class Contract:
             record.exchange = (now, asked.prompt, text)
         body: dict[str, Any] = {"response": text, "status": 200, "time": now}
         if asked.history is not None:
-            body["history"] = prompting.append_turn(asked.history, asked.prompt, text)
+            answer = text[last.echoed :]  # what the model said: it will read it again
+            body["history"] = prompting.append_turn(asked.history, asked.prompt, answer)
         if asked.details:
             body["details"] = {
                 "model": self.config.name,

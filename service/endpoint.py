@@ -246,6 +246,7 @@ class Engine:
         kind = RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
         # Text is needed at every step only to send it or to look for stop strings.
         stepwise = stream or "stop" in params
+        echoed = self._text(token_ids) if echo else ""
         answer: list[int] = []
         begun = False
         try:
@@ -265,8 +266,8 @@ class Engine:
                         text = await self._decode(token_ids if echo else [], answer, reason)
                     elif not begun and (text or reason):
                         begun = True
-                        text = self._begin(token_ids if echo else [], answer, text)
-                    yield Chunk(text, len(answer), reason)
+                        text = echoed + text if echo else self._begin(answer, text)
+                    yield Chunk(text, len(answer), reason, len(echoed))
         except RequestError:
             raise
         except EngineDeadError as e:
@@ -281,20 +282,20 @@ class Engine:
             _logger.exception("request %s failed in the engine", request_id)
             raise GenerationFailed("the engine failed this request; send it again") from e
 
-    async def _decode(self, echoed: list[int], answer: list[int], reason: str | None) -> str:
+    async def _decode(self, prompt: list[int], answer: list[int], reason: str | None) -> str:
         """A whole answer as the tutorials decode it, special tokens dropped."""
-        ids = echoed + (answer[:-1] if reason == "stop" else answer)  # less the stop token
+        ids = prompt + (answer[:-1] if reason == "stop" else answer)  # less the stop token
         if len(ids) <= _INLINE_TOKENS:
             text = self._text(ids)
         else:
             text = await asyncio.to_thread(self._text, ids)
         return text.rstrip("\ufffd") if reason == "length" else text  # a character cut in two
 
-    def _begin(self, echoed: list[int], answer: list[int], text: str) -> str:
-        """The first text of a stream, such that the whole is what `_decode` gives."""
-        if echoed:
-            return self._text(echoed) + text
-        # vLLM decodes after the prompt and keeps a space that decoding the answer alone drops.
+    def _begin(self, answer: list[int], text: str) -> str:
+        """The first text of a stream, such that the whole is what `_decode` gives.
+
+        vLLM decodes after the prompt and keeps a space that decoding the answer alone drops.
+        """
         if text.startswith(" ") and not self._text(answer).startswith(" "):
             return text[1:]
         return text

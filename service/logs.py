@@ -38,6 +38,11 @@ _HARMLESS = re.compile(
             "disabling stats logging",
             r"\[shutdown\]",
             "ulimit",
+            "Using a slow tokenizer",
+            r"torch\.set_num_threads",
+            "The global random seed",
+            "Attempted to load weight",
+            "requires system-first ordering",
         )
     )
 )

@@ -142,6 +142,16 @@ def test_bluelm_echoes_the_question_and_answers_what_its_reference_answers(
     assert ("".join(deltas), whole) == (expected, expected)
 
 
+def test_history_holds_what_bluelm_said_without_the_echo(
+    bluelm: tuple[Path, httpx.Client],
+) -> None:
+    _, client = bluelm
+    body = {"prompt": "你好", "history": [["谁", "我"]], "max_length": 5, **GREEDY}
+    answer = client.post("/", json=body).json()
+    said = answer["history"][1][1]
+    assert answer["response"] == f"谁我你好{said}"
+
+
 def test_bluelm_is_greedy_as_its_checkpoint_is(bluelm: tuple[Path, httpx.Client]) -> None:
     _, client = bluelm
     body = {"prompt": "你好", "max_length": 2, "details": True}

@@ -44,6 +44,9 @@ class BlueLMConfig(LlamaConfig):  # type: ignore[misc]  # neither it nor vLLM is
             }
         super().__post_init__(**kwargs)
 
+    def _validate_ntk_rope_parameters(self, *_: object, **__: object) -> None:
+        """transformers asks for this by name, and warns at every start when it is missing."""
+
 
 class BlueLMAttention(LlamaAttention):  # type: ignore[misc]
     def _init_rotary_emb(self, config: BlueLMConfig, quant_config: object) -> None:
