@@ -68,21 +68,53 @@ def serve(
 
 @app.command()
 def check(
-    model: Model = DEFAULT_MODEL, assignments: Assignments = None, verbose: Verbose = None
+    model: Model = DEFAULT_MODEL,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Of each GPU to plan for: 24GiB, 24GB [default: this machine's]."
+        ),
+    ] = None,
+    concurrent: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Requests at once that must fit.")
+    ] = 1,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="L", help="Tokens of each of them [default: the longest allowed]."
+        ),
+    ] = None,
+    assignments: Assignments = None,
+    verbose: Verbose = None,
 ) -> None:
     """Validate a model's YAML against vLLM without loading weights; say where each value is from.
+
+    With the model's files here: will it fit. 1 when not.
 
     Examples:
 
         chat-service check
 
-        chat-service check my-model.yaml --set engine.max_model_len=2048
+        chat-service check my-model.yaml --memory 24GiB --concurrent 8 --context 2048
     """
-    from service import launch
+    from service import fit, launch
 
     config, origins = model_config.load(model, assignments or ())
-    rows = launch.check(config, origins, settings.load(verbose=verbose))
-    _print_table(("key", "value", "from"), rows)
+    report = launch.check(
+        config,
+        origins,
+        settings.load(verbose=verbose),
+        memory=fit.parse_size(memory) if memory else None,
+        concurrent=concurrent,
+        context=context,
+    )
+    _print_table(("key", "value", "from"), report.rows)
+    for line in report.fit:
+        print(line)
+    for problem in report.problems:
+        print(f"problem: {problem}")
+    if report.problems:
+        raise SystemExit(1)
     print(f"{config.name}: ok")
 
 

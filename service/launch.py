@@ -22,13 +22,14 @@ import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from service import logs, weights
+from service import fit, logs, weights
 from service.errors import ConfigError, LaunchError, ServiceError, WeightsError
-from service.model_config import ModelConfig, Origins, nearest
+from service.model_config import ModelConfig, Origins, catalogue, nearest
 from service.settings import CONFIG_VARIABLE, ApiProcessConfig, Settings
 
 if TYPE_CHECKING:
@@ -81,14 +82,31 @@ def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
             raise LaunchError(announcer.failure)
 
 
+@dataclass(frozen=True)
+class Report:
+    """What `check` found. A problem keeps the model from being served well."""
+
+    rows: list[tuple[str, object, str]]  # each effective value with its origin
+    fit: list[str]
+    problems: list[str]
+
+
 def check(
-    config: ModelConfig, origins: Origins, settings: Settings
-) -> list[tuple[str, object, str]]:
-    """Each effective value with its origin, after vLLM has validated its arguments.
+    config: ModelConfig,
+    origins: Origins,
+    settings: Settings,
+    *,
+    memory: int | None = None,
+    concurrent: int = 1,
+    context: int | None = None,
+) -> Report:
+    """Each effective value, after vLLM has validated its arguments; whether it fits.
 
     When the model's files are here, vLLM's whole configuration is built from them too; weights are
-    never loaded. Raises ServiceError.
+    never loaded. `memory` is that of each GPU in bytes, absent: this machine's. Raises
+    ServiceError.
     """
+    asked = memory is not None or context is not None or concurrent > 1
     with prepared(config, origins, settings) as (args, _):
         rows = [
             (".".join(map(str, path)), value, origins.place(path))
@@ -101,21 +119,55 @@ def check(
             else model
         )
         if model is None or tokenizer is None:
+            known = catalogue().get(config.name) == origins.file
+            name = config.name if known else origins.file
+            download = f"run `chat-service download {name}` first"
+            if asked:
+                raise WeightsError(f"whether it fits is read from the model's files; {download}")
             rows.append(("files", "not downloaded yet", "`serve` does it"))
-            return rows
+            return Report(rows, [f"fit: not checked; {download}"], [])
         rows.append(("files", str(model), "this machine"))
         _use_files(args, model, tokenizer)
         with explained(settings):
             from vllm import AsyncEngineArgs
+            from vllm.platforms import current_platform
+            from vllm.usage.usage_lib import UsageContext
 
-            vllm_config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+            if memory is not None:
+                _plan_for_gpu(args, memory)
+            vllm_config = AsyncEngineArgs.from_cli_args(args).create_engine_config(
+                UsageContext.OPENAI_API_SERVER
+            )
+            on_gpu = memory is not None or not current_platform.is_cpu()
+            if memory is None:
+                memory = current_platform.get_device_total_memory()
+            try:
+                room = fit.estimate(vllm_config, model, memory, on_gpu=on_gpu)
+                lines, problems = room.lines(), room.problems(concurrent, context)
+            except WeightsError as e:
+                if asked:
+                    raise
+                lines, problems = [f"fit: not computed; {e}"], []
         if not {"max_model_len", "max-model-len"} & config.engine.keys():
             length = vllm_config.model_config.max_model_len
             rows.append(("engine.max_model_len", length, "the model's config.json"))
         for name, value in vllm_config.model_config.get_diff_sampling_param().items():
             if getattr(config.sampling, name, None) is None:
                 rows.append((f"sampling.{name}", value, "generation_config.json"))
-    return rows
+    return Report(rows, lines, problems)
+
+
+def _plan_for_gpu(args: argparse.Namespace, memory: int) -> None:
+    """vLLM's defaults on a GPU of this many bytes, whatever this machine has
+    (EngineArgs.get_batch_defaults)."""
+    large = memory >= 70 * fit.GIB
+    defaults = {
+        "max_num_seqs": 1024 if large else 256,
+        "max_num_batched_tokens": 8192 if large else 2048,
+    }
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 @contextmanager

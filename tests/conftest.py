@@ -1,5 +1,6 @@
 """Fixtures: the real service on the embedded model, started once for all tests that talk to it."""
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,15 @@ MODEL = "smollm2-135m-instruct"
 def embedded_model() -> Path:
     """The folder of the embedded model, fetched before a test that asks whether it is here."""
     return weights.fetch(model_config.load(MODEL)[0].source, settings.load().cache_dir)
+
+
+@pytest.fixture
+def environment() -> Iterator[None]:
+    """For a test that calls what prepares the environment of a server."""
+    saved = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(saved)
 
 
 @pytest.fixture(scope="session")

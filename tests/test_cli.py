@@ -53,6 +53,16 @@ def test_check_says_where_each_value_is_from(embedded_model: Path) -> None:
     assert done.stdout.endswith(f"{MODEL}: ok\n")
 
 
+def test_check_ends_with_1_when_it_does_not_fit(embedded_model: Path) -> None:
+    fits = run("check", "--memory", "24GiB", "--concurrent", "40", "--context", "1024")
+    assert fits.returncode == 0, fits.stderr
+    assert re.search(r"^memory: 24\.0 GiB: weights 0\.3, .* KV cache 1\.0 GiB", fits.stdout, re.M)
+    done = run("check", "--memory", "24GiB", "--concurrent", "60", "--context", "1024")
+    assert done.returncode == 1, done.stderr
+    *_, problem = done.stdout.splitlines()
+    assert problem.startswith("problem: does not fit: 60 x 1,024 tokens need 0.32 GiB more")
+
+
 def test_check_works_before_anything_is_downloaded(tmp_path: Path) -> None:
     done = run("check", "qwen2-7b-instruct", MODELSCOPE_CACHE=str(tmp_path))
     assert done.returncode == 0, done.stderr
@@ -72,6 +82,7 @@ def test_check_refuses_what_vllm_refuses_for_this_model(embedded_model: Path) ->
         (["serve", "smollm"], "error: no model named 'smollm'"),
         (["check", "--set", "engine.dtipe=x"], "did you mean 'dtype'?"),
         (["serve", "--port", "99999"], "error: --port: input should be less than or equal to"),
+        (["check", "--memory", "much"], "error: --memory 'much': expected a size, such as 24GiB"),
         (["check", "none.yaml"], "error: none.yaml: No such file or directory"),
     ],
 )

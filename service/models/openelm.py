@@ -92,14 +92,14 @@ def _make_divisible(value: float, divisor: int) -> int:
     return rounded + divisor if rounded < 0.9 * value else rounded
 
 
-def kv_repeats(config: OpenELMConfig, layer: int) -> int:
+def kv_repeats(config: OpenELMConfig, layer: int, tp_size: int | None = None) -> int:
     """How often each KV head of a layer is repeated so that all tensor-parallel ranks get as many.
 
-    The smallest number that leaves every query head its own KV head. Raises ValueError when there
-    is none.
+    The smallest number that leaves every query head its own KV head. `tp_size` is that of the
+    running group when it is not given. Raises ValueError when there is no such number.
     """
     query_heads, kv_heads = config.query_heads[layer], config.kv_heads[layer]
-    tp_size = get_tensor_model_parallel_world_size()
+    tp_size = tp_size or get_tensor_model_parallel_world_size()
     group = query_heads // kv_heads
     for repeats in range(1, group + 1):
         if group % repeats == 0 and kv_heads * repeats % tp_size == 0:

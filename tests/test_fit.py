@@ -1,0 +1,319 @@
+"""Will it fit: beside vLLM's own count on its engine, and by hand for the published models."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service import fit, launch, model_config, settings
+from service.errors import ConfigError, WeightsError
+from service.fit import GIB
+from tests import checkpoints
+
+pytestmark = pytest.mark.usefixtures("environment")
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+OPENELM_QUERY_HEADS = [12] * 4 + [16] * 14 + [20] * 12 + [24] * 6
+OPENELM_FFN = [
+    *(1536, 1792, 2048, 2560, 2816, 3072, 3328, 3584, 4096, 4352, 4608, 4864),
+    *(5120, 5632, 5888, 6144, 6400, 6656, 7168, 7424, 7680, 7936, 8192, 8704),
+    *(8960, 9216, 9472, 9728, 10240, 10496, 10752, 11008, 11264, 11776, 12032, 12288),
+]
+
+
+def llama(architecture: str, hidden: int, ffn: int, vocabulary: int, **keys: Any) -> dict[str, Any]:
+    return {
+        "architectures": [f"{architecture}ForCausalLM"],
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "vocab_size": vocabulary,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "torch_dtype": "bfloat16",
+        "tie_word_embeddings": False,
+        **keys,
+    }
+
+
+# config.json as published, in what matters here; MiniCPM is the fp32 repository.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "baichuan2-7b-chat": llama(
+        "Baichuan", 4096, 11008, 125696, model_type="baichuan", max_position_embeddings=4096
+    ),
+    "xverse-7b-chat": llama(
+        "Xverse", 4096, 11008, 100534, model_type="xverse", max_position_embeddings=8192
+    ),
+    "bluelm-7b-chat": llama(
+        "BlueLM", 4096, 11008, 100096, model_type="BlueLM", max_position_embeddings=2048
+    ),
+    "openelm-3b-instruct": {
+        "architectures": ["OpenELMForCausalLM"],
+        "model_type": "openelm",
+        "model_dim": 3072,
+        "head_dim": 128,
+        "num_transformer_layers": 36,
+        "num_query_heads": OPENELM_QUERY_HEADS,
+        "num_kv_heads": [heads // 4 for heads in OPENELM_QUERY_HEADS],
+        "ffn_multipliers": [size / 3072 for size in OPENELM_FFN],
+        "ffn_dim_divisor": 256,
+        "max_context_length": 2048,
+        "share_input_output_layers": True,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 32000,
+    },
+    "minicpm-2b-sft": {
+        **llama("MiniCPM", 2304, 5760, 122753, num_hidden_layers=40, num_attention_heads=36),
+        **{"max_position_embeddings": 4096, "scale_emb": 12, "scale_depth": 1.4},
+        **{"dim_model_base": 256, "torch_dtype": "float32", "tie_word_embeddings": True},
+    },
+    "qwen2-7b-instruct": {
+        **llama("Qwen2", 3584, 18944, 152064, num_hidden_layers=28, num_attention_heads=28),
+        **{"model_type": "qwen2", "num_key_value_heads": 4, "max_position_embeddings": 32768},
+    },
+}
+
+
+def parameters(name: str) -> int:
+    """By hand from the shapes; norms, biases and other vectors are below a thousandth."""
+    config = PUBLISHED[name]
+    if name.startswith("openelm"):
+        heads = sum(2 * q + 2 * q // 4 for q in OPENELM_QUERY_HEADS)  # q and o, k and v
+        return 32000 * 3072 + 3072 * 128 * heads + 3 * 3072 * sum(OPENELM_FFN)
+    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
+    shared = config.get("num_key_value_heads", config["num_attention_heads"])
+    kv = hidden * shared // config["num_attention_heads"]
+    layer = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * config["intermediate_size"]
+    tables = 1 if name.startswith("minicpm") else 2
+    return int(tables * config["vocab_size"] * hidden + layers * layer)
+
+
+@contextmanager
+def engine(folder: Path, **arguments: Any) -> Iterator[Any]:
+    """vLLM's LLM in this process."""
+    from vllm import LLM
+
+    llm = LLM(
+        str(folder),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        enforce_eager=True,
+        use_tqdm_on_load=False,
+        kv_cache_memory_bytes=50 << 20,
+        **arguments,
+    )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def configured(folder: Path, **arguments: Any) -> Any:
+    from vllm import EngineArgs
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    sizes = {"max_num_seqs": 256, "max_num_batched_tokens": 2048, "dtype": "bfloat16"}
+    arguments = {"skip_tokenizer_init": True, **sizes, **arguments}
+    return EngineArgs(str(folder), **arguments).create_engine_config()
+
+
+def on_24_gib(folder: Path, **arguments: Any) -> fit.Fit:
+    return fit.estimate(configured(folder, **arguments), folder, 24 * GIB, on_gpu=True)
+
+
+def published(name: str, folder: Path) -> Path:
+    config = PUBLISHED[name]
+    stored = 4 if config["torch_dtype"] == "float32" else 2
+    (folder / "config.json").write_text(json.dumps(config))
+    index = {"metadata": {"total_size": parameters(name) * stored}, "weight_map": {}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["openelm", "qwen2", "baichuan2"])
+def test_tokens_concurrency_and_weights_are_what_vllm_then_reports(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm.model_executor.model_loader import base_loader
+
+    loaded: list[int] = []
+    process = base_loader.process_weights_after_loading
+
+    def count(model: Any, *arguments: Any) -> None:  # before the CPU packs them
+        loaded.append(sum(p.numel() * p.element_size() for p in model.parameters()))
+        process(model, *arguments)
+
+    monkeypatch.setattr(base_loader, "process_weights_after_loading", count)
+    folder = checkpoints.write(name, tmp_path / name)
+    with engine(folder, max_model_len=1000) as llm:  # not a multiple of a block
+        vllm_config = llm.llm_engine.vllm_config
+        cache = vllm_config.cache_config
+        room = fit.estimate(vllm_config, folder, GIB, on_gpu=False)
+        assert room.blocks == cache.num_gpu_blocks
+        assert room.tokens == cache.kv_cache_size_tokens
+        assert room.concurrency(1000) == pytest.approx(cache.kv_cache_max_concurrency)
+    assert [room.demand.weights] == loaded
+
+
+# KV cache of a token in KiB, and of what 24 GiB leaves for it: tokens, requests at full context.
+EXPECTED = {
+    "baichuan2-7b-chat": (2 * 32 * 32 * 128 * 2 / 1024, 10928, 2.67),
+    "xverse-7b-chat": (2 * 32 * 32 * 128 * 2 / 1024, 12208, 1.49),
+    "bluelm-7b-chat": (2 * 32 * 32 * 128 * 2 / 1024, 12224, 5.97),
+    "openelm-3b-instruct": (2 * (4 * 3 + 14 * 4 + 12 * 5 + 6 * 6) * 128 * 2 / 1024, 186160, 90.90),
+    "minicpm-2b-sft": (2 * 40 * 36 * 64 * 2 / 1024, 41568, 10.15),
+    "qwen2-7b-instruct": (2 * 28 * 4 * 128 * 2 / 1024, 91472, 2.79),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_models_in_24_gib(name: str, tmp_path: Path) -> None:
+    room = on_24_gib(published(name, tmp_path))
+    kib, tokens, concurrency = EXPECTED[name]
+    assert room.demand.block == kib * 1024 * 16
+    assert room.demand.weights == parameters(name) * 2
+    # 256 requests sampled, CUDA graphs, CUDA libraries.
+    overhead = 256 * PUBLISHED[name]["vocab_size"] * 40 + (1.44 + 0.12) * GIB
+    left = 24 * GIB * 0.92 - parameters(name) * 2 - overhead
+    assert tokens == pytest.approx(left / (kib * 1024), abs=16)
+    assert room.tokens == tokens
+    full = room.demand.max_model_len
+    assert room.concurrency(full) == pytest.approx(concurrency, abs=0.005)
+    assert room.largest_context == full  # all six have room for one request at least
+    assert room.problems() == []
+    row = (
+        f"| `{name}` | {full:,} | {room.concurrency(full):.1f} | {int(room.concurrency(1024))} |\n"
+    )
+    assert row in README
+
+
+def test_what_changes_the_bytes(tmp_path: Path) -> None:
+    folder = checkpoints.write("openelm", tmp_path)  # float32, served in bfloat16 here
+    stored = (folder / "model.safetensors").stat().st_size
+    room = on_24_gib(folder)
+    assert room.demand.weights == pytest.approx(stored / 2, rel=0.01)
+    assert room.demand.block == 16 * 2 * (2 + 3 + 3) * 32 * 2
+    assert on_24_gib(folder, kv_cache_dtype="fp8").demand.block == room.demand.block / 2
+    assert on_24_gib(folder, block_size=32).demand.block == room.demand.block * 2
+    two = on_24_gib(folder, tensor_parallel_size=2)
+    assert two.demand.weights == room.demand.weights / 2
+    assert two.demand.block == 16 * 2 * (1 + 3 + 3) * 32 * 2  # 3 KV heads are repeated
+    table = 320 * 128
+    halved = (room.demand.weights - 2 * table) / 2 + 2 * table
+    assert on_24_gib(folder, quantization="fp8").demand.weights == halved
+    graphs = room.demand.overhead - on_24_gib(folder, enforce_eager=True).demand.overhead
+    assert graphs == int(1.44 * GIB)
+
+
+def test_files_that_are_no_checkpoint_are_told(tmp_path: Path) -> None:
+    folder = checkpoints.write("qwen2", tmp_path)
+    vllm_config = configured(folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(b"version https://git-lfs")
+    with pytest.raises(WeightsError, match="is not a safetensors file"):
+        fit.estimate(vllm_config, folder, GIB, on_gpu=True)
+    weights.rename(folder / "pytorch_model.bin")
+    with pytest.raises(WeightsError, match="is not a PyTorch weight file"):
+        fit.estimate(vllm_config, folder, GIB, on_gpu=True)
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(WeightsError, match="has neither weights nor their index"):
+        fit.estimate(vllm_config, folder, GIB, on_gpu=True)
+
+
+DEMAND = fit.Demand(
+    weights=14 * GIB,
+    overhead=2 * GIB,
+    block=GIB // 128,
+    block_tokens=16,
+    max_model_len=4096,
+    max_num_seqs=256,
+    gpus=1,
+)
+
+
+@pytest.mark.parametrize(
+    ("room", "arguments", "problem"),
+    [
+        (fit.Fit(DEMAND, 24 * GIB, 1, None), (4, 4096), None),
+        (fit.Fit(DEMAND, 24 * GIB, 1, None), (16, 1024), None),
+        (
+            fit.Fit(DEMAND, 24 * GIB, 1, None),
+            (5, 4096),
+            "5 x 4,096 tokens need 2.00 GiB more KV cache than there is; set "
+            "engine.max_model_len=3264, engine.kv_cache_dtype=fp8, engine.quantization=fp8, or a "
+            "larger engine.tensor_parallel_size",
+        ),
+        (
+            fit.Fit(DEMAND, 17 * GIB, 1, None),
+            (1, 1024),
+            "1 x 4,096 tokens need 1.00 GiB more KV cache than there is; set "
+            "engine.max_model_len=2048",
+        ),
+        (fit.Fit(DEMAND, 16 * GIB, 0.9, None), (1, None), "1.60 GiB more than there is; set"),
+        (fit.Fit(DEMAND, 24 * GIB, 1, 9 * GIB), (1, None), "1.00 GiB more than there is; set a"),
+        (fit.Fit(DEMAND, 24 * GIB, 1, GIB), (1, None), "a larger engine.kv_cache_memory_bytes"),
+        (fit.Fit(DEMAND, 24 * GIB, 1, None), (1, 8192), "8,192 tokens is longer than 4,096"),
+        (fit.Fit(DEMAND, 99 * GIB, 1, None), (300, 16), "raise engine.max_num_seqs to 300"),
+    ],
+)
+def test_what_does_not_fit_is_told_with_how_much_and_what_to_change(
+    room: fit.Fit, arguments: tuple[int, int | None], problem: str | None
+) -> None:
+    found = room.problems(*arguments)
+    if problem is None:
+        assert found == []
+    else:
+        assert len(found) == 1
+        assert problem in found[0]
+
+
+def test_lines_for_a_person() -> None:
+    assert fit.Fit(DEMAND, 24 * GIB, 1, None).lines() == [
+        "memory: 24.0 GiB x 1 = 24.0 GiB: weights 14.0, overhead about 2.0, KV cache 8.0 GiB = "
+        "16,384 tokens (512 KiB a token)",
+        "fits: 4.00 requests at the full context of 4,096 tokens; 16 at 1,024; largest context for "
+        "one request 4,096 (limited by engine.max_model_len, or the model)",
+    ]
+    assert fit.Fit(DEMAND, 17 * GIB, 1, None).lines()[1].endswith("2,048 (limited by the memory)")
+    assert fit.Fit(DEMAND, 16 * GIB, 1, None).lines()[0].endswith("nothing left for KV cache")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("24GiB", 24 * 2**30),
+        ("24G", 24 * 2**30),
+        ("24GB", 24 * 10**9),
+        ("1.5 gib", 3 * 2**29),
+        ("512MiB", 2**29),
+        ("1TB", 10**12),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert fit.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["24", "GiB", "-1G", "24Gb/s", "24 cards", "0GiB"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ConfigError, match="--memory .*: expected a size"):
+        fit.parse_size(text)
+
+
+def test_a_fit_that_is_asked_for_needs_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path))
+    config, origins = model_config.load("qwen2-7b-instruct")
+    report = launch.check(config, origins, settings.load())
+    remedy = "run `chat-service download qwen2-7b-instruct` first"
+    assert report.fit == [f"fit: not checked; {remedy}"]
+    assert report.problems == []
+    with pytest.raises(WeightsError, match=remedy):
+        launch.check(config, origins, settings.load(), memory=24 * GIB)
