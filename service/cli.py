@@ -89,7 +89,7 @@ def check(
 ) -> None:
     """Validate a model's YAML against vLLM without loading weights; say where each value is from.
 
-    With the model's files here: will it fit. 1 when not.
+    With the model's files here: will it fit, and is its template sane. 1 when not.
 
     Examples:
 
@@ -111,6 +111,8 @@ def check(
     _print_table(("key", "value", "from"), report.rows)
     for line in report.fit:
         print(line)
+    for warning in report.warnings:
+        print(f"warning: {warning}")
     for problem in report.problems:
         print(f"problem: {problem}")
     if report.problems:

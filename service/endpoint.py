@@ -126,6 +126,21 @@ async def _try_template(engine: "Engine", model: ModelConfig) -> None:
         raise ConfigError(f"prompt.template cannot render one user turn: {reason}") from e
 
 
+def chat_params(
+    template: str | None, content_format: str, kwargs: dict[str, Any] | None
+) -> ChatParams:
+    """As vLLM's own chat route renders (ChatCompletionRequest.build_chat_params)."""
+    return ChatParams(
+        chat_template=template,
+        chat_template_content_format=content_format,
+        chat_template_kwargs={
+            **(kwargs or {}),
+            "add_generation_prompt": True,
+            "tokenize": False,
+        },
+    )
+
+
 class Engine:
     """vLLM's AsyncLLM as `contract.Engine`: its objects and errors become ours here."""
 
@@ -140,15 +155,10 @@ class Engine:
         self._stopped = False
         self._generating: set[asyncio.Task[Any]] = set()
         online = state.online_renderer
-        # As vLLM's own chat route renders (ChatCompletionRequest.build_chat_params).
-        self._chat = ChatParams(
-            chat_template=online.chat_template,
-            chat_template_content_format=online.chat_template_content_format,
-            chat_template_kwargs={
-                **(online.default_chat_template_kwargs or {}),
-                "add_generation_prompt": True,
-                "tokenize": False,
-            },
+        self._chat = chat_params(
+            online.chat_template,
+            online.chat_template_content_format,
+            online.default_chat_template_kwargs,
         )
 
     def stop_at(self, strings: Sequence[str], state: State) -> None:

@@ -22,14 +22,15 @@ import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from service import fit, logs, weights
+from service import fit, logs, template, weights
 from service.errors import ConfigError, LaunchError, ServiceError, WeightsError
 from service.model_config import ModelConfig, Origins, catalogue, nearest
+from service.prompting import Message
 from service.settings import CONFIG_VARIABLE, ApiProcessConfig, Settings
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class Report:
     rows: list[tuple[str, object, str]]  # each effective value with its origin
     fit: list[str]
     problems: list[str]
+    warnings: list[str]
 
 
 def check(
@@ -100,7 +102,7 @@ def check(
     concurrent: int = 1,
     context: int | None = None,
 ) -> Report:
-    """Each effective value, after vLLM has validated its arguments; whether it fits.
+    """Each effective value, after vLLM has validated its arguments; whether it fits and is sane.
 
     When the model's files are here, vLLM's whole configuration is built from them too; weights are
     never loaded. `memory` is that of each GPU in bytes, absent: this machine's. Raises
@@ -125,7 +127,7 @@ def check(
             if asked:
                 raise WeightsError(f"whether it fits is read from the model's files; {download}")
             rows.append(("files", "not downloaded yet", "`serve` does it"))
-            return Report(rows, [f"fit: not checked; {download}"], [])
+            return Report(rows, [f"fit and template: not checked; {download}"], [], [])
         rows.append(("files", str(model), "this machine"))
         _use_files(args, model, tokenizer)
         with explained(settings):
@@ -148,13 +150,14 @@ def check(
                 if asked:
                     raise
                 lines, problems = [f"fit: not computed; {e}"], []
+            findings = _check_template(args, vllm_config, config)
         if not {"max_model_len", "max-model-len"} & config.engine.keys():
             length = vllm_config.model_config.max_model_len
             rows.append(("engine.max_model_len", length, "the model's config.json"))
         for name, value in vllm_config.model_config.get_diff_sampling_param().items():
             if getattr(config.sampling, name, None) is None:
                 rows.append((f"sampling.{name}", value, "generation_config.json"))
-    return Report(rows, lines, problems)
+    return Report(rows, lines, problems + findings.problems, findings.warnings)
 
 
 def _plan_for_gpu(args: argparse.Namespace, memory: int) -> None:
@@ -168,6 +171,40 @@ def _plan_for_gpu(args: argparse.Namespace, memory: int) -> None:
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+
+
+def _check_template(
+    args: argparse.Namespace, vllm_config: Any, config: ModelConfig
+) -> template.Findings:
+    """The prompts as the server makes them (vLLM's init_app_state and `endpoint.Engine`)."""
+    from vllm.entrypoints.launchers.cli_args import resolve_default_chat_template_kwargs
+    from vllm.renderers import renderer_from_config
+    from vllm.renderers.chat_utils import load_chat_template
+
+    from service.endpoint import chat_params
+
+    renderer = renderer_from_config(vllm_config)
+    chat = chat_params(
+        load_chat_template(args.chat_template),
+        args.chat_template_content_format,
+        resolve_default_chat_template_kwargs(args),
+    )
+
+    def render(prompt: list[Message] | str, answering: bool) -> list[int]:
+        if isinstance(prompt, str):
+            (rendered,) = renderer.render_cmpl([{"prompt": prompt}])
+        else:
+            kwargs = {**chat.chat_template_kwargs, "add_generation_prompt": answering}
+            _, (rendered,) = renderer.render_chat(
+                [prompt], replace(chat, chat_template_kwargs=kwargs)
+            )
+        ids: list[int] = rendered["prompt_token_ids"]
+        return ids
+
+    try:
+        return template.check(render, renderer.get_tokenizer(), vllm_config.model_config, config)
+    finally:
+        renderer.shutdown()
 
 
 @contextmanager

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from service import launch, prompting
+from service import launch, prompting, template
 from service.model_config import ModelConfig, Origins
 from service.settings import Settings
+from service.template import StopToken
 
 PROMPTS = (
     "你好",
@@ -48,12 +49,6 @@ class Comparison:
     divergence: Divergence | None
     largest_difference: float  # between log probabilities of the engine's likeliest, in nats
     mean_difference: float
-
-
-@dataclass(frozen=True)
-class StopToken:
-    id: int
-    token: str | None  # None: it is not in the vocabulary
 
 
 @dataclass(frozen=True)
@@ -101,7 +96,7 @@ def verify(
         dtype,
         comparisons,
         stop_tokens,
-        [*_problems(comparisons, dtype), *_missing(stop_tokens)],
+        [*_problems(comparisons, dtype), *template.missing(stop_tokens)],
     )
 
 
@@ -138,7 +133,7 @@ def _ask_engine(
             _Answer(prompt, tokenizer.decode(ids), ids, list(completion.token_ids), places, texts)
         )
     model = llm.llm_engine.model_config
-    stop_tokens = _stop_tokens(tokenizer, model, config)
+    stop_tokens = template.stop_tokens(tokenizer, model, config)
     llm.llm_engine.engine_core.shutdown()
     return answers, str(model.dtype).removeprefix("torch."), stop_tokens
 
@@ -192,25 +187,3 @@ def _problems(comparisons: Sequence[Comparison], dtype: str) -> list[str]:
                 f"{most:.3g} at most; rounding to {dtype} makes {on_average:g} and {at_most:g}"
             )
     return found
-
-
-def _stop_tokens(tokenizer: Any, model: Any, config: ModelConfig) -> list[StopToken]:
-    """Where the engine ends an answer: the tokenizer's eos, generation_config's and the YAML's."""
-    ids = model.try_get_generation_config().get("eos_token_id") or []
-    ids = [tokenizer.eos_token_id, *([ids] if isinstance(ids, int) else ids)]
-    vocabulary = tokenizer.get_vocab()
-    ids += [vocabulary[text] for text in config.sampling.stop or () if text in vocabulary]
-    known = {id: token for token, id in vocabulary.items()}
-    return [
-        StopToken(id, known.get(id) if id < model.get_vocab_size() else None)
-        for id in dict.fromkeys(ids)
-        if id is not None
-    ]
-
-
-def _missing(stop_tokens: Sequence[StopToken]) -> list[str]:
-    if not stop_tokens:
-        return ["no token ends an answer: the tokenizer has no eos and generation_config none"]
-    return [
-        f"stop token {stop.id} is not in the vocabulary" for stop in stop_tokens if not stop.token
-    ]

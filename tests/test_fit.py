@@ -313,7 +313,7 @@ def test_a_fit_that_is_asked_for_needs_the_files(
     config, origins = model_config.load("qwen2-7b-instruct")
     report = launch.check(config, origins, settings.load())
     remedy = "run `chat-service download qwen2-7b-instruct` first"
-    assert report.fit == [f"fit: not checked; {remedy}"]
+    assert report.fit == [f"fit and template: not checked; {remedy}"]
     assert report.problems == []
     with pytest.raises(WeightsError, match=remedy):
         launch.check(config, origins, settings.load(), memory=24 * GIB)
