@@ -97,10 +97,11 @@ def check(
 
         chat-service check my-model.yaml --memory 24GiB --concurrent 8 --context 2048
     """
-    from service import fit, launch
+    from service import check as checker
+    from service import fit
 
     config, origins = model_config.load(model, assignments or ())
-    report = launch.check(
+    report = checker.check(
         config,
         origins,
         settings.load(verbose=verbose),

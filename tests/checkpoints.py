@@ -20,7 +20,7 @@ from torch import Tensor
 from service import model_config
 from service.model_config import ModelConfig, Origins
 
-HIDDEN, LAYERS, HEADS, FFN, VOCABULARY = 128, 3, 4, 192, 480
+HIDDEN, LAYERS, HEADS, FFN, VOCABULARY = 128, 3, 4, 192, 448
 
 LLAMA: dict[str, Any] = {
     "hidden_size": HIDDEN,

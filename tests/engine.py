@@ -16,7 +16,7 @@ import torch
 
 # Short, long enough for three steps of prefill, and one token over a KV block.
 PROMPTS = [
-    torch.randint(4, 480, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    torch.randint(4, 448, (length,), generator=torch.Generator().manual_seed(length)).tolist()
     for length in (5, 17, 150)
 ]
 TOKENS = 24

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.server import free_port
-from service import launch
+from service import launch, model_config
 from tests.conftest import MODEL
 
 
@@ -38,7 +38,7 @@ def test_models_is_a_table_with_a_line_for_each() -> None:
     assert done.returncode == 0
     head, *lines = done.stdout.splitlines()
     assert re.split(r"\s{2,}", head.strip()) == ["model", "style", "source", "description"]
-    assert [line.split()[0] for line in lines] == ["qwen2-7b-instruct", MODEL]
+    assert [line.split()[0] for line in lines] == list(model_config.catalogue())
 
 
 def test_check_says_where_each_value_is_from(embedded_model: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from service import fit, launch, model_config, settings
+from service import check, fit, model_config, settings
 from service.errors import ConfigError, WeightsError
 from service.fit import GIB
 from tests import checkpoints
@@ -205,7 +205,7 @@ def test_what_changes_the_bytes(tmp_path: Path) -> None:
     two = on_24_gib(folder, tensor_parallel_size=2)
     assert two.demand.weights == room.demand.weights / 2
     assert two.demand.block == 16 * 2 * (1 + 3 + 3) * 32 * 2  # 3 KV heads are repeated
-    table = 320 * 128
+    table = checkpoints.VOCABULARY * checkpoints.HIDDEN
     halved = (room.demand.weights - 2 * table) / 2 + 2 * table
     assert on_24_gib(folder, quantization="fp8").demand.weights == halved
     graphs = room.demand.overhead - on_24_gib(folder, enforce_eager=True).demand.overhead
@@ -311,9 +311,9 @@ def test_a_fit_that_is_asked_for_needs_the_files(
 ) -> None:
     monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path))
     config, origins = model_config.load("qwen2-7b-instruct")
-    report = launch.check(config, origins, settings.load())
+    report = check.check(config, origins, settings.load())
     remedy = "run `chat-service download qwen2-7b-instruct` first"
     assert report.fit == [f"fit and template: not checked; {remedy}"]
     assert report.problems == []
     with pytest.raises(WeightsError, match=remedy):
-        launch.check(config, origins, settings.load(), memory=24 * GIB)
+        check.check(config, origins, settings.load(), memory=24 * GIB)

@@ -1,0 +1,149 @@
+"""`chat-service check`: what `serve` would run with, does it fit, and are its prompts sane.
+
+vLLM validates its arguments and builds its whole configuration; weights are never loaded.
+"""
+
+import argparse
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from service import fit, launch, template, weights
+from service.errors import WeightsError
+from service.model_config import ModelConfig, Origins, catalogue
+from service.prompting import Message
+from service.settings import Settings
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check` found. A problem keeps the model from being served well."""
+
+    rows: list[tuple[str, object, str]]  # each effective value with its origin
+    fit: list[str]
+    problems: list[str]
+    warnings: list[str]
+
+
+def check(
+    config: ModelConfig,
+    origins: Origins,
+    settings: Settings,
+    *,
+    memory: int | None = None,
+    concurrent: int = 1,
+    context: int | None = None,
+) -> Report:
+    """Each effective value, after vLLM has validated its arguments; whether it fits and is sane.
+
+    When the model's files are here, vLLM's whole configuration is built from them too; weights are
+    never loaded. `memory` is that of each GPU in bytes, absent: this machine's. Raises
+    ServiceError.
+    """
+    asked = memory is not None or context is not None or concurrent > 1
+    with launch.prepared(config, origins, settings) as (args, _):
+        rows = [
+            (".".join(map(str, path)), value, origins.place(path))
+            for path, value in _leaves(config.model_dump(exclude_unset=True))
+        ]
+        model = weights.present(config.source, settings.cache_dir)
+        tokenizer = (
+            weights.present(config.tokenizer, settings.cache_dir, weights=False)
+            if config.tokenizer
+            else model
+        )
+        if model is None or tokenizer is None:
+            known = catalogue().get(config.name) == origins.file
+            name = config.name if known else origins.file
+            download = f"run `chat-service download {name}` first"
+            if asked:
+                raise WeightsError(f"whether it fits is read from the model's files; {download}")
+            rows.append(("files", "not downloaded yet", "`serve` does it"))
+            return Report(rows, [f"fit and template: not checked; {download}"], [], [])
+        rows.append(("files", str(model), "this machine"))
+        launch.use_files(args, model, tokenizer)
+        with launch.explained(settings):
+            from vllm import AsyncEngineArgs
+            from vllm.platforms import current_platform
+            from vllm.usage.usage_lib import UsageContext
+
+            if memory is not None:
+                _plan_for_gpu(args, memory)
+            vllm_config = AsyncEngineArgs.from_cli_args(args).create_engine_config(
+                UsageContext.OPENAI_API_SERVER
+            )
+            on_gpu = memory is not None or not current_platform.is_cpu()
+            if memory is None:
+                memory = current_platform.get_device_total_memory()
+            try:
+                room = fit.estimate(vllm_config, model, memory, on_gpu=on_gpu)
+                lines, problems = room.lines(), room.problems(concurrent, context)
+            except WeightsError as e:
+                if asked:
+                    raise
+                lines, problems = [f"fit: not computed; {e}"], []
+            findings = _check_template(args, vllm_config, config)
+        if not {"max_model_len", "max-model-len"} & config.engine.keys():
+            length = vllm_config.model_config.max_model_len
+            rows.append(("engine.max_model_len", length, "the model's config.json"))
+        for name, value in vllm_config.model_config.get_diff_sampling_param().items():
+            if getattr(config.sampling, name, None) is None:
+                rows.append((f"sampling.{name}", value, "generation_config.json"))
+    return Report(rows, lines, problems + findings.problems, findings.warnings)
+
+
+def _plan_for_gpu(args: argparse.Namespace, memory: int) -> None:
+    """vLLM's defaults on a GPU of this many bytes, whatever this machine has
+    (EngineArgs.get_batch_defaults)."""
+    large = memory >= 70 * fit.GIB
+    defaults = {
+        "max_num_seqs": 1024 if large else 256,
+        "max_num_batched_tokens": 8192 if large else 2048,
+    }
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def _check_template(
+    args: argparse.Namespace, vllm_config: Any, config: ModelConfig
+) -> template.Findings:
+    """The prompts as the server makes them (vLLM's init_app_state and `endpoint.Engine`)."""
+    from vllm.entrypoints.launchers.cli_args import resolve_default_chat_template_kwargs
+    from vllm.renderers import renderer_from_config
+    from vllm.renderers.chat_utils import load_chat_template
+
+    from service.endpoint import chat_params
+
+    renderer = renderer_from_config(vllm_config)
+    chat = chat_params(
+        load_chat_template(args.chat_template),
+        args.chat_template_content_format,
+        resolve_default_chat_template_kwargs(args),
+    )
+
+    def render(prompt: list[Message] | str, answering: bool) -> list[int]:
+        if isinstance(prompt, str):
+            (rendered,) = renderer.render_cmpl([{"prompt": prompt}])
+        else:
+            kwargs = {**chat.chat_template_kwargs, "add_generation_prompt": answering}
+            _, (rendered,) = renderer.render_chat(
+                [prompt], replace(chat, chat_template_kwargs=kwargs)
+            )
+        ids: list[int] = rendered["prompt_token_ids"]
+        return ids
+
+    try:
+        return template.check(render, renderer.get_tokenizer(), vllm_config.model_config, config)
+    finally:
+        renderer.shutdown()
+
+
+def _leaves(
+    section: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], object]]:
+    for key, value in section.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
