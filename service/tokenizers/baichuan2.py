@@ -6,7 +6,6 @@ Every message is encoded on its own. 195 and 196 are user_token_id and assistant
 generation_config.json.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ class BaichuanTokenizer(SentencePieceTokenizer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        config = _generation_config(Path(self.vocab_file).parent)
+        config = chat.generation_config(Path(self.vocab_file).parent)
         self.turn_ids: dict[str, int] = {}
         for role, marker in zip(("user", "assistant"), self.MARKERS, strict=True):
             if (id := config.get(f"{role}_token_id", self.marker_ids.get(marker))) is not None:
@@ -48,11 +47,3 @@ class BaichuanTokenizer(SentencePieceTokenizer):
 
     def _encode(self, text: str) -> list[int]:
         return self.build_inputs_with_special_tokens(self.encode_text(text))
-
-
-def _generation_config(folder: Path) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = json.loads((folder / "generation_config.json").read_text())
-    except FileNotFoundError:
-        return {}
-    return config

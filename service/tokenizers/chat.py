@@ -1,6 +1,8 @@
 """What the chat formats share: checking turns, and dropping the oldest when they are too long."""
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 Turn = tuple[str, str]  # role and text
@@ -54,3 +56,12 @@ def rounds_of(turns: Sequence[Turn]) -> list[list[Turn]]:
             groups.append([])
         groups[-1].append(turn)
     return groups
+
+
+def generation_config(folder: Path) -> dict[str, Any]:
+    """generation_config.json beside the tokenizer, which some formats take token ids from."""
+    try:
+        config: dict[str, Any] = json.loads((folder / "generation_config.json").read_text())
+    except FileNotFoundError:
+        return {}
+    return config

@@ -7,6 +7,7 @@ Every turn is encoded on its own, and the end of an answer is one token id.
 
 import copy
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from vllm.tokenizers.hf import CachedHfTokenizer
@@ -18,12 +19,15 @@ class XverseTokenizer:
     """The `tokenizer_mode` "xverse". Control tokens in a message stay text."""
 
     @staticmethod
-    def from_pretrained(*args: Any, **kwargs: Any) -> Any:
-        return xverse(CachedHfTokenizer.from_pretrained(*args, **kwargs))
+    def from_pretrained(path: str | Path, *args: Any, **kwargs: Any) -> Any:
+        tokenizer = CachedHfTokenizer.from_pretrained(path, *args, **kwargs)
+        # As published: the model's eos, and not the tokenizer's.
+        eos = chat.generation_config(Path(path)).get("eos_token_id", tokenizer.eos_token_id)
+        return xverse(tokenizer, eos)
 
 
-def xverse(tokenizer: Any) -> Any:
-    """A tokenizer like this one that builds XVERSE's chat prompts."""
+def xverse(tokenizer: Any, eos: int) -> Any:
+    """A tokenizer like this one that builds XVERSE's chat prompts; `eos` ends an answer in them."""
 
     class Xverse(tokenizer.__class__):  # type: ignore[misc]  # as vLLM derives its cached tokenizers
         def apply_chat_template(
@@ -42,7 +46,7 @@ def xverse(tokenizer: Any) -> Any:
                 for turn in group:
                     role, text = turn
                     if role == "assistant":
-                        ids += [*self._encode(f"Assistant: {text}"), self.eos_token_id]
+                        ids += [*self._encode(f"Assistant: {text}"), eos]
                     else:
                         end = "Assistant: " if turn is turns[-1] else ""
                         ids += self._encode(f"Human: {text}\n\n{end}")
@@ -54,7 +58,7 @@ def xverse(tokenizer: Any) -> Any:
             return ids
 
         def __reduce__(self) -> tuple[Any, ...]:
-            return xverse, (tokenizer,)
+            return xverse, (tokenizer, eos)
 
     Xverse.__name__ = f"Xverse{type(tokenizer).__name__}"
     made = copy.copy(tokenizer)
