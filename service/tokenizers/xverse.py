@@ -23,7 +23,7 @@ class XverseTokenizer:
         tokenizer = CachedHfTokenizer.from_pretrained(path, *args, **kwargs)
         # As published: the model's eos, and not the tokenizer's.
         eos = chat.generation_config(Path(path)).get("eos_token_id", tokenizer.eos_token_id)
-        return xverse(tokenizer, eos)
+        return xverse(tokenizer, eos[0] if isinstance(eos, list) else eos)
 
 
 def xverse(tokenizer: Any, eos: int) -> Any:
