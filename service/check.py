@@ -5,6 +5,7 @@ vLLM validates its arguments and builds its whole configuration; weights are nev
 
 import argparse
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,7 +83,8 @@ def check(
                 if asked:
                     raise
                 lines, problems = [f"fit: not computed; {e}"], []
-            findings = _check_template(args, vllm_config, config)
+            with rendering(args, vllm_config) as (render, loaded):
+                findings = template.check(render, loaded, vllm_config.model_config, config)
         if not {"max_model_len", "max-model-len"} & config.engine.keys():
             length = vllm_config.model_config.max_model_len
             rows.append(("engine.max_model_len", length, "the model's config.json"))
@@ -105,10 +107,10 @@ def _plan_for_gpu(args: argparse.Namespace, memory: int) -> None:
             setattr(args, name, value)
 
 
-def _check_template(
-    args: argparse.Namespace, vllm_config: Any, config: ModelConfig
-) -> template.Findings:
-    """The prompts as the server makes them (vLLM's init_app_state and `endpoint.Engine`)."""
+@contextmanager
+def rendering(args: argparse.Namespace, vllm_config: Any) -> Iterator[tuple[template.Render, Any]]:
+    """The prompts as the server makes them (vLLM's init_app_state and `endpoint.Engine`), and the
+    tokenizer."""
     from vllm.entrypoints.launchers.cli_args import resolve_default_chat_template_kwargs
     from vllm.renderers import renderer_from_config
     from vllm.renderers.chat_utils import load_chat_template
@@ -134,7 +136,7 @@ def _check_template(
         return ids
 
     try:
-        return template.check(render, renderer.get_tokenizer(), vllm_config.model_config, config)
+        yield render, renderer.get_tokenizer()
     finally:
         renderer.shutdown()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -228,7 +229,11 @@ class Engine:
         if isinstance(prompt, str):
             if any(token in prompt for token in self._tokenizer.all_special_tokens):
                 # Text, also when it spells a control token.
-                ids = self._tokenizer.encode(prompt, split_special_tokens=True)
+                encode = functools.partial(
+                    self._tokenizer.encode, prompt, split_special_tokens=True
+                )
+                inline = len(prompt) <= _INLINE_CHARACTERS
+                ids = encode() if inline else await asyncio.to_thread(encode)
                 return {"prompt_token_ids": ids}
             text = {"prompt": prompt}
             params = renderer.default_cmpl_tok_params

@@ -46,6 +46,7 @@ class Demand:
     max_model_len: int  # tokens of one request at most, prompt and answer
     max_num_seqs: int  # requests at once at most
     gpus: int
+    on_gpu: bool = True
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,9 @@ class Fit:
         vLLM does not start unless one request of engine.max_model_len tokens fits.
         """
         demand = self.demand
-        smaller = "engine.quantization=fp8, or a larger engine.tensor_parallel_size"
+        smaller = "a larger engine.tensor_parallel_size"
+        if demand.on_gpu:
+            smaller = f"engine.quantization=fp8, or {smaller}"
         used = demand.weights + demand.overhead + (self.given or 0)
         limit = self.memory if self.given is not None else int(self.memory * self.utilization)
         if used > limit or not self.blocks:
@@ -142,11 +145,12 @@ class Fit:
                 missing = (requests * self._blocks_of(tokens) - self.blocks) * demand.block
                 shorter = self.blocks // requests * demand.block_tokens
                 remedy = f"engine.max_model_len={shorter}, " if shorter else ""
+                remedy += "engine.kv_cache_dtype=fp8, " if demand.on_gpu else ""
                 if self.given is not None:
                     remedy += "a larger engine.kv_cache_memory_bytes, "
                 found.append(
                     f"does not fit: {requests} x {tokens:,} tokens need {missing / GIB:.2f} GiB "
-                    f"more KV cache than there is; set {remedy}engine.kv_cache_dtype=fp8, {smaller}"
+                    f"more KV cache than there is; set {remedy}{smaller}"
                 )
                 break
         return found
@@ -205,6 +209,7 @@ def _demand(vllm_config: Any, folder: Path, *, on_gpu: bool) -> Demand:
         max_model_len=model.max_model_len,
         max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
         gpus=parallel.world_size,
+        on_gpu=on_gpu,
     )
 
 
@@ -264,22 +269,32 @@ def _stored(folder: Path, hf_config: Any) -> tuple[int, int]:
     WeightsError when there is neither.
     """
     for pattern, read in (("*.safetensors", _safetensors), ("*.bin", _pickled)):
-        index: dict[str, Any] = {}
-        for file in folder.glob(f"{pattern}.index.json"):
-            index = _read_json(file)
-        names = set(index.get("weight_map", {}).values())
-        files = [
-            file
-            for file in folder.glob(pattern)
-            if file.name in names or not names and file.name not in _NOT_WEIGHTS
-        ]
-        if files and len(files) >= len(names):
+        index = _index(folder, pattern)
+        files = weight_files(folder, pattern)
+        if files and len(files) >= len(set(index.get("weight_map", {}).values())):
             tensors = [tensor for file in files for tensor in read(file)]
             return sum(size for size, _ in tensors), sum(s // item for s, item in tensors if item)
         if index:
             total = int(index["metadata"]["total_size"])
             return total, total // getattr(hf_config.dtype, "itemsize", 2)
     raise WeightsError(f"{folder} has neither weights nor their index, so no fit can be computed")
+
+
+def weight_files(folder: Path, pattern: str) -> list[Path]:
+    """The files of this pattern, such as "*.bin", that vLLM would read weights from."""
+    names = set(_index(folder, pattern).get("weight_map", {}).values())
+    return [
+        file
+        for file in sorted(folder.glob(pattern))
+        if file.name in names or not names and file.name not in _NOT_WEIGHTS
+    ]
+
+
+def _index(folder: Path, pattern: str) -> dict[str, Any]:
+    index: dict[str, Any] = {}
+    for file in folder.glob(f"{pattern}.index.json"):
+        index = _read_json(file)
+    return index
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, layer_norm, linear, normalize, silu, softmax
 
+from service.fit import weight_files
+
 
 class Weights:
     """Tensors of a checkpoint by name, in float32; read from its files when they are asked for."""
@@ -24,18 +26,17 @@ class Weights:
         from safetensors import safe_open
 
         self._read: dict[str, Any] = {}
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in weight_files(folder, "*.safetensors"):
             tensors: Any = safe_open(file, "pt")
             self._read |= dict.fromkeys(tensors.keys(), tensors.get_tensor)
         if not self._read:
-            for file in sorted(folder.glob("*.bin")):
+            for file in weight_files(folder, "*.bin"):
                 state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
                 self._read |= dict.fromkeys(state, state.__getitem__)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._read
-
     def __getitem__(self, name: str) -> Tensor:
+        if name not in self._read:
+            raise ValueError(f"the weights have no {name}")
         tensor: Tensor = self._read[name](name)
         return tensor.float()
 
@@ -85,6 +86,7 @@ class Llama:
     """XVERSE is this; the others differ by what they override."""
 
     residual_scale = 1.0
+    tied_by_default = False
 
     def __init__(self, config: dict[str, Any], weights: Weights) -> None:
         self.config = config
@@ -127,9 +129,8 @@ class Llama:
         return self.weights["model.norm.weight"]
 
     def head(self) -> Tensor:
-        if "lm_head.weight" in self.weights:
-            return self.weights["lm_head.weight"]
-        return self.weights["model.embed_tokens.weight"]
+        tied = self.config.get("tie_word_embeddings", self.tied_by_default)
+        return self.weights["model.embed_tokens.weight" if tied else "lm_head.weight"]
 
 
 class Baichuan2(Llama):
@@ -172,6 +173,8 @@ class BlueLM(Llama):
 
 class MiniCPM(Llama):
     """Source: OpenBMB/MiniCPM's modeling_minicpm.py."""
+
+    tied_by_default = True
 
     def __init__(self, config: dict[str, Any], weights: Weights) -> None:
         super().__init__(config, weights)
@@ -247,7 +250,8 @@ def logits(folder: Path, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
     """What the model says after each token of each sequence: [tokens, vocabulary] float32 logits.
 
     `folder` is a checkpoint as published. Architectures that transformers has are run by
-    transformers. Raises KeyError for a weight that is missing.
+    transformers. Raises ValueError for a weight and KeyError for a key of config.json that is
+    missing.
     """
     config = json.loads((folder / "config.json").read_text())
     (architecture,) = config["architectures"]

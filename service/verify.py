@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from service import launch, prompting, template
+from service import check, launch, prompting, template
+from service.errors import WeightsError
 from service.model_config import ModelConfig, Origins
 from service.settings import Settings
 from service.template import StopToken
@@ -86,9 +87,14 @@ def verify(
             answers, dtype, stop_tokens = _ask_engine(args, config, prompts, tokens)
     from service import reference
 
-    logits = reference.logits(
-        Path(args.model), [answer.prompt_ids + answer.token_ids for answer in answers]
-    )
+    try:
+        logits = reference.logits(
+            Path(args.model), [answer.prompt_ids + answer.token_ids for answer in answers]
+        )
+    except KeyError as e:
+        raise WeightsError(f"the reference cannot run: config.json has no {e}") from e
+    except (ValueError, RuntimeError) as e:
+        raise WeightsError(f"the reference cannot run: {' '.join(str(e).split())[:300]}") from e
     comparisons = [_compare(answer, rows) for answer, rows in zip(answers, logits, strict=True)]
     return Report(
         config.name,
@@ -117,12 +123,12 @@ def _ask_engine(
 
     llm = LLM.from_engine_args(EngineArgs.from_cli_args(args))
     sampling = SamplingParams(temperature=0, max_tokens=tokens, logprobs=5, ignore_eos=True)
-    rendered = [prompting.render(prompt, None, config.prompt) for prompt in prompts]
-    if config.prompt.style == "completion":
-        outputs = llm.generate(rendered, sampling, use_tqdm=False)
-    else:
-        outputs = llm.chat(rendered, sampling, use_tqdm=False, chat_template=config.prompt.template)
-    tokenizer = llm.get_tokenizer()
+    with check.rendering(args, llm.llm_engine.vllm_config) as (render, tokenizer):
+        rendered = [
+            {"prompt_token_ids": render(prompting.render(prompt, None, config.prompt), True)}
+            for prompt in prompts
+        ]
+    outputs = llm.generate(rendered, sampling, use_tqdm=False)
     answers = []
     for prompt, output in zip(prompts, outputs, strict=True):
         (completion,) = output.outputs

@@ -122,7 +122,7 @@ def test_what_baichuan2s_format_has_no_place_for_costs_that_request_alone(
         "max_tokens": 5,
         "response_format": {"type": "json_object"},
     }
-    assert client.post("/v1/chat/completions", json=body).status_code in (200, 400)
+    assert client.post("/v1/chat/completions", json=body).status_code == 200
     assert client.post("/", json={"prompt": "c", "max_length": 2}).status_code == 200
 
 

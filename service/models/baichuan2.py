@@ -36,6 +36,8 @@ class Baichuan2Config(LlamaConfig):  # type: ignore[misc]  # neither it nor vLLM
                 "this is Baichuan 1 (vocab_size 64000), whose output head is not normalised; only "
                 "Baichuan2-7B is served"
             )
+        if self.tie_word_embeddings:
+            raise ValueError("a Baichuan2 whose output head is its embeddings was never published")
         super().__post_init__(**kwargs)
 
 

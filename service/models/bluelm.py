@@ -35,7 +35,12 @@ class BlueLMConfig(LlamaConfig):  # type: ignore[misc]  # neither it nor vLLM is
     def __post_init__(self, **kwargs: Any) -> None:
         self.num_key_value_heads = self.num_attention_heads  # the published attention has no GQA
         scaling = kwargs.get("rope_scaling") or {}
-        if scaling.get("type") == "ntkmixed":
+        if scaling:
+            kind = scaling.get("type") or scaling.get("rope_type")
+            if kind != "ntkmixed" or not {"factor", "power"} <= scaling.keys():
+                raise ValueError(
+                    "config.json: rope_scaling of a BlueLM has type ntkmixed, a factor and a power"
+                )
             # vLLM has the formula, under another name.
             kwargs["rope_scaling"] = {
                 "rope_type": "ntk",

@@ -40,7 +40,7 @@ class OpenELMConfig(PreTrainedConfig):  # type: ignore[misc]  # neither it nor v
     model_type = "openelm"
 
     vocab_size: int = 32000
-    head_dim: int = 64
+    head_dim: int | None = None
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6  # not in config.json: the default of apple's OpenELMRMSNorm
     bos_token_id: int | None = 1
@@ -80,6 +80,10 @@ class OpenELMConfig(PreTrainedConfig):  # type: ignore[misc]  # neither it nor v
                     f"config.json: {key} must have one entry for each of the "
                     f"{self.num_hidden_layers} layers, and has {len(values)}"
                 )
+        if self.num_hidden_layers and not self.head_dim:
+            raise ValueError("config.json: head_dim is missing")
+        if any(q % kv for q, kv in zip(self.query_heads, self.kv_heads, strict=True)):
+            raise ValueError("config.json: num_query_heads must be multiples of num_kv_heads")
         self.num_attention_heads = max(self.query_heads, default=4)
         self.num_key_value_heads = max(self.kv_heads, default=1)
         self.intermediate_size = max(self.ffn_sizes, default=divisor)

@@ -1,4 +1,4 @@
-"""The one place that touches names which vLLM 0.32 does not promise to keep."""
+"""The one place that touches names of vLLM 0.32 that begin with an underscore."""
 
 from vllm.transformers_utils import config as vllm_config
 

@@ -24,8 +24,14 @@ class BaichuanTokenizer(SentencePieceTokenizer):
         config = chat.generation_config(Path(self.vocab_file).parent)
         self.turn_ids: dict[str, int] = {}
         for role, marker in zip(("user", "assistant"), self.MARKERS, strict=True):
-            if (id := config.get(f"{role}_token_id", self.marker_ids.get(marker))) is not None:
-                self.turn_ids[role] = id
+            id = config.get(f"{role}_token_id", self.marker_ids.get(marker))
+            if id is None:
+                continue
+            if not isinstance(id, int) or not 0 <= id < self.vocab_size:
+                raise ValueError(
+                    f"generation_config.json: {role}_token_id is not a token of tokenizer.model"
+                )
+            self.turn_ids[role] = id
 
     def apply_chat_template(
         self,
@@ -36,14 +42,13 @@ class BaichuanTokenizer(SentencePieceTokenizer):
         """Token ids of the prompt. `truncate_to` is a limit in tokens, see `chat.joined`."""
         if len(self.turn_ids) != 2:
             raise ValueError("these files are not of a Baichuan2-Chat: its turn tokens are missing")
-        turns = chat.turns(conversation, options)
+        turns = chat.turns(conversation, truncate_to, options)
         system = self._encode(turns.pop(0)[1]) if turns[0][0] == "system" else []
         rounds = [
             [id for role, text in group for id in (self.turn_ids[role], *self._encode(text))]
             for group in chat.rounds_of(turns)
         ]
-        end = [self.turn_ids["assistant"]] if turns[-1][0] == "user" else []
-        return chat.joined(system, rounds, truncate_to, end=end)
+        return chat.joined(system, rounds, truncate_to, end=[self.turn_ids["assistant"]])
 
     def _encode(self, text: str) -> list[int]:
         return self.build_inputs_with_special_tokens(self.encode_text(text))

@@ -33,18 +33,18 @@ class BlueLMTokenizer(SentencePieceTokenizer):
         **options: Any,
     ) -> list[int]:
         """Token ids of the prompt. `truncate_to` is a limit in tokens, see `chat.joined`."""
-        turns = chat.turns(conversation, options)
+        turns = chat.turns(conversation, truncate_to, options)
         for role, _ in turns:
             if _MARKER[role] not in self.marker_ids:
                 raise ValueError(f"this model has no {role} messages")
         bos = [self.bos_token_id] if self.add_bos_token else []
         ids = bos + self._encode(turns)
-        if truncate_to is not None and len(ids) > truncate_to:
-            if turns[0][0] == "system":
-                bos += self._encode([turns.pop(0)])
-            rounds = [self._encode(group) for group in chat.rounds_of(turns)]
-            ids = chat.joined(bos, rounds, truncate_to)
-        return ids
+        if truncate_to is None or len(ids) <= truncate_to:
+            return ids
+        if turns[0][0] == "system":
+            bos += self._encode([turns.pop(0)])
+        rounds = [self._encode(group) for group in chat.rounds_of(turns)]
+        return chat.joined(bos, rounds, truncate_to)
 
     def _encode(self, turns: list[chat.Turn]) -> list[int]:
         """Ids of these turns; after a user's, an answer begins."""

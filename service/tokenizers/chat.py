@@ -8,12 +8,16 @@ from typing import Any
 Turn = tuple[str, str]  # role and text
 
 
-def turns(conversation: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> list[Turn]:
-    """Role and text of each message, checked. A system message may only be the first.
+def turns(
+    conversation: Sequence[Mapping[str, Any]], truncate_to: object, options: Mapping[str, Any]
+) -> list[Turn]:
+    """Role and text of each message: a system's may only be the first, the last is a user's.
 
-    `options` are the arguments of `apply_chat_template`. Raises ValueError for what these formats
-    have no place for.
+    `truncate_to` and `options` are the other arguments of `apply_chat_template`, which /v1 takes
+    from its clients. Raises ValueError for what these formats have no place for.
     """
+    if truncate_to is not None and (not isinstance(truncate_to, int) or truncate_to < 1):
+        raise ValueError("truncate_to must be a number of tokens, 1 at least")
     for option in ("chat_template", "tools", "documents"):
         if options.get(option):
             raise ValueError(f"this model's prompt format is fixed and has no {option}")
@@ -24,10 +28,19 @@ def turns(conversation: Sequence[Mapping[str, Any]], options: Mapping[str, Any])
             raise ValueError(f"this model's prompt format has no place for a {role} message")
         if role == "system" and position:
             raise ValueError("a system message must be the first")
+        check_text(content)
         found.append((role, content))
-    if not any(role == "user" for role, _ in found):
-        raise ValueError("there is no user message")
+    if not found or found[-1][0] != "user":
+        raise ValueError("the last message must be the user's")
     return found
+
+
+def check_text(text: str) -> None:
+    """Raises ValueError for a string that is no text: JSON can spell half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("a message holds half a character (a lone surrogate)") from None
 
 
 def joined(

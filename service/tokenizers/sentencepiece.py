@@ -11,6 +11,8 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 from vllm.tokenizers.hf import get_cached_tokenizer
 
+from service.tokenizers.chat import check_text
+
 _UNUSED = ModelProto.SentencePiece.Type.UNUSED
 
 
@@ -21,7 +23,7 @@ class SentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]  # tra
 
     def __init__(
         self,
-        vocab_file: str,
+        vocab_file: str | None = None,
         unk_token: Any = "<unk>",
         bos_token: Any = "<s>",
         eos_token: Any = "</s>",
@@ -30,18 +32,23 @@ class SentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]  # tra
         add_eos_token: bool = False,
         **kwargs: Any,
     ) -> None:
+        if not vocab_file:
+            raise ValueError("the tokenizer's folder has no tokenizer.model; fetch it again")
         self.add_bos_token = add_bos_token
         self.add_eos_token = add_eos_token
-        super().__init__(
-            vocab_file=vocab_file,
-            unk_token=unk_token,
-            bos_token=bos_token,
-            eos_token=eos_token,
-            pad_token=pad_token,
-            add_bos_token=add_bos_token,
-            add_eos_token=add_eos_token,
-            **kwargs,
-        )
+        try:
+            super().__init__(
+                vocab_file=vocab_file,
+                unk_token=unk_token,
+                bos_token=bos_token,
+                eos_token=eos_token,
+                pad_token=pad_token,
+                add_bos_token=add_bos_token,
+                add_eos_token=add_eos_token,
+                **kwargs,
+            )
+        except (RuntimeError, OSError) as e:
+            raise ValueError(f"{vocab_file} is not a sentencepiece model; fetch it again") from e
         model = ModelProto.FromString(self.sp_model.serialized_model_proto())
         self.marker_ids: dict[str, int] = {}
         for id, piece in enumerate(model.pieces):
@@ -61,9 +68,19 @@ class SentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]  # tra
 
     def encode_text(self, text: str, *, follows_marker: bool = False) -> list[int]:
         """Ids of text alone: no bos or eos, and no marker whatever the text spells."""
+        check_text(text)
         model = self._inner_model if follows_marker else self._text_model
         ids: list[int] = model.encode(text)
         return ids
+
+    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        check_text(text)
+        pieces: list[str] = super()._tokenize(text, **kwargs)
+        return pieces
+
+    def _convert_id_to_token(self, index: int) -> str:
+        # A model's vocabulary may be padded, and it may say what is not in the tokenizer's.
+        return str(self.sp_model.id_to_piece(index)) if index < len(self.sp_model) else ""
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None

@@ -37,7 +37,7 @@ def xverse(tokenizer: Any, eos: int) -> Any:
             **options: Any,
         ) -> list[int]:
             """Token ids of the prompt. `truncate_to` is a limit in tokens, see `chat.joined`."""
-            turns = chat.turns(conversation, options)
+            turns = chat.turns(conversation, truncate_to, options)
             if turns[0][0] == "system":
                 raise ValueError("this model has no system messages")
             rounds: list[list[int]] = []
