@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
+
 from service import fit, launch, template, weights
 from service.errors import WeightsError
 from service.model_config import ModelConfig, Origins, catalogue
@@ -76,6 +78,7 @@ def check(
             on_gpu = memory is not None or not current_platform.is_cpu()
             if memory is None:
                 memory = current_platform.get_device_total_memory()
+            short = [] if on_gpu else _short_of_memory(vllm_config, memory)
             try:
                 room = fit.estimate(vllm_config, model, memory, on_gpu=on_gpu)
                 lines, problems = room.lines(), room.problems(concurrent, context)
@@ -91,7 +94,20 @@ def check(
         for name, value in vllm_config.model_config.get_diff_sampling_param().items():
             if getattr(config.sampling, name, None) is None:
                 rows.append((f"sampling.{name}", value, "generation_config.json"))
-    return Report(rows, lines, problems + findings.problems, findings.warnings)
+    lines.append(f"template: {'see below' if findings.problems else 'ok'}")
+    return Report(rows, lines, short + problems + findings.problems, findings.warnings)
+
+
+def _short_of_memory(vllm_config: Any, memory: int) -> list[str]:
+    """On a CPU vLLM wants its share of the memory to be free when it starts."""
+    cache = vllm_config.cache_config
+    wanted, free = memory * cache.gpu_memory_utilization, psutil.virtual_memory().available
+    if cache.kv_cache_memory_bytes is not None or wanted <= free:
+        return []
+    return [
+        f"only {free / fit.GIB:.1f} GiB of memory are free, and vLLM wants {wanted / fit.GIB:.1f}; "
+        "set engine.kv_cache_memory_bytes, such as 2G"
+    ]
 
 
 def _plan_for_gpu(args: argparse.Namespace, memory: int) -> None:

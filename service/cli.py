@@ -101,6 +101,7 @@ def check(
     from service import fit
 
     config, origins = model_config.load(model, assignments or ())
+    print("Asking vLLM, which takes a while to import ...", file=sys.stderr, flush=True)
     report = checker.check(
         config,
         origins,

@@ -9,6 +9,7 @@ import errno
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import ssl
@@ -187,6 +188,7 @@ def _parse(parser: "FlexibleArgumentParser", name: str, value: object, place: st
         return getattr(parser.parse_args(words), name)
     except (ValueError, TypeError, argparse.ArgumentError) as e:
         reason = str(e).partition(": ")[2] or str(e)
+        reason = re.sub(r"<function (\w+) at \w+>", r"\1", reason)
         raise ConfigError(f"{place}: {' '.join(reason.split())[:300]}") from None
 
 

@@ -84,7 +84,10 @@ def _check_chat(render: Render, tokenizer: Any, found: Findings) -> None:
         opening = text([_QUESTION])
         open_end = text([_QUESTION], answering=False)
     except Exception as e:  # a template raises what it likes
-        found.problems.append(f"the template cannot render one user turn: {_reason(e)}")
+        found.problems.append(
+            f"the template cannot render one user turn: {_reason(e)}; correct prompt.template, or "
+            "write one, or set prompt.style: completion for a model that is not for chat"
+        )
         return
     try:
         conversation = text(_TURNS)

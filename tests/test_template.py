@@ -164,4 +164,4 @@ def test_a_completion_model_needs_no_template(checkpoint: Path, tmp_path: Path) 
 def test_the_embedded_model_is_sane_and_fits(embedded_model: Path) -> None:
     report = check_model(*model_config.load(MODEL), settings.load(), memory=24 << 30)
     assert (report.problems, report.warnings) == ([], [])
-    assert len(report.fit) == 2
+    assert report.fit[2:] == ["template: ok"]

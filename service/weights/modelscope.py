@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -42,7 +43,9 @@ def fetch(model_id: str, revision: str, *, weights: bool = True) -> Path:
     from modelscope_hub.errors import HubError
     from requests import RequestException
 
+    key, what = ("source", model_id) if weights else ("tokenizer", f"the tokenizer {model_id}")
     folder = _folder(hub, model_id, revision)
+    print(f"Asking ModelScope for {what} ...", file=sys.stderr, flush=True)
     try:
         files = _wanted(hub, model_id, revision, weights)
     except (HubError, RequestException) as e:
@@ -51,8 +54,8 @@ def fetch(model_id: str, revision: str, *, weights: bool = True) -> Path:
             _logger.warning("%s; using the files already downloaded", problem)
             return folder
         raise WeightsError(
-            f"could not download {model_id} from ModelScope: {problem}; {folder} has no complete "
-            "copy"
+            f"could not download {what} from ModelScope: {problem}; {folder} has no complete copy. "
+            f"Files of your own are used with --set '{key}={{path: /folder}}'"
         ) from e
     if _complete(folder, revision, weights, files):
         return folder
@@ -67,7 +70,7 @@ def fetch(model_id: str, revision: str, *, weights: bool = True) -> Path:
                 receipt.write_text(json.dumps({"revision": revision, "files": files}))
     except (HubError, RequestException, OSError) as e:
         raise WeightsError(
-            f"could not download {model_id} from ModelScope: {_failure(e, folder)}"
+            f"could not download {what} from ModelScope: {_failure(e, folder)}"
         ) from e
     return folder
 
@@ -85,6 +88,8 @@ def _hub() -> tuple["HubApi", "HubConfig"]:
     os.environ.setdefault("MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT", "86400")
     from modelscope_hub import HubApi, HubConfig
 
+    # It tells every try to reach a hub that is away; what to do is told once, at the end.
+    logging.getLogger("modelscope_hub").setLevel(logging.ERROR)
     config = HubConfig()
     return HubApi(config), config
 
