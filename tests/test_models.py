@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from vllm.model_executor.models.llama import LlamaAttention, LlamaModel
 from vllm.plugins import load_general_plugins
 from vllm.transformers_utils.config import get_config
@@ -180,14 +180,17 @@ def test_an_adapter_for_matrices_that_are_fused_on_disk_acts_as_if_merged(
     layer: str,
     modules: dict[str, tuple[int, int]],
 ) -> None:
-    config, merged = checkpoints.BUILDERS[name]()
+    if name in checkpoints.BIN:
+        merged = torch.load(folders[name] / "pytorch_model.bin")
+    else:
+        merged = load_file(folders[name] / "model.safetensors")
     adapter, rank = {}, 4
     for module, (rows, columns) in modules.items():
         a, b = torch.randn(rank, columns) * 0.1, torch.randn(rows, rank) * 0.1
         adapter[f"base_model.model.{layer}.{module}.lora_A.weight"] = a
         adapter[f"base_model.model.{layer}.{module}.lora_B.weight"] = b
         merged[f"{layer}.{module}.weight"] += 2 * b @ a
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text((folders[name] / "config.json").read_text())
     save_file(merged, tmp_path / "model.safetensors")
     (tmp_path / "adapter").mkdir()
     save_file(adapter, tmp_path / "adapter" / "adapter_model.safetensors")
