@@ -1,5 +1,6 @@
 """Prompts to the token id, as the publishers' own code builds them."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,7 +120,7 @@ def test_xverse_encodes_each_turn_and_ends_answers_with_eos(xverse: Any) -> None
         ("bluelm", "bluelm", ["[|Human|]:", "[|AI|]:", "</s>"]),
         ("xverse", "xverse", ["<|endoftext|>", "<|startoftext|>"]),
         ("qwen2", "literal", ["<|im_end|>", "<|im_start|>", "<|endoftext|>"]),
-        ("minicpm", "literal", ["</s>", "<s>"]),
+        ("minicpm", "minicpm", ["</s>", "<s>"]),
     ],
 )
 def test_control_tokens_in_a_message_stay_text(
@@ -142,6 +143,28 @@ def test_control_tokens_in_a_message_stay_text(
     plain, spelled = rendered("ab"), rendered(f"a{''.join(markers)}b")
     assert [plain.count(id) for id in ids] == [spelled.count(id) for id in ids]
     assert tokenizer.decode(spelled).count(f"a{''.join(markers)}b") == 3
+
+
+@pytest.mark.parametrize("markers", [(), ("<用户>", "<AI>")])
+@pytest.mark.parametrize("legacy", [True, False])
+def test_minicpm_encodes_its_template_as_any_text(
+    tmp_path: Path, legacy: bool, markers: tuple[str, ...]
+) -> None:
+    load_general_plugins()
+    checkpoints.llama_tokenizer(tmp_path, markers)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "legacy": legacy}))
+    minicpm = get_tokenizer(tmp_path, tokenizer_mode="minicpm")
+    published = get_tokenizer(tmp_path)
+    config, _ = checkpoints.load("minicpm", tmp_path)
+    ids = minicpm.apply_chat_template(
+        [user(" 你好 "), assistant("Who?"), user("a")],
+        chat_template=config.prompt.template,
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    assert ids == published("<用户>你好<AI>Who?<用户>a<AI>")["input_ids"]
+    assert ids.count(published.bos_token_id) == 1
 
 
 def test_literal_renders_as_transformers_does_when_nothing_is_spelled(tmp_path: Path) -> None:

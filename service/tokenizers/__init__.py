@@ -18,6 +18,7 @@ def register() -> None:
         "baichuan2": ("BaichuanTokenizer", by_itself),
         "bluelm": ("BlueLMTokenizer", by_itself),
         "literal": ("LiteralTokenizer", by_template),
+        "minicpm": ("MiniCPMTokenizer", by_template),
         "xverse": ("XverseTokenizer", by_itself),
     }
     for mode, (name, renderer) in modes.items():

@@ -8,6 +8,7 @@ import copy
 import re
 import uuid
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from vllm.tokenizers.hf import CachedHfTokenizer
@@ -21,10 +22,11 @@ class LiteralTokenizer:
         return literal(CachedHfTokenizer.from_pretrained(*args, **kwargs))
 
 
-def literal(tokenizer: Any) -> Any:
+def literal(tokenizer: Any, *, begun: bool = False) -> Any:
     """A tokenizer like this one whose chat prompts keep the messages' control tokens as text.
 
-    Conversations without such text are rendered exactly as before; the others to token ids.
+    Conversations without such text are rendered exactly as before; the others to token ids. With
+    `begun` all are, and begin as the tokenizer begins a text: with its bos.
     """
     control = _control_pattern(tokenizer)
 
@@ -35,7 +37,7 @@ def literal(tokenizer: Any) -> Any:
             render = super().apply_chat_template
             if not control.search("\0".join(_texts(conversation))):
                 rendered: str | list[int] = render(conversation, *args, **kwargs)
-                return rendered
+                return self.encode(rendered) if begun else rendered
             hidden: list[str] = []
             nonce = uuid.uuid4().hex
 
@@ -45,7 +47,7 @@ def literal(tokenizer: Any) -> Any:
 
             conversation = _mapped(conversation, lambda text: control.sub(hide, text))
             text = render(conversation, *args, **{**kwargs, "tokenize": False})
-            ids: list[int] = []
+            ids: list[int] = self.encode("") if begun else []
             for piece in control.split(text):
                 shown = re.sub(rf"{nonce}\.(\d+)\.", lambda m: hidden[int(m[1])], piece)
                 ids += self.encode(
@@ -54,7 +56,7 @@ def literal(tokenizer: Any) -> Any:
             return ids
 
         def __reduce__(self) -> tuple[Any, ...]:
-            return literal, (tokenizer,)
+            return partial(literal, begun=begun), (tokenizer,)
 
     Literal.__name__ = f"Literal{type(tokenizer).__name__}"
     made = copy.copy(tokenizer)
