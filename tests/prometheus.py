@@ -51,10 +51,9 @@ def _first_samples(query: str) -> dict[str, float]:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         try:
-            answer: dict[str, Any] = httpx.get(
-                query, params={"query": '{job="service"}'}, trust_env=False
-            ).json()
-        except httpx.TransportError:
+            response = httpx.get(query, params={"query": '{job="service"}'}, trust_env=False)
+            answer: dict[str, Any] = response.raise_for_status().json()
+        except httpx.HTTPError:  # it is not listening yet, or answers 503 until it has begun
             answer = {"data": {"result": []}}
         if samples := answer["data"]["result"]:
             return {
