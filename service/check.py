@@ -44,7 +44,7 @@ def check(
     ServiceError.
     """
     asked = memory is not None or context is not None or concurrent > 1
-    with launch.prepared(config, origins, settings) as (args, _):
+    with launch.prepared(config, origins, settings) as args:
         rows = [
             (".".join(map(str, path)), value, origins.place(path))
             for path, value in _leaves(config.model_dump(exclude_unset=True))

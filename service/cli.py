@@ -60,10 +60,10 @@ def serve(
 
         chat-service serve my-model.yaml --set engine.max_model_len=2048
     """
-    from service import launch
+    from service import supervisor
 
     config, origins = model_config.load(model, assignments or ())
-    launch.serve(config, origins, settings.load(host=host, port=port, verbose=verbose))
+    supervisor.serve(config, origins, settings.load(host=host, port=port, verbose=verbose))
 
 
 @app.command()

@@ -1,11 +1,10 @@
 """`POST /`: the tutorials' wire contract, from the body's bytes to the answer's."""
 
-import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, Protocol
 
@@ -15,6 +14,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service import metrics, prompting, sampling
+from service.admission import Admission, Client
+from service.ending import LONGEST_TIMEOUT, Endings, deadline_of
 from service.errors import (
     ClientGone,
     InvalidRequest,
@@ -62,6 +63,9 @@ class ContractRequest(BaseModel):
         None, description="The answer ends before the first of these."
     )
     stream: bool | None = Field(None, description="Server-sent events instead of one answer.")
+    timeout: Annotated[float, Field(gt=0, le=LONGEST_TIMEOUT, allow_inf_nan=False)] | None = Field(
+        None, description="Seconds after which the answer is no longer wanted."
+    )
     details: bool | None = Field(None, description="Add the sampling used and the token counts.")
 
 
@@ -109,14 +113,25 @@ class _Generation:
     params: dict[str, Any]
     prompt_tokens: int
     chunks: AsyncGenerator[Chunk, None]
+    deadline: float | None
 
 
 class Contract:
     """The handler of `POST /` for one model on one engine."""
 
-    def __init__(self, config: ModelConfig, engine: Engine, *, log_prompts: bool) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        engine: Engine,
+        admission: Admission,
+        endings: Endings,
+        *,
+        log_prompts: bool,
+    ) -> None:
         self.config = config
         self.engine = engine
+        self.admission = admission
+        self.endings = endings
         self.log_prompts = log_prompts
         self._prompt_tokens = metrics.PROMPT_TOKENS.labels(config.name)
         self._generation_tokens = metrics.GENERATION_TOKENS.labels(config.name)
@@ -126,15 +141,18 @@ class Contract:
         record = RequestRecord.of(request.scope)
         try:
             asked = self._parse(await request.body(), record)
-            if asked.stream:
-                async with _cancelled_when_gone(request.receive):
-                    generation = await self._start(asked, record)
+            deadline = deadline_of(request.scope, asked.timeout)
+            self.admission.check(record.client)  # before any work is spent on it
+            async with self.endings.watch(request.receive, deadline):
+                generation = await self._start(asked, deadline, record)
+                if not asked.stream:
+                    answer = await self._answer(generation, record)
+                else:
                     # Refusals of the engine still get their own HTTP status this way.
                     first = await anext(generation.chunks)
-                return EventStream(self._events(generation, first, record), generation.chunks)
-            async with _cancelled_when_gone(request.receive):
-                generation = await self._start(asked, record)
-                answer = await self._answer(generation, record)
+            if asked.stream:
+                frames = self._events(generation, first, record)
+                return EventStream(frames, generation, self.endings)
             return Response(answer, media_type="application/json")
         except ClientDisconnect:
             error: RequestError = ClientGone("the client closed the connection")
@@ -143,7 +161,7 @@ class Contract:
         except Exception:
             error = _unexpected(record)
         record.error = error.type
-        return refusal(error)
+        return refusal(error, record.id)
 
     def _parse(self, body: bytes, record: RequestRecord) -> ContractRequest:
         began = time.perf_counter()
@@ -151,7 +169,9 @@ class Contract:
         record.layer_seconds += time.perf_counter() - began
         return asked
 
-    async def _start(self, asked: ContractRequest, record: RequestRecord) -> _Generation:
+    async def _start(
+        self, asked: ContractRequest, deadline: float | None, record: RequestRecord
+    ) -> _Generation:
         began = time.perf_counter()
         prompt = prompting.render(asked.prompt, asked.history, self.config.prompt)
         token_ids = await self.engine.tokenize(prompt)
@@ -171,7 +191,16 @@ class Contract:
             stream=bool(asked.stream),
             echo=self.config.prompt.echo,
         )
-        return _Generation(asked, params, len(token_ids), chunks)
+        chunks = self._admitted(record.client, chunks)
+        return _Generation(asked, params, len(token_ids), chunks, deadline)
+
+    async def _admitted(
+        self, client: Client, chunks: AsyncGenerator[Chunk, None]
+    ) -> AsyncGenerator[Chunk, None]:
+        """The engine's chunks, begun when the queue lets them and not before."""
+        async with self.admission.slot(client), aclosing(chunks):
+            async for chunk in chunks:
+                yield chunk
 
     async def _answer(self, generation: _Generation, record: RequestRecord) -> bytes:
         # To its end: a generator that is dropped makes vLLM abort a request that has finished.
@@ -205,7 +234,7 @@ class Contract:
         except Exception as e:
             error = e if isinstance(e, RequestError) else _unexpected(record)
             record.status, record.error = error.status, error.type
-            yield b"data: " + refusal_body(error) + b"\n\n"
+            yield b"data: " + refusal_body(error, record.id) + b"\n\n"
         finally:
             self._count(generation, chunk, record)
 
@@ -243,34 +272,38 @@ class Contract:
 class EventStream(Response):
     """Server-sent events, written frame by frame.
 
-    A client that leaves cancels the frames; `source` is closed in every case, which aborts the
-    engine's request if it is still running.
+    A client that leaves or a deadline that passes cancels the frames; the generation is closed in
+    every case, which aborts the engine's request if it is still running.
     """
 
     def __init__(
-        self, frames: AsyncGenerator[bytes, None], source: AsyncGenerator[Chunk, None]
+        self, frames: AsyncGenerator[bytes, None], generation: _Generation, endings: Endings
     ) -> None:
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
         del self.headers["content-length"]
         self.frames = frames
-        self.source = source
+        self.generation = generation
+        self.endings = endings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        last = b""
         try:
             async with (
-                _cancelled_when_gone(receive),
-                aclosing(self.source),
+                self.endings.watch(receive, self.generation.deadline),
+                aclosing(self.generation.chunks),
                 aclosing(self.frames) as frames,
             ):
                 await send(start)
                 async for frame in frames:
                     await send({"type": "http.response.body", "body": frame, "more_body": True})
-        except ClientGone as e:
+        except RequestError as e:
             record = RequestRecord.of(scope)
             record.status, record.error = e.status, e.type
-        else:
-            await send({"type": "http.response.body", "body": b""})
+            if isinstance(e, ClientGone):
+                return
+            last = b"data: " + refusal_body(e, record.id) + b"\n\n"
+        await send({"type": "http.response.body", "body": last})
 
 
 def parse(body: bytes) -> ContractRequest:
@@ -319,35 +352,6 @@ def _json(value: dict[str, Any]) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode()
 
 
-@asynccontextmanager
-async def _cancelled_when_gone(receive: Receive) -> AsyncIterator[None]:
-    """Cancel the body, and with it the engine's request, when the client disconnects.
-
-    Raises ClientGone then. The request's body must have been read.
-    """
-    task = asyncio.current_task()
-    assert task is not None
-    gone = False
-
-    async def watch() -> None:
-        nonlocal gone
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        gone = True
-        task.cancel()
-
-    watcher = asyncio.create_task(watch())
-    try:
-        yield
-    except asyncio.CancelledError:
-        if not gone:
-            raise
-        task.uncancel()
-        raise ClientGone("the client closed the connection") from None
-    finally:
-        watcher.cancel()
-
-
 # FastAPI cannot derive this: the handler reads the body itself, whatever its Content-Type.
 OPENAPI: dict[str, Any] = {
     "requestBody": {
@@ -383,8 +387,12 @@ OPENAPI: dict[str, Any] = {
         },
         "400": {"description": "The body is not JSON"},
         "401": {"description": "No API key, or a wrong one"},
+        "408": {"description": "The body did not come in time"},
+        "413": {"description": "The body is longer than the limit"},
         "422": {"description": "Not a valid request, or a prompt that does not fit"},
+        "429": {"description": "The queue is full; come back after Retry-After seconds"},
         "500": {"description": "The engine failed this request"},
-        "503": {"description": "The engine cannot take the request now"},
+        "503": {"description": "The engine cannot take or finish the request now"},
+        "504": {"description": "The client's own deadline has passed"},
     },
 }

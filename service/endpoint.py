@@ -1,61 +1,118 @@
 """The endpoint plugin: our routes in vLLM's app. The only file that knows vLLM's app and engine."""
 
 import asyncio
-import contextlib
 import functools
 import logging
+import math
 from argparse import Namespace
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import jinja2
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from starlette.datastructures import State
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import Lifespan
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.inputs import tokens_input
 from vllm.renderers import ChatParams
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.metrics.loggers import StatLoggerBase
 
-from service import prompting, settings
+from service import connection, progress, prompting, settings
+from service.admission import Admission
 from service.contract import OPENAPI, Chunk, Contract
+from service.ending import Endings
 from service.errors import (
+    ENGINE_ENDED,
     ConfigError,
     GenerationFailed,
     InvalidRequest,
+    LaunchError,
     PromptTooLong,
     RequestError,
     Unavailable,
 )
+from service.guard import Admit
+from service.health import Health, Phase
+from service.keys import Keys
 from service.model_config import ModelConfig
 from service.prompting import Message
+from service.request_record import RequestRecord
+from service.settings import ApiProcessConfig
+from service.watch import Progress, Watch
 
 _logger = logging.getLogger("service")
 
 # Up to here rendering and tokenising takes less time than handing it to vLLM's threads and back.
 _INLINE_CHARACTERS = 4096
-# How long a stopping server waits for vLLM's own routes, which do not end with the engine.
-_GRACE_SECONDS = 5
 # Up to here the text of an answer is made on the loop: about a millisecond.
 _INLINE_TOKENS = 2048
+# vLLM's routes that make the engine generate; they pass our queue. A route that is not in this
+# version of vLLM's app ends the start.
+GENERATING = frozenset(
+    {
+        "/generative_scoring",
+        "/invocations",
+        "/v1/chat/completions",
+        "/v1/chat/completions/batch",
+        "/v1/completions",
+        "/v1/messages",
+        "/v1/responses",
+        "/v1/systemone",
+    }
+)
+# Not for clients: they change the engine that everybody uses.
+_OFF = frozenset({"/scale_elastic_ep", "/is_scaling_elastic_ep"})
+# So many times what runs may wait, when the setting does not say.
+_WAITING_FACTOR = 4
 
 
-@dataclass(frozen=True, slots=True)
 class ServiceState:
     """All of ours on the application: `app.state.service`."""
 
-    contract: Contract
-    engine_client: EngineClient
-    key_hash: str | None
-    instance: str
+    def __init__(
+        self, config: ApiProcessConfig, client: EngineClient, state: State, processes: int
+    ) -> None:
+        self.config = config
+        self.engine_client = client
+        # Each of several API processes takes its part of the limits: vLLM shares connections out.
+        vllm = client.vllm_config
+        sequences = vllm.scheduler_config.max_num_seqs * vllm.parallel_config.data_parallel_size
+        limit = math.ceil(sequences / processes)
+        waiting = config.settings.max_waiting
+        queue = limit * _WAITING_FACTOR if waiting is None else math.ceil(waiting / processes)
+        self.admission = Admission(limit, queue, config.settings.queue_timeout)
+        self.endings = Endings()
+        self.health = Health(config.settings.stall_timeout)
+        self.keys: Keys | None = None
+        if config.clients is not None:
+            self.keys = Keys(config.clients, config.settings.api_key_file)
+        self.guarded_metrics = config.settings.metrics_key
+        self.max_body_bytes = config.settings.max_body_bytes
+        self.body_timeout = config.settings.body_timeout
+        self.engine = Engine(client, state)
+        self.contract = Contract(
+            config.model,
+            self.engine,
+            self.admission,
+            self.endings,
+            log_prompts=config.settings.log_prompts,
+        )
+
+    @property
+    def engine_dead(self) -> bool:
+        """Whether the engine has ended under us."""
+        return bool(self.engine_client.errored)
 
 
 class ChatService:
-    """vLLM's EndpointPlugin protocol: POST / and GET /health/ready."""
+    """vLLM's EndpointPlugin protocol: POST / and the health routes."""
 
     name = "chat_service"
     required_tasks = ("generate",)
@@ -70,14 +127,16 @@ class ChatService:
             openapi_extra=OPENAPI,
             response_class=Response,
         )
-        app.add_api_route(
-            "/health/ready",
-            _ready,
-            methods=["GET"],
-            name="ready",
-            summary="200 when requests are answered, 503 when not",
-            response_class=JSONResponse,
-        )
+        for path, handler, summary in (
+            ("/health", _health, "200 when the engine works, 503 when it is dead or stalled"),
+            ("/health/live", _live, "200 as long as the process answers"),
+            ("/health/ready", _ready, "200 when requests are answered; else 503 and the phase"),
+            ("/health/generate", _generate, "200 when the engine has just made one token"),
+        ):
+            # Before vLLM's own /health, which is in the app already.
+            app.add_api_route(path, handler, methods=["GET"], summary=summary)
+            app.router.routes.insert(0, app.router.routes.pop())
+        app.router.lifespan_context = _lifespan(app.router.lifespan_context)
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
@@ -86,16 +145,75 @@ class ChatService:
         config = settings.read_api_process_config()
         for model in state.openai_serving_models.base_model_paths:
             model.model_path = config.model.name  # /v1/models would show a path of this machine
-        engine = Engine(engine_client, state)
-        engine.stop_at(config.model.sampling.stop or (), state)
-        state.service = ServiceState(
-            contract=Contract(config.model, engine, log_prompts=config.log_prompts),
-            engine_client=engine_client,
-            key_hash=config.key_hash,
-            instance=config.instance,
+        service = ServiceState(config, engine_client, state, args.api_server_count or 1)
+        service.engine.stop_at(config.model.sampling.stop or (), state)
+        state.service = service
+        await _try_template(service.engine, config.model)
+
+
+def _lifespan(inner: Lifespan[FastAPI]) -> Lifespan[FastAPI]:
+    """Ours around vLLM's: it runs after the server is configured and before it accepts anyone."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
+        service: ServiceState = app.state.service
+        _guard_routes(app, service)
+        connection.guard(app.state.server.config, service.config.settings)
+        await asyncio.to_thread(progress.hand_over)
+        watch = Watch(
+            service.engine_client,
+            service.health,
+            service.admission,
+            service.endings,
+            service.keys,
+            service.config.settings,
+            app.state.server,
         )
-        await _try_template(engine, config.model)
-        engine.end_requests_with_the_engine(state)
+        watching = asyncio.create_task(watch.run())
+        async with inner(app) as state:
+            yield state
+        watching.cancel()
+
+    return lifespan
+
+
+def _guard_routes(app: FastAPI, service: ServiceState) -> None:
+    """Put vLLM's generating routes behind the queue, and take off what is not for clients."""
+    if not app.state.args.enable_elastic_ep:
+        kept = [route for route in app.routes if getattr(route, "path", None) not in _OFF]
+        app.router.routes[:] = kept
+    guarded = set()
+    for route in app.routes:
+        if isinstance(route, APIRoute) and route.path in GENERATING:
+            route.app = Admit(
+                route.app, service.admission, service.endings, service.config.settings.max_sequences
+            )
+            guarded.add(route.path)
+    if missing := GENERATING - guarded:
+        raise LaunchError(f"vLLM's app lacks {', '.join(sorted(missing))}: not the pinned version")
+
+
+class ProgressLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM is not typed for us
+    """vLLM's StatLogger protocol: notes that the engine makes tokens or fills its cache."""
+
+    def __init__(self, vllm_config: object, engine_index: int = 0) -> None:
+        self._usage = -1.0
+
+    def record(
+        self,
+        scheduler_stats: Any,
+        iteration_stats: Any,
+        mm_cache_stats: object = None,
+        engine_idx: int = 0,
+    ) -> None:
+        usage = self._usage if scheduler_stats is None else scheduler_stats.kv_cache_usage
+        tokens = iteration_stats is not None and iteration_stats.num_generation_tokens
+        if tokens or usage != self._usage:
+            self._usage = usage
+            Progress.made()
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to say."""
 
 
 async def _create(request: Request) -> Response:
@@ -103,19 +221,50 @@ async def _create(request: Request) -> Response:
     return await state.contract.create(request)
 
 
-async def _ready(request: Request) -> Response:
-    state: ServiceState = request.app.state.service
+async def _live() -> JSONResponse:
+    return JSONResponse({"status": "alive"})
+
+
+async def _health(request: Request) -> Response:
+    service: ServiceState = request.app.state.service
+    well = service.health.phase in (Phase.READY, Phase.DRAINING) and not service.engine_dead
+    return Response(status_code=200 if well else 503)
+
+
+async def _ready(request: Request) -> JSONResponse:
+    service: ServiceState = request.app.state.service
+    phase = Phase.FAILED if service.engine_dead else service.health.phase
+    body = {
+        "status": phase.value,
+        "model": service.config.model.name,
+        "instance": service.config.instance,
+    }
+    if phase is Phase.READY:
+        return JSONResponse(body)
+    RequestRecord.of(request.scope).error = phase.value
+    return JSONResponse(body, 503)
+
+
+async def _generate(request: Request) -> JSONResponse:
+    """One real token, past the queue: a full server generates all the same."""
+    service: ServiceState = request.app.state.service
+    record = RequestRecord.of(request.scope)
+    timeout = service.config.settings.stall_timeout * 3
+    record.error = "no token"
     try:
-        await state.engine_client.check_health()
-    except EngineDeadError:
-        return JSONResponse({"status": "the engine has stopped"}, 503)
-    return JSONResponse(
-        {
-            "status": "ready",
-            "model": state.contract.config.name,
-            "instance": state.instance,
-        }
-    )
+        async with asyncio.timeout(timeout):
+            prompt = await service.engine.tokenize("hi")
+            chunks = service.engine.generate(
+                prompt, {"max_tokens": 1, "temperature": 0.0}, record.id, stream=False, echo=False
+            )
+            async for _ in chunks:
+                pass
+    except TimeoutError:
+        return JSONResponse({"status": f"no token within {timeout:g} s"}, 503)
+    except RequestError as e:
+        return JSONResponse({"status": e.message}, 503)
+    record.error = None
+    return JSONResponse({"status": "generated"})
 
 
 async def _try_template(engine: "Engine", model: ModelConfig) -> None:
@@ -153,8 +302,6 @@ class Engine:
         self._client = client
         self._renderer = client.renderer
         self._tokenizer = client.renderer.get_tokenizer()
-        self._stopped = False
-        self._generating: set[asyncio.Task[Any]] = set()
         online = state.online_renderer
         self._chat = chat_params(
             online.chat_template,
@@ -174,36 +321,6 @@ class Engine:
         if token_ids:
             self.defaults["stop_token_ids"] = token_ids
             state.openai_serving_chat.default_sampling_params["stop_token_ids"] = token_ids
-
-    def end_requests_with_the_engine(self, state: State) -> None:
-        """Watch the engine; when it is stopped, nobody else tells those who wait for it."""
-
-        async def watch() -> None:
-            while self._client.is_running:
-                await asyncio.sleep(0.2)
-                if server := getattr(state, "server", None):
-                    server.config.timeout_graceful_shutdown = _GRACE_SECONDS
-            self._stopped = True
-            for task in self._generating:
-                task.cancel()
-
-        self._watcher = asyncio.create_task(watch())  # kept, or it may be collected
-
-    @contextlib.contextmanager
-    def _ended_with_the_engine(self) -> Iterator[None]:
-        """Raise Unavailable in the current task when the engine is stopped under it."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._generating.add(task)
-        try:
-            yield
-        except asyncio.CancelledError:
-            if not self._stopped:
-                raise
-            task.uncancel()
-            raise Unavailable("the server is stopping", retry_after=5) from None
-        finally:
-            self._generating.discard(task)
 
     async def tokenize(self, prompt: list[Message] | str) -> list[int]:
         """Token ids of a rendered prompt, as vLLM's own routes make them."""
@@ -267,26 +384,25 @@ class Engine:
         try:
             sampling = SamplingParams(**params, output_kind=kind, detokenize=stepwise)
             outputs = self._client.generate(tokens_input(token_ids), sampling, request_id)
-            with self._ended_with_the_engine():
-                async for output in outputs:
-                    (completion,) = output.outputs
-                    answer += completion.token_ids
-                    reason = completion.finish_reason
-                    if reason == "error":
-                        raise GenerationFailed("the engine failed this request; send it again")
-                    if reason == "abort":
-                        raise Unavailable("the server is stopping", retry_after=5)
-                    text = completion.text
-                    if not stepwise:
-                        text = await self._decode(token_ids if echo else [], answer, reason)
-                    elif not begun and (text or reason):
-                        begun = True
-                        text = echoed + text if echo else self._begin(answer, text)
-                    yield Chunk(text, len(answer), reason, len(echoed))
+            async for output in outputs:
+                (completion,) = output.outputs
+                answer += completion.token_ids
+                reason = completion.finish_reason
+                if reason == "error":
+                    raise GenerationFailed("the engine failed this request; send it again")
+                if reason == "abort":
+                    raise Unavailable("the server is stopping", retry_after=5)
+                text = completion.text
+                if not stepwise:
+                    text = await self._decode(token_ids if echo else [], answer, reason)
+                elif not begun and (text or reason):
+                    begun = True
+                    text = echoed + text if echo else self._begin(answer, text)
+                yield Chunk(text, len(answer), reason, len(echoed))
         except RequestError:
             raise
         except EngineDeadError as e:
-            raise Unavailable("the engine has stopped; the server is restarting") from e
+            raise ENGINE_ENDED from e
         except GracefulHTTPError as e:
             raise Unavailable("the engine's queue is full", retry_after=1) from e
         except (VLLMClientError, ValueError) as e:

@@ -9,9 +9,16 @@ ServiceError
     ├── InvalidRequest        422  the JSON is not a valid request
     ├── PromptTooLong         422  the prompt leaves no room in the context
     ├── Unauthorized          401  no key, or a wrong one
+    ├── BodyTooSlow           408  the body did not come in time
+    │   └── HeadersTooSlow         the headers did not
+    ├── BodyTooLarge          413  the body is longer than the limit
+    ├── Overloaded            429  the queue is full
+    ├── HeadersTooLarge       431  too many headers, or too long ones
     ├── ClientGone            499  nobody is waiting for the answer any more
     ├── GenerationFailed      500  the engine failed this request alone
-    └── Unavailable           503  the engine cannot take or finish the request now
+    ├── Unavailable           503  the engine cannot take or finish the request now
+    │   └── WaitedTooLong          it waited in the queue for as long as the limit allows
+    └── DeadlineExceeded      504  the client's own deadline passed
 """
 
 import json
@@ -79,6 +86,30 @@ class PromptTooLong(RequestError):
     type = "prompt_too_long"
 
 
+class BodyTooSlow(RequestError):
+    status = 408
+    type = "body_too_slow"
+
+
+class HeadersTooSlow(BodyTooSlow):
+    type = "headers_too_slow"
+
+
+class HeadersTooLarge(RequestError):
+    status = 431
+    type = "headers_too_large"
+
+
+class BodyTooLarge(RequestError):
+    status = 413
+    type = "body_too_large"
+
+
+class Overloaded(RequestError):
+    status = 429
+    type = "overloaded"
+
+
 class ClientGone(RequestError):
     status = 499
     type = "client_gone"
@@ -94,22 +125,38 @@ class Unavailable(RequestError):
     type = "unavailable"
 
 
-def refusal(error: RequestError) -> Response:
+ENGINE_ENDED = Unavailable("the engine has stopped; the server is restarting", retry_after=5)
+
+
+class WaitedTooLong(Unavailable):
+    type = "waited_too_long"
+
+
+class DeadlineExceeded(RequestError):
+    status = 504
+    type = "deadline_exceeded"
+
+
+def refusal(error: RequestError, request_id: str) -> Response:
     """The HTTP answer for a refused or failed request."""
     headers = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(error.retry_after)
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
-    return Response(refusal_body(error), error.status, headers, media_type="application/json")
+    if isinstance(error, BodyTooSlow | BodyTooLarge):
+        headers["connection"] = "close"  # the rest of the body is not read
+    body = refusal_body(error, request_id)
+    return Response(body, error.status, headers, media_type="application/json")
 
 
-def refusal_body(error: RequestError) -> bytes:
+def refusal_body(error: RequestError, request_id: str) -> bytes:
     """The contract's answer object for an error; OpenAI clients read the same `error` key."""
+    message = f"{error.message} (request {request_id})"
     body = {
         "response": "",
         "status": error.status,
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "error": {"type": error.type, "message": error.message, "param": error.param},
+        "error": {"type": error.type, "message": message, "param": error.param},
     }
     return json.dumps(body, ensure_ascii=False).encode()

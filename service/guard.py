@@ -1,35 +1,60 @@
-"""Pure-ASGI classes that every request passes, vLLM's own routes included.
+"""Pure-ASGI classes that requests pass: id and log, errors, key, body; and a slot at the engine.
 
-vLLM builds them without arguments (`--middleware`), so what they need of this deployment they read
-from the application's state.
+All but `Admit` stand before every route, vLLM's own included. vLLM builds those without arguments
+(`--middleware`), so what they need of this deployment they read from the application's state.
 """
 
-import hashlib
-import hmac
+import asyncio
+import json
 import re
 import time
 import uuid
+from http import HTTPStatus
 from typing import Any, Protocol
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import logs, metrics
-from service.errors import RequestError, Unauthorized, refusal
+from service import limits, logs, metrics
+from service.admission import Admission
+from service.ending import Endings, deadline_of
+from service.errors import (
+    ENGINE_ENDED,
+    BodyTooLarge,
+    BodyTooSlow,
+    ClientGone,
+    RequestError,
+    Unauthorized,
+    refusal,
+)
+from service.keys import Keys
 from service.request_record import RequestRecord
 
 REQUEST_ID = "x-request-id"
 # Probes carry no key, and are not worth a log line each.
-_HEALTH = frozenset({"/health", "/health/ready", "/ping"})
+_HEALTH = frozenset({"/health", "/health/live", "/health/ready", "/ping"})
 _QUIET = _HEALTH | {"/metrics"}
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+# So much of an answer with an error is read; vLLM's own repeat what the client sent.
+_LONGEST_ERROR = 65_536
+_LONGEST_MESSAGE = 300
+# How long vLLM's handler of an ended request may take to notice.
+_NOTICE_SECONDS = 5.0
 
 
 class ServiceState(Protocol):
     """What these classes need of `app.state.service`."""
 
     @property
-    def key_hash(self) -> str | None: ...
+    def keys(self) -> Keys | None: ...
+    @property
+    def guarded_metrics(self) -> bool: ...
+    @property
+    def max_body_bytes(self) -> int: ...
+    @property
+    def body_timeout(self) -> float: ...
+    @property
+    def engine_dead(self) -> bool: ...
 
 
 class Observe:
@@ -68,34 +93,276 @@ class Observe:
             logs.request(record, scope["method"], route, seconds, quiet=scope["path"] in _QUIET)
 
 
-class ApiKey:
-    """Asks for the API key, when there is one, on every route but the health checks.
+class CleanErrors:
+    """Makes the errors of vLLM's routes short, free of input, and findable by the request's id."""
 
-    Keys are compared as hashes and in constant time.
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        record = RequestRecord.of(scope)
+        start: Message | None = None
+        body = b""
+
+        async def cleaned(message: Message) -> None:
+            nonlocal start, body
+            if message["type"] == "http.response.start":
+                if message["status"] >= 400 and record.error is None:
+                    start = message
+                    return
+            elif start:
+                body += message.get("body", b"")[: _LONGEST_ERROR - len(body)]
+                if not message.get("more_body"):
+                    await self._send(start, body, scope, receive, send)
+                return
+            await send(message)
+
+        await self.app(scope, receive, cleaned)
+
+    async def _send(
+        self, start: Message, body: bytes, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        record = RequestRecord.of(scope)
+        state: ServiceState = scope["app"].state.service
+        if start["status"] >= 500 and state.engine_dead:
+            record.error = ENGINE_ENDED.type
+            await refusal(ENGINE_ENDED, record.id)(scope, receive, send)
+            return
+        answer = _clean_error(body, start["status"], record.id)
+        headers = MutableHeaders(raw=list(start["headers"]))
+        headers["content-type"] = "application/json"
+        headers["content-length"] = str(len(answer))
+        await send({**start, "headers": headers.raw})
+        await send({"type": "http.response.body", "body": answer})
+
+
+class ApiKey:
+    """Asks for an API key, when there are any, on every route but the health checks.
+
+    Whose key it is goes on with the request. WebSockets are not served.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # A browser asks with OPTIONS, and without the key, whether it may send the key.
-        if scope["type"] != "http" or scope["path"] in _HEALTH or scope["method"] == "OPTIONS":
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         state: ServiceState = scope["app"].state.service
-        if state.key_hash and not _has_key(Headers(scope=scope), state.key_hash):
-            error: RequestError = Unauthorized(
-                "send the API key in the header `Authorization: Bearer <key>`"
-            )
-            await refusal(error)(scope, receive, send)
-            return
+        path = scope["path"]
+        # A browser asks with OPTIONS, and without the key, whether it may send the key.
+        open_to_all = (
+            path in _HEALTH
+            or scope["method"] == "OPTIONS"
+            or (path == "/metrics" and not state.guarded_metrics)
+        )
+        if state.keys and not open_to_all:
+            client = state.keys.client(_bearer(scope))
+            if client is None:
+                record = RequestRecord.of(scope)
+                error = Unauthorized("send an API key in the header `Authorization: Bearer <key>`")
+                record.error = error.type
+                await refusal(error, record.id)(scope, receive, send)
+                return
+            RequestRecord.of(scope).client = client
         await self.app(scope, receive, send)
 
 
-def _has_key(headers: Headers, key_hash: str) -> bool:
-    scheme, _, key = headers.get("authorization", "").partition(" ")
-    given = hashlib.sha256(key.strip().encode("latin-1")).hexdigest()  # the bytes as they came
-    return hmac.compare_digest(given, key_hash) and scheme.lower() == "bearer"
+class Body:
+    """Reads a request's body whole before anything else does, within a size and a time."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        if "transfer-encoding" not in headers and headers.get("content-length", "0") == "0":
+            await self.app(scope, receive, send)
+            return
+        state: ServiceState = scope["app"].state.service
+        try:
+            async with asyncio.timeout(state.body_timeout):
+                body = await _read(headers, receive, state.max_body_bytes)
+        except (TimeoutError, RequestError) as e:
+            error = e if isinstance(e, RequestError) else _too_slow(state.body_timeout)
+            record = RequestRecord.of(scope)
+            record.error = error.type
+            if not isinstance(error, ClientGone):
+                await refusal(error, record.id)(scope, receive, send)
+            return
+        whole: Message | None = {"type": "http.request", "body": body, "more_body": False}
+
+        async def read() -> Message:
+            nonlocal whole
+            if whole is not None:
+                message, whole = whole, None
+                return message
+            return await receive()
+
+        await self.app(scope, read, send)
+
+
+class Admit:
+    """One of vLLM's own generating routes behind the queue, with limits and a deadline."""
+
+    def __init__(
+        self, app: ASGIApp, admission: Admission, endings: Endings, max_sequences: int
+    ) -> None:
+        self.app = app
+        self.admission = admission
+        self.endings = endings
+        self.max_sequences = max_sequences
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        record = RequestRecord.of(scope)
+        answer = _Answer(send, scope["app"].state.service)
+        whole = await receive()
+        request: Message | None = whole
+        ended = asyncio.Event()
+
+        async def read() -> Message:
+            nonlocal request
+            if request is not None:
+                message, request = request, None
+                return message
+            await ended.wait()
+            return {"type": "http.disconnect"}
+
+        try:
+            sequences = limits.sequences(whole.get("body", b""), self.max_sequences)
+            deadline = deadline_of(scope)
+            async with (
+                self.endings.watch(receive, deadline),
+                self.admission.slot(record.client, sequences),
+            ):
+                handler = asyncio.ensure_future(self.app(scope, read, answer.send))
+                try:
+                    await asyncio.shield(handler)
+                except asyncio.CancelledError:
+                    # vLLM's handlers do not pass a cancellation on to the engine; what they
+                    # notice is that the client leaves.
+                    answer.ended = True
+                    ended.set()
+                    await asyncio.wait({handler}, timeout=_NOTICE_SECONDS)
+                    handler.cancel()
+                    raise
+                if answer.ended:
+                    raise ENGINE_ENDED
+        except RequestError as e:
+            if answer.complete:
+                return  # the client left after it had its answer
+            record.status, record.error = e.status, e.type
+            if not isinstance(e, ClientGone):
+                await answer.refuse(e, record.id, scope, receive)
+
+
+class _Answer:
+    """What a route sends, until its request is ended; then an error instead of the rest."""
+
+    def __init__(self, send: Send, state: ServiceState) -> None:
+        self._send = send
+        self._state = state
+        self._started = False
+        self._events = False
+        self.complete = False
+        self.ended = False
+
+    async def send(self, message: Message) -> None:
+        if self._events and self._state.engine_dead:
+            self.ended = True  # vLLM's event for it says 500
+        if self.ended:
+            return
+        if message["type"] == "http.response.start":
+            self._started = True
+            media_type = Headers(raw=message["headers"]).get("content-type", "")
+            self._events = media_type.startswith("text/event-stream")
+        else:
+            self.complete = not message.get("more_body", False)
+        await self._send(message)
+
+    async def refuse(
+        self, error: RequestError, request_id: str, scope: Scope, receive: Receive
+    ) -> None:
+        response = refusal(error, request_id)
+        if not self._started:
+            await response(scope, receive, self._send)
+        elif self._events:
+            body = b"data: " + bytes(response.body) + b"\n\ndata: [DONE]\n\n"
+            await self._send({"type": "http.response.body", "body": body})
+
+
+async def _read(headers: Headers, receive: Receive, most: int) -> bytes:
+    too_large = BodyTooLarge(f"the body is longer than the limit of {most} bytes")
+    length = headers.get("content-length", "")
+    if length.isdecimal() and int(length) > most:
+        raise too_large
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone("the client closed the connection")
+        body += message.get("body", b"")
+        if len(body) > most:
+            raise too_large
+        if not message.get("more_body"):
+            return bytes(body)
+
+
+def _too_slow(seconds: float) -> RequestError:
+    return BodyTooSlow(f"the body did not come within {seconds:g} s")
+
+
+def _bearer(scope: Scope) -> bytes:
+    """The key that a request carries, as the bytes that came, or nothing."""
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            scheme, _, key = value.partition(b" ")
+            return bytes(key.strip()) if scheme.lower() == b"bearer" else b""
+    return b""
+
+
+def _clean_error(body: bytes, status: int, request_id: str) -> bytes:
+    """An error answer of vLLM's or FastAPI's in OpenAI's form, without what the client sent."""
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        answer = None
+    found = answer.get("error", answer) if isinstance(answer, dict) else {}
+    error: dict[str, Any] = found if isinstance(found, dict) else {"message": found}
+    message = error.get("message") or error.get("detail") or HTTPStatus(status).phrase
+    message = _without_input(str(message))
+    cleaned = {
+        "message": f"{message} (request {request_id})",
+        "type": error.get("type") or HTTPStatus(status).phrase,
+        "param": error.get("param"),
+        "code": error.get("code") or status,
+    }
+    outer = {k: v for k, v in answer.items() if k == "type"} if isinstance(answer, dict) else {}
+    return json.dumps({**outer, "error": cleaned}, ensure_ascii=False).encode()
+
+
+_VALIDATION = re.compile(
+    r"\d+ validation errors?:\s+\{.*?'loc': '([^']*)', 'msg': (['\"])(.*?)\2", re.S
+)
+
+
+def _without_input(message: str) -> str:
+    """A message of vLLM's less the value that it repeats."""
+    if found := _VALIDATION.match(message):
+        message = f"{found[1].removeprefix('body.')}: {found[3]}"
+    message = re.sub(r", value=.*\)$", ")", message, flags=re.S)
+    message = " ".join(message.split())
+    return message if len(message) <= _LONGEST_MESSAGE else message[:_LONGEST_MESSAGE] + " ..."
 
 
 def _request_id(scope: Scope) -> str:

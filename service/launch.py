@@ -5,23 +5,15 @@ reads the environment that `serve` prepares.
 """
 
 import argparse
-import errno
-import http.client
+import functools
 import json
+import math
 import os
 import re
-import signal
 import socket
-import ssl
-import sys
 import tempfile
-import threading
-import time
-import urllib.error
-import urllib.request
-import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -29,16 +21,22 @@ from typing import TYPE_CHECKING, NoReturn
 
 from service import logs, weights
 from service.errors import ConfigError, LaunchError, ServiceError, WeightsError
+from service.health import Phase
 from service.model_config import ModelConfig, Origins, nearest
-from service.settings import CONFIG_VARIABLE, ApiProcessConfig, Settings
+from service.run_folder import RunFolder
+from service.settings import CONFIG_VARIABLE, Settings
 
 if TYPE_CHECKING:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-ENDPOINT_PLUGIN = "chat_service"
-GENERAL_PLUGIN = "chat_service_models"
+# Group and name of our entry points.
+PLUGINS = (
+    ("vllm.general_plugins", "chat_service_models"),
+    ("vllm.stat_logger_plugins", "chat_service_progress"),
+    ("vllm.endpoint_plugins", "chat_service"),
+)
 # The first is innermost.
-MIDDLEWARE = ["service.guard.ApiKey", "service.guard.Observe"]
+MIDDLEWARE = [f"service.guard.{name}" for name in ("Body", "ApiKey", "CleanErrors", "Observe")]
 
 # vLLM arguments that another key or setting decides here.
 _OWNED = {
@@ -67,40 +65,61 @@ _REFUSED = {
 }
 
 
-def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
-    """Run the server until it is stopped. Raises ServiceError when it cannot start."""
-    key_hash = settings.key_hash()
-    _check_address(settings.host, settings.port)
-    print(f"Starting {config.name}; vLLM takes a while to import ...", file=sys.stderr, flush=True)
-    with prepared(config, origins, settings, key_hash) as (args, instance):
-        fetch_files(args, config, settings)
-        announcer = _Announcer(config, settings, instance, tls=bool(args.ssl_certfile))
-        announcer.start()
-        with explained(settings):
-            _launch(args)
-        if announcer.failure:
-            raise LaunchError(announcer.failure)
+def api_servers(config: ModelConfig) -> int:
+    """How many API processes vLLM will start for this model."""
+    engine = {key.replace("-", "_"): value for key, value in config.engine.items()}
+    if count := engine.get("api_server_count"):
+        return int(count)
+    return int(engine.get("data_parallel_size") or 1)
+
+
+def run(
+    config: ModelConfig,
+    origins: Origins,
+    settings: Settings,
+    folder: RunFolder,
+    listener: socket.socket | None,
+) -> None:
+    """Run vLLM's server on `listener` until it ends; None: vLLM makes a socket of its own.
+
+    Raises ServiceError when it cannot start, or has failed.
+    """
+    with explained(settings, folder):
+        _prepare_environment(folder, settings)
+        _load_plugins()
+        args = arguments(config, origins, settings)
+        _work_around_vllm()
+        folder.set_phase(Phase.DOWNLOADING)
+        report = functools.partial(folder.set_phase, Phase.DOWNLOADING)
+        fetch_files(args, config, settings, report)
+        folder.set_phase(Phase.LOADING)
+        _launch(args, listener)
 
 
 @contextmanager
 def prepared(
-    config: ModelConfig, origins: Origins, settings: Settings, key_hash: str | None = None
-) -> Iterator[tuple[argparse.Namespace, str]]:
-    """The environment and vLLM's arguments for this model, and the name of this run.
+    config: ModelConfig, origins: Origins, settings: Settings
+) -> Iterator[argparse.Namespace]:
+    """The environment and vLLM's arguments for this model, to ask vLLM or run its engine here.
 
     Raises ServiceError.
     """
-    with tempfile.TemporaryDirectory(prefix="chat-service-") as folder:
-        instance = _prepare_environment(Path(folder), config, settings, key_hash)
+    with tempfile.TemporaryDirectory(prefix="chat-service-") as path:
+        _prepare_environment(RunFolder(Path(path)), settings)
         _load_plugins()
         args = arguments(config, origins, settings)
         _work_around_vllm()
-        yield args, instance
+        yield args
 
 
-def fetch_files(args: argparse.Namespace, config: ModelConfig, settings: Settings) -> None:
+def fetch_files(
+    args: argparse.Namespace,
+    config: ModelConfig,
+    settings: Settings,
+    report: Callable[[int], None] | None = None,
+) -> None:
     """Fetch what is missing of the model and its tokenizer, and put both into `args`."""
-    model = weights.fetch(config.source, settings.cache_dir)
+    model = weights.fetch(config.source, settings.cache_dir, report=report)
     tokenizer = model
     if config.tokenizer:
         tokenizer = weights.fetch(config.tokenizer, settings.cache_dir, weights=False)
@@ -142,6 +161,9 @@ def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argp
         sampling["max_new_tokens"] = sampling.pop("max_tokens")
     args.override_generation_config = sampling
     args.middleware = [*args.middleware, *MIDDLEWARE]
+    if "shutdown_timeout" not in given and api_servers(config) > 1:
+        # vLLM's parent process kills its API processes at once, unless it is told to wait.
+        args.shutdown_timeout = math.ceil(settings.drain_timeout) + 10
     if "disable_uvicorn_access_log" not in given:
         args.disable_uvicorn_access_log = True
     if "use_tqdm_on_load" not in given:
@@ -192,53 +214,20 @@ def _parse(parser: "FlexibleArgumentParser", name: str, value: object, place: st
         raise ConfigError(f"{place}: {' '.join(reason.split())[:300]}") from None
 
 
-def _check_address(host: str, port: int) -> None:
-    """Say that the port is taken now, not after a minute of loading."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except (OSError, UnicodeError) as e:
-        reason = getattr(e, "strerror", None) or "not a host name"
-        remedy = (
-            "stop the program that uses it, or choose another with --port or SERVICE_PORT"
-            if isinstance(e, OSError) and e.errno == errno.EADDRINUSE
-            else "choose another with --host and --port, or SERVICE_HOST and SERVICE_PORT"
-        )
-        raise LaunchError(f"cannot listen on {host[:80]} port {port}: {reason}; {remedy}") from None
-
-
-def _prepare_environment(
-    folder: Path, config: ModelConfig, settings: Settings, key_hash: str | None
-) -> str:
-    """What every process of the server reads from its environment; `folder` must outlive them.
-
-    Returns the name of this run, which /health/ready repeats.
-    """
-    instance = uuid.uuid4().hex
-    process_config = folder / "config.json"
-    process_config.touch(mode=0o600)
-    process_config.write_text(
-        ApiProcessConfig(
-            model=config,
-            key_hash=key_hash,
-            log_prompts=settings.log_prompts,
-            instance=instance,
-        ).model_dump_json()
-    )
-    logging_config = folder / "logging.json"
-    logging_config.write_text(json.dumps(logs.configuration(verbose=settings.verbose)))
+def _prepare_environment(folder: RunFolder, settings: Settings) -> None:
+    """What every process of the server reads from its environment; `folder` must outlive them."""
+    logging_config = logs.configuration(folder, verbose=settings.verbose)
+    folder.logging_file.write_text(json.dumps(logging_config))
     # Named ones only are loaded: ours, the other general plugins as without us, and the user's.
-    plugins = {ENDPOINT_PLUGIN, GENERAL_PLUGIN}
+    plugins = {name for _, name in PLUGINS}
     if chosen := os.environ.get("VLLM_PLUGINS"):
         plugins.update(chosen.split(","))
     else:
         plugins.update(plugin.name for plugin in entry_points(group="vllm.general_plugins"))
     os.environ.update(
         {
-            CONFIG_VARIABLE: str(process_config),
-            "VLLM_LOGGING_CONFIG_PATH": str(logging_config),
+            CONFIG_VARIABLE: str(folder.config_file),
+            "VLLM_LOGGING_CONFIG_PATH": str(folder.logging_file),
             "VLLM_PLUGINS": ",".join(sorted(plugins)),
         }
     )
@@ -246,10 +235,12 @@ def _prepare_environment(
         # As vLLM's own command line sets it.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_NO_USAGE_STATS": "1",
+        # vLLM allows 16,384 and 1,024; the routes that its own limits do not reach have ours.
+        "VLLM_MAX_N_SEQUENCES": str(settings.max_sequences),
+        "VLLM_MAX_COMPLETION_PROMPTS": str(settings.max_sequences),
     }
     if not settings.verbose:
         defaults |= {
-            "PYTHONWARNINGS": "ignore",
             "TORCH_CPP_LOG_LEVEL": "ERROR",
             "TORCH_LOGS": "-torch._library.triton",
         }
@@ -257,22 +248,20 @@ def _prepare_environment(
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     os.environ.pop("SERVICE_API_KEY", None)  # its hash is all that the other processes need
-    return instance
 
 
 def _load_plugins() -> None:
-    """Load both plugins as vLLM will. It only logs a failure, and would serve without them."""
-    for group, name in (
-        ("vllm.general_plugins", GENERAL_PLUGIN),
-        ("vllm.endpoint_plugins", ENDPOINT_PLUGIN),
-    ):
+    """Load our plugins as vLLM will. It only logs a failure, and would serve without them."""
+    for group, name in PLUGINS:
         found: Sequence[EntryPoint] = tuple(entry_points(group=group, name=name))
         if not found:
             raise LaunchError(
                 f"vLLM's plugin {name} is not installed; run `pip install` for this package again"
             )
         try:
-            found[0].load()()
+            plugin = found[0].load()
+            if group == "vllm.general_plugins":
+                plugin()
         except Exception as e:
             raise LaunchError(f"vLLM's plugin {name} fails to load: {_sentence(e)}") from e
 
@@ -286,29 +275,40 @@ def _work_around_vllm() -> None:
         os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
 
 
-def _launch(args: argparse.Namespace) -> None:
+def _launch(args: argparse.Namespace, listener: socket.socket | None) -> None:
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.logger import configure_logging_from_args
 
     configure_logging_from_args(args)
     command = ServeSubcommand()
     command.validate(args)
-    command.cmd(args)
+    if listener is None:
+        command.cmd(args)
+        return
+    # What vLLM's command does for one API process, with a socket that listens already.
+    import uvloop
+    from vllm.entrypoints.launchers.api_server.entry import run_server_worker
+    from vllm.entrypoints.launchers.launcher import validate_api_server_args
+
+    args.api_server_count = None
+    validate_api_server_args(args)
+    uvloop.run(run_server_worker(f"{args.host}:{args.port}", listener, args))
 
 
 @contextmanager
-def explained(settings: Settings) -> Iterator[None]:
+def explained(settings: Settings, folder: RunFolder | None = None) -> Iterator[None]:
     """Turn what vLLM raises into one sentence; --verbose keeps its traceback."""
     try:
         yield
     except ServiceError:
         raise
-    except KeyboardInterrupt:  # vLLM's way to end while it is still loading
-        raise LaunchError("stopped before it was ready") from None
     except Exception as e:
         if settings.verbose:
             raise
-        raise LaunchError(f"vLLM could not start: {_sentence(e)} (--verbose shows all)") from e
+        cause = folder.cause() if folder else None
+        raise LaunchError(
+            f"vLLM could not start: {cause or _sentence(e)} (--verbose shows all)"
+        ) from e
 
 
 def _sentence(error: Exception) -> str:
@@ -316,47 +316,3 @@ def _sentence(error: Exception) -> str:
     errors = getattr(error, "errors", None)
     text = str(errors()[0]["msg"]) if callable(errors) else str(error)
     return " ".join(text.removeprefix("Value error, ").split())[:500] or type(error).__name__
-
-
-class _Announcer(threading.Thread):
-    """Waits beside vLLM's launcher, which blocks, and says when the service answers."""
-
-    def __init__(
-        self, config: ModelConfig, settings: Settings, instance: str, *, tls: bool
-    ) -> None:
-        super().__init__(name="announcer", daemon=True)
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
-        self.url = f"http{'s' * tls}://{f'[{host}]' if ':' in host else host}:{settings.port}"
-        self.model = config.name
-        self.instance = instance
-        self.key = settings.key_hash() is not None
-        self.failure: str | None = None
-
-    def run(self) -> None:
-        trusting = ssl.create_default_context()  # we ask ourselves, whatever the name on the paper
-        trusting.check_hostname = False
-        trusting.verify_mode = ssl.CERT_NONE
-        opener = urllib.request.build_opener(
-            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trusting)
-        )
-        while True:
-            try:
-                with opener.open(f"{self.url}/health/ready", timeout=5) as answer:
-                    if json.load(answer).get("instance") == self.instance:
-                        break
-            except urllib.error.HTTPError as e:
-                if e.code == 404:
-                    self.failure = "this model does not generate text, so POST / cannot serve it"
-                    os.kill(os.getpid(), signal.SIGTERM)
-                    return
-            except (OSError, ValueError, http.client.HTTPException):
-                pass
-            time.sleep(0.2)
-        key = '  -H "Authorization: Bearer <the API key>" \\\n' if self.key else ""
-        print(
-            f"\nReady: {self.model} answers at {self.url}. Try:\n\n"
-            f"curl -X POST {self.url} \\\n{key}"
-            '  -d \'{"prompt": "What is the capital of France?"}\'\n\n'
-            f"OpenAI clients: base_url {self.url}/v1   Metrics: {self.url}/metrics\n",
-            flush=True,
-        )

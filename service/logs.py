@@ -2,9 +2,13 @@
 
 import logging
 import re
+from pathlib import Path
 from typing import Any
 
+from service.admission import ANYONE
+from service.health import Phase
 from service.request_record import RequestRecord
+from service.run_folder import RunFolder
 
 _logger = logging.getLogger("service")
 
@@ -22,6 +26,12 @@ _PHASES: tuple[tuple[re.Pattern[str], str, bool], ...] = tuple(
         (r"KV cache size: ([\d,]+) tokens", r"KV cache: room for \1 tokens", False),
         (r"init engine \(.*\) took ([\d.]+) s", r"Engine ready in \1 s", False),
     )
+)
+# The same messages as phases that /health/ready tells.
+_HEALTH_PHASES: tuple[tuple[re.Pattern[str], Phase], ...] = (
+    (re.compile(r"Starting to load model "), Phase.LOADING),
+    (re.compile(r"Warming up model for the compilation|Dynamo bytecode"), Phase.COMPILING),
+    (re.compile(r"Loading weights took|Warming up done|Graph captur|KV cache size"), Phase.WARMING),
 )
 # Warnings of vLLM and its libraries that ask nothing of the user here; --verbose shows them.
 _HARMLESS = re.compile(
@@ -48,6 +58,28 @@ _HARMLESS = re.compile(
 )
 
 
+class Report(logging.Filter):
+    """Tells the supervisor what vLLM's processes only log: how far they are, and why they fail."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self._folder = RunFolder(Path(folder))
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if record.exc_info and type(record.exc_info[1]).__name__ == "EngineDeadError":
+            return False  # told once, by our own line
+        if record.levelno >= logging.ERROR:
+            if "failed to start" in message and record.exc_info and record.exc_info[1]:
+                error = record.exc_info[1]
+                self._folder.report_cause(f"{type(error).__name__}: {error}")
+        else:
+            for pattern, phase in _HEALTH_PHASES:
+                if pattern.search(message):
+                    self._folder.set_phase(phase)
+        return True
+
+
 class StartUp(logging.Filter):
     """Keeps what a user needs: phases with their durations, warnings that matter, and our lines."""
 
@@ -59,6 +91,8 @@ class StartUp(logging.Filter):
         if record.name.partition(".")[0] == "service":
             return True
         message = record.getMessage()
+        if record.exc_info and type(record.exc_info[1]).__name__ == "EngineDeadError":
+            return False  # told once, by our own line
         if record.levelno >= logging.ERROR:
             if "failed to start" in message and record.exc_info and record.exc_info[1]:
                 # The same failure passes through three processes, each with a traceback.
@@ -78,13 +112,13 @@ class StartUp(logging.Filter):
         return False
 
 
-def configuration(*, verbose: bool) -> dict[str, Any]:
+def configuration(folder: RunFolder, *, verbose: bool) -> dict[str, Any]:
     """The logging.config.dictConfig of every process of the server, vLLM's and uvicorn's too."""
     handler: dict[str, Any] = {
         "class": "logging.StreamHandler",
         "stream": "ext://sys.stderr",
         "formatter": "verbose" if verbose else "plain",
-        "filters": [] if verbose else ["start_up"],
+        "filters": ["report"] if verbose else ["report", "start_up"],
     }
     date = "%Y-%m-%d %H:%M:%S"
     return {
@@ -97,7 +131,10 @@ def configuration(*, verbose: bool) -> dict[str, Any]:
                 "datefmt": date,
             },
         },
-        "filters": {"start_up": {"()": "service.logs.StartUp"}},
+        "filters": {
+            "report": {"()": "service.logs.Report", "folder": str(folder.config_file.parent)},
+            "start_up": {"()": "service.logs.StartUp"},
+        },
         "handlers": {"stderr": handler},
         "root": {"level": "INFO" if verbose else "WARNING", "handlers": ["stderr"]},
         "loggers": {
@@ -116,6 +153,7 @@ def request(record: RequestRecord, method: str, route: str, seconds: float, *, q
     """
     fields = {
         "id": record.id,
+        "key": None if record.client is ANYONE else record.client.name,
         "method": method,
         "route": route,
         "status": record.status,

@@ -2,7 +2,8 @@
 
 vLLM's own metrics stay beside them under `vllm:`. With several API processes prometheus-client
 adds the processes up; a gauge says how (`multiprocess_mode`). No label value comes from a client:
-routes are the application's templates, and every path without one is `unmatched`.
+routes are the application's templates, every path without one is `unmatched`, and the names of
+keys come from the operator's file.
 """
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -40,4 +41,29 @@ GENERATION_TOKENS = Counter(
     "service_generation_tokens_total",
     "Tokens in the answers of POST /, streamed parts too (of every route: vllm:generation_tokens).",
     ["model"],
+)
+RUNNING = Gauge(
+    "service_running_sequences",
+    "Sequences that were let to the engine and have not ended.",
+    multiprocess_mode="livesum",
+)
+WAITING = Gauge(
+    "service_waiting_sequences",
+    "Sequences that wait in the queue for the engine.",
+    multiprocess_mode="livesum",
+)
+QUEUE_SECONDS = Histogram(
+    "service_queue_duration_seconds",
+    "Time in the queue of requests that were let to the engine.",
+    buckets=_SECONDS,
+)
+ADMITTED = Counter(
+    "service_admitted_requests_total",
+    "Requests let to the engine, by the name of their API key.",
+    ["key"],
+)
+REFUSED = Counter(
+    "service_refused_requests_total",
+    "Requests refused or given up by the queue: queue_full, waited_too_long, deadline, closed.",
+    ["reason"],
 )

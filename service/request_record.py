@@ -5,6 +5,8 @@ from typing import Self
 
 from starlette.types import Scope
 
+from service.admission import ANYONE, Client
+
 _SCOPE_KEY = "chat_service.record"
 
 
@@ -18,6 +20,7 @@ class RequestRecord:
     generation_tokens: int | None = None
     finish_reason: str | None = None
     error: str | None = None  # RequestError.type
+    client: Client = ANYONE
     layer_seconds: float = 0.0
     # Local time, prompt and response, only when the setting asks for prompts in the log.
     exchange: tuple[str, str, str] | None = None

@@ -1,19 +1,24 @@
 """How this deployment runs. The only reader of the environment."""
 
-import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service import keys
+from service.admission import Client
 from service.errors import ConfigError
 from service.model_config import ModelConfig, nearest
 
 PREFIX = "SERVICE_"
 # Names the file with the ApiProcessConfig of this run.
 CONFIG_VARIABLE = "CHAT_SERVICE_CONFIG"
+
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Settings(BaseSettings):
@@ -30,26 +35,56 @@ class Settings(BaseSettings):
     api_key: SecretStr | None = Field(
         None, description="When set, every route but the health checks asks for it as a Bearer."
     )
-    api_key_file: Path | None = Field(None, description="A file with the key, instead.")
+    api_key_file: Path | None = Field(
+        None,
+        description="A file of keys instead, a line each: NAME KEY [WEIGHT]; read when changed.",
+    )
+    metrics_key: bool = Field(True, description="Whether /metrics asks for the key too.")
+    max_waiting: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Sequences that may wait [default: 4 times what the engine runs at once]."
+    )
+    queue_timeout: Seconds = Field(60, description="Seconds that a request may wait in the queue.")
+    max_sequences: Annotated[int, Field(ge=1)] = Field(
+        64, description="Sequences that one request may ask for: n times its prompts."
+    )
+    max_body_bytes: Annotated[int, Field(ge=1024)] = Field(
+        4 * 2**20, description="The longest body of a request."
+    )
+    body_timeout: Seconds = Field(30, description="Seconds in which headers, and body, must come.")
+    write_timeout: Seconds = Field(
+        30, description="Seconds for which a client may leave its answer unread."
+    )
+    max_connections: Annotated[int, Field(ge=1)] = Field(
+        4096, description="Open connections, of each API process."
+    )
+    drain_timeout: Seconds = Field(
+        30, description="Seconds that accepted requests have to finish after SIGTERM."
+    )
+    stall_timeout: Seconds = Field(
+        10, description="Seconds without a sign of life after which the engine counts as stalled."
+    )
     log_prompts: bool = Field(
         False, description="Whether prompts and answers are logged, also in the tutorials' format."
     )
     verbose: bool = Field(False, description="Show everything that vLLM and its libraries log.")
 
-    def key_hash(self) -> str | None:
-        """SHA-256 of the API key in hex, or None. Raises ConfigError for an unusable file."""
+    def clients(self) -> Mapping[str, Client] | None:
+        """Hash of each API key to whose it is; None when no key is asked for.
+
+        Raises ConfigError for an unusable file or an empty key.
+        """
         key = self.api_key.get_secret_value().strip() if self.api_key else None
         if self.api_key_file:
             if key:
                 raise ConfigError("give SERVICE_API_KEY or SERVICE_API_KEY_FILE, not both")
-            try:
-                key = self.api_key_file.read_text(encoding="utf-8").strip()
-            except (OSError, UnicodeDecodeError) as e:
-                reason = getattr(e, "strerror", None) or "not UTF-8 text"
-                raise ConfigError(f"SERVICE_API_KEY_FILE: {self.api_key_file}: {reason}") from None
-        if key == "":
+            clients = keys.read(self.api_key_file, f"SERVICE_API_KEY_FILE: {self.api_key_file}")
+        elif key is None:
+            return None
+        else:
+            clients = {keys.digest(key.encode()): Client("default")} if key else {}
+        if not clients:
             raise ConfigError("the API key is empty; unset it to serve without a key")
-        return hashlib.sha256(key.encode()).hexdigest() if key else None
+        return clients
 
 
 class ApiProcessConfig(BaseModel):
@@ -58,8 +93,9 @@ class ApiProcessConfig(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     model: ModelConfig
-    key_hash: str | None
-    log_prompts: bool
+    settings: Settings
+    # Of the API keys; None: no key is asked for.
+    clients: dict[str, Client] | None
     instance: str  # tells this run's answers from those of another on the same port
 
 

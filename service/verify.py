@@ -81,7 +81,7 @@ def verify(
     """Run the engine as `serve` would, then the reference. Raises ServiceError."""
     # In this process: its memory is free again when the reference needs it.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    with launch.prepared(config, origins, settings) as (args, _):
+    with launch.prepared(config, origins, settings) as args:
         launch.fetch_files(args, config, settings)
         with launch.explained(settings):
             answers, dtype, stop_tokens = _ask_engine(args, config, prompts, tokens)

@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from service.errors import WeightsError
 from service.weights.lock import locked
 
 if TYPE_CHECKING:
-    from modelscope_hub import HubApi, HubConfig
+    from modelscope_hub import HubApi, HubConfig, ProgressCallback
 
 _logger = logging.getLogger("service")
 
@@ -33,11 +33,18 @@ _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 
-def fetch(model_id: str, revision: str, *, weights: bool = True) -> Path:
+def fetch(
+    model_id: str,
+    revision: str,
+    *,
+    weights: bool = True,
+    report: Callable[[int], None] | None = None,
+) -> Path:
     """The folder with the repository's files, after downloading those that are missing.
 
     When the hub cannot be asked, an earlier complete download is used. `weights=False` leaves the
-    weights out: the source of a tokenizer. Raises WeightsError with the remedy.
+    weights out: the source of a tokenizer. `report` is told the per cent that is here.
+    Raises WeightsError with the remedy.
     """
     hub, config = _hub()
     from modelscope_hub.errors import HubError
@@ -66,7 +73,13 @@ def fetch(model_id: str, revision: str, *, weights: bool = True) -> Path:
                 _check_space(folder, files)
                 receipt = _receipt(folder, weights)
                 receipt.write_text("{}")  # from now on the folder may be a mixture
-                hub.download_repo(model_id, "model", revision=revision, file_list=files)
+                hub.download_repo(
+                    model_id,
+                    "model",
+                    revision=revision,
+                    file_list=files,
+                    progress_callbacks=_progress(folder, files, report) if report else None,
+                )
                 receipt.write_text(json.dumps({"revision": revision, "files": files}))
     except (HubError, RequestException, OSError) as e:
         raise WeightsError(
@@ -179,14 +192,36 @@ def _looks_complete(folder: Path, weights: bool) -> bool:
     )
 
 
+def _here(folder: Path, file: dict[str, Any]) -> int:
+    """Bytes of a file that are here, those that a cut download left to be resumed too."""
+    copies = (folder / file["Path"], folder / f"{file['Path']}.incomplete")
+    return sum(copy.stat().st_size for copy in copies if copy.is_file())
+
+
+def _progress(
+    folder: Path, files: list[dict[str, Any]], report: Callable[[int], None]
+) -> "list[type[ProgressCallback]]":
+    """modelscope's progress bars, and one that counts over all files."""
+    from modelscope_hub import ProgressCallback, TqdmCallback
+
+    total = sum(file["Size"] for file in files) or 1
+    here = sum(_here(folder, file) for file in files)
+    told = -1
+
+    class Percent(ProgressCallback):
+        def update(self, size: int) -> None:
+            nonlocal here, told
+            here += size
+            if (percent := min(99, here * 100 // total)) > told:
+                told = percent
+                report(percent)
+
+    return [TqdmCallback, Percent]
+
+
 def _check_space(folder: Path, files: list[dict[str, Any]]) -> None:
     """Raises WeightsError when the disk cannot hold what is missing of `files`."""
-    needed = 0
-    for file in files:
-        # The second is what modelscope keeps of a download that was cut, to resume it.
-        copies = (folder / file["Path"], folder / f"{file['Path']}.incomplete")
-        here = sum(copy.stat().st_size for copy in copies if copy.is_file())
-        needed += max(0, file["Size"] - here)
+    needed = sum(max(0, file["Size"] - _here(folder, file)) for file in files)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise WeightsError(

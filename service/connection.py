@@ -1,0 +1,127 @@
+"""Limits of one HTTP connection that uvicorn lacks: on headers, and on clients that do not read."""
+
+import asyncio
+import socket
+import uuid
+from http import HTTPStatus
+from typing import Any, ClassVar
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from service.errors import HeadersTooLarge, HeadersTooSlow, RequestError, refusal_body
+from service.settings import Settings
+
+_MOST_HEADERS = 128
+_MOST_HEADER_BYTES = 65_536
+# How long uvicorn waits at the end for answers that are being written.
+_GRACE_SECONDS = 5
+
+
+def guard(config: uvicorn.Config, settings: Settings) -> None:
+    """Make the server that runs `config` hold its connections to the limits."""
+    assert config.http_protocol_class is HttpToolsProtocol  # which vLLM's dependencies bring
+
+    class Limited(GuardedProtocol):
+        header_timeout = settings.body_timeout
+        write_timeout = settings.write_timeout
+
+    config.http_protocol_class = Limited
+    config.limit_concurrency = settings.max_connections
+    config.timeout_graceful_shutdown = _GRACE_SECONDS
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP protocol; ends connections whose headers or whose reader go beyond a limit."""
+
+    header_timeout: ClassVar[float]
+    write_timeout: ClassVar[float]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._in_headers = True
+        self._header_bytes = 0
+        self._header_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if (peer := transport.get_extra_info("socket")) is not None and self.client:
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # notices vanished clients
+        self._expect_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel(self._header_timer)
+        self._cancel(self._write_timer)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._in_headers:
+            self._header_bytes += len(data)
+            if self._header_bytes > _MOST_HEADER_BYTES:
+                self._refuse_headers()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_headers = True
+        self._expect_headers()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        if len(self.headers) > _MOST_HEADERS or len(value) > _MOST_HEADER_BYTES:
+            self._refuse_headers()
+
+    def on_headers_complete(self) -> None:
+        self._in_headers = False
+        self._header_bytes = 0
+        self._cancel(self._header_timer)
+        if not self.transport.is_closing():
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if not self.transport.is_closing():
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if not self.transport.is_closing():
+            super().on_message_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._cancel(self._write_timer)
+        self._write_timer = self.loop.call_later(self.write_timeout, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._cancel(self._write_timer)
+
+    def _expect_headers(self) -> None:
+        self._cancel(self._header_timer)
+        error = HeadersTooSlow(f"the headers did not come within {self.header_timeout:g} s")
+        self._header_timer = self.loop.call_later(self.header_timeout, self._refuse, error)
+
+    def _refuse_headers(self) -> None:
+        self._refuse(
+            HeadersTooLarge(
+                f"a request has at most {_MOST_HEADERS} headers, of {_MOST_HEADER_BYTES} bytes"
+            )
+        )
+
+    def _refuse(self, error: RequestError) -> None:
+        if self.transport.is_closing():
+            return
+        if self.cycle is None or self.cycle.response_complete:
+            body = refusal_body(error, uuid.uuid4().hex)
+            head = (
+                f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n"
+                "content-type: application/json\r\n"
+                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            )
+            self.transport.write(head.encode() + body)
+        self.transport.close()
+
+    @staticmethod
+    def _cancel(timer: asyncio.TimerHandle | None) -> None:
+        if timer:
+            timer.cancel()

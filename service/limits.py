@@ -1,0 +1,86 @@
+"""What a request to vLLM's generating routes may ask for, beyond what vLLM itself refuses."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic_core import from_json, to_json
+
+from service.errors import InvalidRequest, MalformedBody
+
+# Compiling a grammar takes time and memory that grow faster than its text.
+_LONGEST_GRAMMAR = 16_384
+_LONGEST_REGEX = 1_024
+_LONGEST_STOP = 1_000
+# Keys that count sequences side by side, whatever the route; a key that is absent counts as one.
+_COUNTS = ("n", "best_of")
+_LISTS = ("items", "prompt", "messages")
+_GRAMMARS = ("response_format", "structured_outputs", "tools", "text")
+
+
+def sequences(body: bytes, most: int) -> int:
+    """How many sequences a body asks the engine for.
+
+    Raises MalformedBody for what is not JSON (NaN, lone surrogates and nesting deeper than the
+    parser's 200 levels too), InvalidRequest for more than `most` sequences, and for grammars and
+    stop strings beyond their limits.
+    """
+    try:
+        asked = from_json(body, allow_inf_nan=False)
+    except ValueError as e:
+        raise MalformedBody(f"the body is not valid JSON: {e}") from None
+    if not isinstance(asked, Mapping):
+        raise InvalidRequest("the body must be a JSON object")
+    count, param = 1, None
+    for key in _COUNTS:
+        value = asked.get(key)
+        if isinstance(value, int) and value > 1:
+            count, param = max(count, value), key
+    for key in _LISTS:
+        prompts = _prompts(asked.get(key), key)
+        if prompts > 1:
+            count, param = count * prompts, key
+    if count > most:
+        raise InvalidRequest(
+            f"one request may ask for {most} sequences at most (n times the number of prompts)",
+            param=param,
+        )
+    _check_stop(asked.get("stop"))
+    for key in _GRAMMARS:
+        if asked.get(key):
+            _check_grammar(asked[key], key)
+    return count
+
+
+def _prompts(value: Any, key: str) -> int:
+    """Prompts in a list of them; one prompt as token ids or as messages is a list too."""
+    if not isinstance(value, list) or not value:
+        return 1
+    first = value[0]
+    if key == "messages":
+        return len(value) if isinstance(first, list) else 1
+    return 1 if isinstance(first, int) else len(value)
+
+
+def _check_stop(stop: Any) -> None:
+    strings = stop if isinstance(stop, list) else [stop]
+    if any(isinstance(string, str) and len(string) > _LONGEST_STOP for string in strings):
+        raise InvalidRequest(f"a stop string has at most {_LONGEST_STOP} characters", param="stop")
+
+
+def _check_grammar(grammar: Any, key: str) -> None:
+    if len(to_json(grammar)) > _LONGEST_GRAMMAR:
+        raise InvalidRequest(f"{key} has at most {_LONGEST_GRAMMAR} bytes", param=key)
+    pending = [grammar]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            for name in ("regex", "pattern"):
+                regex = value.get(name)
+                if isinstance(regex, str) and len(regex) > _LONGEST_REGEX:
+                    raise InvalidRequest(
+                        f"a regular expression in {key} has at most {_LONGEST_REGEX} characters",
+                        param=key,
+                    )
+            pending.extend(value.values())
+        elif isinstance(value, list):
+            pending.extend(value)

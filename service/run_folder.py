@@ -1,0 +1,66 @@
+"""The folder that the processes of one run share: its config, its phase, and why it failed."""
+
+import os
+from pathlib import Path
+
+from service.health import Phase
+from service.settings import CONFIG_VARIABLE, ApiProcessConfig
+
+
+class RunFolder:
+    """Written and read by the supervisor, the launcher, the API processes and the engine's."""
+
+    def __init__(self, path: Path) -> None:
+        self.config_file = path / "config.json"
+        self.logging_file = path / "logging.json"
+        self.phase_file = path / "phase"
+        self.handover_socket = path / "handover"
+        self._failure = path / "failure"
+        self._cause = path / "cause"
+
+    @classmethod
+    def of_this_process(cls) -> "RunFolder":
+        """The folder that the environment names; below `chat-service serve` only."""
+        return cls(Path(os.environ[CONFIG_VARIABLE]).parent)
+
+    def write_config(self, config: ApiProcessConfig) -> None:
+        self.config_file.touch(mode=0o600)
+        self.config_file.write_text(config.model_dump_json())
+
+    def set_phase(self, phase: Phase, percent: int | None = None) -> None:
+        """Say how far the start is; `percent` of a download."""
+        self._write(self.phase_file, f"{phase} {'' if percent is None else percent}")
+
+    def phase(self) -> tuple[Phase, int | None]:
+        """How far the start is."""
+        try:
+            phase, _, percent = self.phase_file.read_text().strip().partition(" ")
+        except FileNotFoundError:
+            return Phase.STARTING, None
+        return Phase(phase), int(percent) if percent else None
+
+    def report_failure(self, reason: str) -> None:
+        """Say why the server ends though nobody asked it to; the first to say so is believed."""
+        self._write_once(self._failure, reason)
+
+    def failure(self) -> str | None:
+        return self._failure.read_text() if self._failure.exists() else None
+
+    def report_cause(self, error: str) -> None:
+        """Say why a process could not start; the first is the root."""
+        self._write_once(self._cause, error)
+
+    def cause(self) -> str | None:
+        return self._cause.read_text() if self._cause.exists() else None
+
+    def _write(self, file: Path, text: str) -> None:
+        part = file.with_name(f"{file.name}.{os.getpid()}")
+        part.write_text(text)
+        part.replace(file)  # a reader sees the old or the new, never half
+
+    def _write_once(self, file: Path, text: str) -> None:
+        try:
+            with file.open("x") as f:
+                f.write(text)
+        except FileExistsError:
+            pass

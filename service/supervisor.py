@@ -1,0 +1,248 @@
+"""`serve`: runs the server as a child process, answers for it until it does, and says how it ended.
+
+The child and all its processes are one process group without a terminal: Ctrl-C reaches only the
+supervisor, which decides in which order they end.
+"""
+
+import errno
+import http.client
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import socket
+import ssl
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from service import launch
+from service.errors import ConfigError, LaunchError, ServiceError
+from service.model_config import ModelConfig, Origins
+from service.progress import ProgressServer
+from service.run_folder import RunFolder
+from service.settings import ApiProcessConfig, Settings
+
+# How long the server has to end by itself after it was told to, or has said that it failed.
+_GRACE_SECONDS = 10
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_BACKLOG = 2048
+
+
+def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
+    """Run the server until it is stopped. Raises ServiceError when it cannot start, or fails."""
+    clients = settings.clients()
+    several = launch.api_servers(config) > 1
+    listener = _listen(settings.host, settings.port, shared=several)
+    if clients is None and not _is_loopback(listener):
+        print(
+            f"WARNING: {settings.host} can be reached from other machines, and no API key is set: "
+            "whoever reaches it may use it. Set SERVICE_API_KEY_FILE, or listen on 127.0.0.1.",
+            file=sys.stderr,
+        )
+    if not settings.verbose:
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    with tempfile.TemporaryDirectory(prefix="chat-service-") as path:
+        folder = RunFolder(Path(path))
+        process_config = ApiProcessConfig(
+            model=config,
+            settings=settings,
+            clients=None if clients is None else dict(clients),
+            instance=uuid.uuid4().hex,
+        )
+        folder.write_config(process_config)
+        tls = _tls(config, origins)
+        progress = ProgressServer(listener, tls, folder, config.name, process_config.instance)
+        progress.start()
+        _Announcer(config, settings, process_config.instance, tls=tls is not None).start()
+        print(f"Starting {config.name}; vLLM takes a while to import ...", file=sys.stderr)
+        sys.stderr.flush()
+        server = multiprocessing.get_context("spawn").Process(
+            target=_run_server,
+            args=(config, origins, settings, path, None if several else listener),
+            name="MainProcess",
+        )
+        _Supervisor(server, folder, progress).run()
+
+
+class _Supervisor:
+    """One run of the server process."""
+
+    def __init__(
+        self,
+        server: "multiprocessing.context.SpawnProcess",
+        folder: RunFolder,
+        progress: ProgressServer,
+    ) -> None:
+        self.server = server
+        self.folder = folder
+        self.progress = progress
+        self.asked_to_stop = 0
+        self.kill_at: float | None = None
+
+    def run(self) -> None:
+        """Return when the server has ended as it was asked to. Raises LaunchError otherwise."""
+        before = {number: signal.signal(number, self._on_signal) for number in _STOP_SIGNALS}
+        try:
+            self.server.start()
+            while not multiprocessing.connection.wait([self.server.sentinel], timeout=0.2):
+                if self.kill_at is None and self.folder.failure():
+                    self.kill_at = time.monotonic() + _GRACE_SECONDS
+                if self.kill_at is not None and time.monotonic() > self.kill_at:
+                    self._signal_all(signal.SIGKILL)
+            self._signal_all(signal.SIGKILL)  # what it left behind
+            self.server.join()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        self._explain()
+
+    def _explain(self) -> None:
+        status = self.server.exitcode or 0
+        if failure := self.folder.failure():
+            raise LaunchError(f"{failure}; every request was answered, start it again")
+        if self.asked_to_stop:
+            print("Stopped.", file=sys.stderr)
+        elif status < 0:
+            name = signal.Signals(-status).name
+            raise LaunchError(f"the server process was killed by {name}; start it again")
+        elif status:
+            raise SystemExit(status)  # it has said why
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.asked_to_stop += 1
+        if not self.progress.handed_over or self.asked_to_stop > 2:
+            self._signal_all(signal.SIGKILL)  # nobody is being answered, or somebody insists
+        elif number == signal.SIGTERM and self.asked_to_stop == 1:
+            if self.server.pid:
+                os.kill(self.server.pid, signal.SIGTERM)  # drains; the setting limits how long
+        else:
+            self._signal_all(signal.SIGINT)
+            self.kill_at = time.monotonic() + _GRACE_SECONDS
+
+    def _signal_all(self, number: signal.Signals) -> None:
+        """To every process of the run: its group is named as its first process."""
+        if self.server.pid:
+            with suppress(ProcessLookupError):
+                os.killpg(self.server.pid, number)
+
+
+def _run_server(
+    config: ModelConfig,
+    origins: Origins,
+    settings: Settings,
+    folder: str,
+    listener: socket.socket | None,
+) -> None:
+    """The child's main function."""
+    os.setsid()
+    supervisor = multiprocessing.parent_process()
+    assert supervisor is not None
+    threading.Thread(target=_end_with, args=(supervisor,), daemon=True).start()
+    try:
+        launch.run(config, origins, settings, RunFolder(Path(folder)), listener)
+    except ServiceError as e:
+        print(f"error: {e}", file=sys.stderr)
+        raise SystemExit(e.exit_status) from None
+
+
+def _end_with(supervisor: Any) -> None:
+    """Drain when the supervisor is gone without a word."""
+    multiprocessing.connection.wait([supervisor.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _listen(host: str, port: int, *, shared: bool) -> socket.socket:
+    """The socket of the service; `shared` lets vLLM's API processes bind the same address."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)  # without sharing: is it anybody's?
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+        return listener
+    except (OSError, UnicodeError) as e:
+        reason = getattr(e, "strerror", None) or "not a host name"
+        remedy = (
+            "stop the program that uses it, or choose another with --port or SERVICE_PORT"
+            if isinstance(e, OSError) and e.errno == errno.EADDRINUSE
+            else "choose another with --host and --port, or SERVICE_HOST and SERVICE_PORT"
+        )
+        raise LaunchError(f"cannot listen on {host[:80]} port {port}: {reason}; {remedy}") from None
+
+
+def _is_loopback(listener: socket.socket) -> bool:
+    address = str(listener.getsockname()[0])
+    return address.startswith("127.") or address == "::1"
+
+
+def _tls(config: ModelConfig, origins: Origins) -> ssl.SSLContext | None:
+    """What the YAML's ssl_certfile and ssl_keyfile say. Raises ConfigError for unusable ones."""
+    values = {key.replace("-", "_"): value for key, value in config.engine.items()}
+    if not (certificate := values.get("ssl_certfile")):
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(str(certificate), values.get("ssl_keyfile"))
+    except OSError as e:
+        place = origins.of(("engine", "ssl_certfile"))
+        raise ConfigError(f"{place}: the certificate and key cannot be loaded: {e}") from None
+    return context
+
+
+class _Announcer(threading.Thread):
+    """Waits beside vLLM's launcher, which blocks, and says when the service answers."""
+
+    def __init__(
+        self, config: ModelConfig, settings: Settings, instance: str, *, tls: bool
+    ) -> None:
+        super().__init__(name="announcer", daemon=True)
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+        self.url = f"http{'s' * tls}://{f'[{host}]' if ':' in host else host}:{settings.port}"
+        self.model = config.name
+        self.instance = instance
+        self.key = settings.clients() is not None
+        self.failure: str | None = None
+
+    def run(self) -> None:
+        trusting = ssl.create_default_context()  # we ask ourselves, whatever the name on the paper
+        trusting.check_hostname = False
+        trusting.verify_mode = ssl.CERT_NONE
+        opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trusting)
+        )
+        while True:
+            try:
+                with opener.open(f"{self.url}/health/ready", timeout=5) as answer:
+                    if json.load(answer).get("instance") == self.instance:
+                        break
+            except urllib.error.HTTPError as e:
+                if e.code == 404:
+                    self.failure = "this model does not generate text, so POST / cannot serve it"
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return
+            except (OSError, ValueError, http.client.HTTPException):
+                pass
+            time.sleep(0.2)
+        key = '  -H "Authorization: Bearer <the API key>" \\\n' if self.key else ""
+        print(
+            f"\nReady: {self.model} answers at {self.url}. Try:\n\n"
+            f"curl -X POST {self.url} \\\n{key}"
+            '  -d \'{"prompt": "What is the capital of France?"}\'\n\n'
+            f"OpenAI clients: base_url {self.url}/v1   Metrics: {self.url}/metrics\n",
+            flush=True,
+        )

@@ -1,0 +1,174 @@
+"""From ready to the end, in each API process: watches the engine, drains at SIGTERM, gives up."""
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from typing import Protocol
+
+import psutil
+import uvicorn
+
+from service.admission import Admission
+from service.ending import Endings
+from service.errors import Unavailable
+from service.health import Health, Phase
+from service.keys import Keys
+from service.run_folder import RunFolder
+from service.settings import Settings
+
+_logger = logging.getLogger("service")
+
+_INTERVAL = 0.2  # seconds; how soon the end of the engine is noticed
+_LOOK_EVERY = 1.0
+
+
+class Engine(Protocol):
+    """What is watched: vLLM's EngineClient."""
+
+    @property
+    def errored(self) -> bool: ...
+
+    async def is_paused(self) -> bool: ...
+
+
+class Progress:
+    """When the engine last made a token or filled its cache; vLLM's statistics tell it."""
+
+    last = 0.0
+
+    @classmethod
+    def made(cls) -> None:
+        cls.last = time.monotonic()
+
+
+class Watch:
+    """One API process's watch over its engine and over the wish to stop."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        health: Health,
+        admission: Admission,
+        endings: Endings,
+        keys: Keys | None,
+        settings: Settings,
+        server: uvicorn.Server,
+    ) -> None:
+        self.engine = engine
+        self.health = health
+        self.admission = admission
+        self.endings = endings
+        self.keys = keys
+        self.settings = settings
+        self.server = server
+        self._stopping = False
+        self._draining: asyncio.Task[None] | None = None
+        self._question: asyncio.Task[bool] | None = None
+        self._cpu_seconds = 0.0
+
+    async def run(self) -> None:
+        """Watch until cancelled, or until the engine has failed."""
+        loop = asyncio.get_running_loop()
+        # In place of vLLM's, which stop the engine under those who wait for it.
+        loop.add_signal_handler(signal.SIGTERM, self._on_sigterm)
+        loop.add_signal_handler(signal.SIGINT, self._stop)
+        looked = loop.time()
+        while True:
+            await asyncio.sleep(_INTERVAL)
+            if self.engine.errored and not self._stopping:
+                self._fail("the engine process has ended")
+                return
+            if loop.time() - looked >= _LOOK_EVERY:
+                looked = loop.time()
+                self._look()
+                if self.health.phase is Phase.FAILED:
+                    return
+
+    def _look(self) -> None:
+        if self.keys:
+            self.keys.reload()
+        if self._question is None or self._question.done():
+            if self._question and not self._question.cancelled():
+                if self._question.exception() is None:
+                    self.health.answered()
+            self._question = asyncio.create_task(self.engine.is_paused())
+        else:  # no answer for a second: is it computing?
+            cpu_seconds = _engine_cpu_seconds()
+            if cpu_seconds is None or cpu_seconds - self._cpu_seconds > _LOOK_EVERY / 20:
+                self.health.computed()
+            self._cpu_seconds = cpu_seconds or 0.0
+        if not self.admission.running or time.monotonic() - Progress.last < 2 * _LOOK_EVERY:
+            self.health.progressed()
+        before = self.health.phase
+        phase = self.health.look()
+        if phase is before:
+            return
+        if phase is Phase.STALLED:
+            _logger.error("the engine makes no progress; what waits for it is answered with 503")
+            error = Unavailable("the engine makes no progress", retry_after=10)
+            self.admission.close(error)
+            self.endings.end_all(error)
+        elif phase is Phase.READY:
+            _logger.warning("the engine makes progress again")
+            self.admission.open()
+        elif phase is Phase.FAILED:
+            self._fail("the engine has stopped making progress")
+
+    def _on_sigterm(self) -> None:
+        if self._draining:
+            self._stop()
+        else:
+            self._draining = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        """Finish what was let in, refuse the rest, and stop."""
+        timeout = self.settings.drain_timeout
+        _logger.info(
+            "Stopping: %d sequences run and %d wait; they have %g s (ask again to stop at once)",
+            self.admission.running,
+            self.admission.waiting,
+            timeout,
+        )
+        self.health.drain()
+        self.admission.close(Unavailable("the server is stopping", retry_after=5))
+        try:
+            async with asyncio.timeout(timeout):
+                await self.admission.idle()
+        except TimeoutError:
+            _logger.warning("%d sequences did not finish in time", self.admission.running)
+        self._stop()
+
+    def _stop(self) -> None:
+        """Answer those who still wait, and let uvicorn end, which ends vLLM."""
+        self._stopping = True
+        self.health.drain()
+        error = Unavailable("the server is stopping", retry_after=5)
+        self.admission.close(error)
+        self.endings.end_all(error)
+        self.server.should_exit = True
+
+    def _fail(self, reason: str) -> None:
+        _logger.error("%s; this server ends", reason)
+        self.health.fail()
+        error = Unavailable(f"{reason}; the server is restarting", retry_after=5)
+        self.admission.close(error)
+        self.endings.end_all(error)
+        RunFolder.of_this_process().report_failure(reason)
+        self.server.should_exit = True
+
+
+def _engine_cpu_seconds() -> float | None:
+    """CPU time of the engine's processes on this machine, in seconds; None when there are none."""
+    launcher = psutil.Process(os.getpgrp())  # the supervisor gives each run a group of its own
+    total, found = 0.0, False
+    for process in launcher.children(recursive=True):
+        try:
+            if process.pid != os.getpid() and "ApiServer" not in " ".join(process.cmdline()):
+                times = process.cpu_times()
+                total += times.user + times.system
+                found = True
+        except psutil.Error:
+            continue
+    return total if found else None
