@@ -44,7 +44,7 @@ def check(
     ServiceError.
     """
     asked = memory is not None or context is not None or concurrent > 1
-    with launch.prepared(config, origins, settings) as args:
+    with launch.prepared(config, origins, settings) as (args, folder):
         rows = [
             (".".join(map(str, path)), value, origins.place(path))
             for path, value in _leaves(config.model_dump(exclude_unset=True))
@@ -65,7 +65,7 @@ def check(
             return Report(rows, [f"fit and template: not checked; {download}"], [], [])
         rows.append(("files", str(model), "this machine"))
         launch.use_files(args, model, tokenizer)
-        with launch.explained(settings):
+        with launch.explained(settings, folder):
             from vllm import AsyncEngineArgs
             from vllm.platforms import current_platform
             from vllm.usage.usage_lib import UsageContext

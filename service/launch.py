@@ -19,7 +19,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from service import logs, weights
+from service import logs, start_errors, weights
 from service.errors import ConfigError, LaunchError, ServiceError, WeightsError
 from service.health import Phase
 from service.model_config import ModelConfig, Origins, nearest
@@ -99,17 +99,18 @@ def run(
 @contextmanager
 def prepared(
     config: ModelConfig, origins: Origins, settings: Settings
-) -> Iterator[argparse.Namespace]:
+) -> Iterator[tuple[argparse.Namespace, RunFolder]]:
     """The environment and vLLM's arguments for this model, to ask vLLM or run its engine here.
 
     Raises ServiceError.
     """
     with tempfile.TemporaryDirectory(prefix="chat-service-") as path:
-        _prepare_environment(RunFolder(Path(path)), settings)
+        folder = RunFolder(Path(path))
+        _prepare_environment(folder, settings)
         _load_plugins()
         args = arguments(config, origins, settings)
         _work_around_vllm()
-        yield args
+        yield args, folder
 
 
 def fetch_files(
@@ -263,7 +264,9 @@ def _load_plugins() -> None:
             if group == "vllm.general_plugins":
                 plugin()
         except Exception as e:
-            raise LaunchError(f"vLLM's plugin {name} fails to load: {_sentence(e)}") from e
+            raise LaunchError(
+                f"vLLM's plugin {name} fails to load: {start_errors.sentence(e)}"
+            ) from e
 
 
 def _work_around_vllm() -> None:
@@ -296,7 +299,7 @@ def _launch(args: argparse.Namespace, listener: socket.socket | None) -> None:
 
 
 @contextmanager
-def explained(settings: Settings, folder: RunFolder | None = None) -> Iterator[None]:
+def explained(settings: Settings, folder: RunFolder) -> Iterator[None]:
     """Turn what vLLM raises into one sentence; --verbose keeps its traceback."""
     try:
         yield
@@ -305,14 +308,5 @@ def explained(settings: Settings, folder: RunFolder | None = None) -> Iterator[N
     except Exception as e:
         if settings.verbose:
             raise
-        cause = folder.cause() if folder else None
-        raise LaunchError(
-            f"vLLM could not start: {cause or _sentence(e)} (--verbose shows all)"
-        ) from e
-
-
-def _sentence(error: Exception) -> str:
-    """An exception as one line; pydantic's are cut down to what they say."""
-    errors = getattr(error, "errors", None)
-    text = str(errors()[0]["msg"]) if callable(errors) else str(error)
-    return " ".join(text.removeprefix("Value error, ").split())[:500] or type(error).__name__
+        cause = start_errors.explain(folder.cause() or start_errors.sentence(e))
+        raise LaunchError(f"vLLM could not start: {cause} (--verbose shows all)") from e

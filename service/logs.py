@@ -1,10 +1,13 @@
 """What is logged, and how it looks: one line a request, and start-up told in phases."""
 
 import logging
+import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
+from service import start_errors
 from service.admission import ANYONE
 from service.health import Phase
 from service.request_record import RequestRecord
@@ -58,6 +61,10 @@ _HARMLESS = re.compile(
 )
 
 
+# Of a worker's start, of a worker's later work, of the engine's start.
+_FAILED = re.compile(r"failed to start|WorkerProc hit an exception")
+
+
 class Report(logging.Filter):
     """Tells the supervisor what vLLM's processes only log: how far they are, and why they fail."""
 
@@ -69,10 +76,12 @@ class Report(logging.Filter):
         message = record.getMessage()
         if record.exc_info and type(record.exc_info[1]).__name__ == "EngineDeadError":
             return False  # told once, by our own line
+        if "Exception occurred while running API servers" in message:
+            return False  # told by the supervisor
         if record.levelno >= logging.ERROR:
-            if "failed to start" in message and record.exc_info and record.exc_info[1]:
-                error = record.exc_info[1]
-                self._folder.report_cause(f"{type(error).__name__}: {error}")
+            error = record.exc_info[1] if record.exc_info else None
+            if error and _FAILED.search(message) and start_errors.is_root(error):
+                self._folder.report_cause(start_errors.sentence(error))
         else:
             for pattern, phase in _HEALTH_PHASES:
                 if pattern.search(message):
@@ -93,12 +102,17 @@ class StartUp(logging.Filter):
         message = record.getMessage()
         if record.exc_info and type(record.exc_info[1]).__name__ == "EngineDeadError":
             return False  # told once, by our own line
+        if "Exception occurred while running API servers" in message:
+            return False  # told by the supervisor
         if record.levelno >= logging.ERROR:
-            if "failed to start" in message and record.exc_info and record.exc_info[1]:
-                # The same failure passes through three processes, each with a traceback.
+            if "failed to start" in message:
+                # Our own last line tells the cause. multiprocessing would print the traceback.
+                sys.stderr = open(os.devnull, "w")
+                return False
+            if _FAILED.search(message) and record.exc_info:
                 record.msg, record.args = f"{message} {record.exc_info[1]}", ()
                 record.exc_info = record.exc_text = None
-            return True
+            return "died unexpectedly" not in message
         if record.levelno >= logging.WARNING:
             return not _HARMLESS.search(message)
         for pattern, phase, timed in _PHASES:

@@ -148,10 +148,12 @@ def _run_server(
     supervisor = multiprocessing.parent_process()
     assert supervisor is not None
     threading.Thread(target=_end_with, args=(supervisor,), daemon=True).start()
+    run_folder = RunFolder(Path(folder))
     try:
-        launch.run(config, origins, settings, RunFolder(Path(folder)), listener)
+        launch.run(config, origins, settings, run_folder, listener)
     except ServiceError as e:
-        print(f"error: {e}", file=sys.stderr)
+        if not run_folder.failure():  # which the supervisor tells
+            print(f"error: {e}", file=sys.stderr)
         raise SystemExit(e.exit_status) from None
 
 

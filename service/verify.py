@@ -81,9 +81,9 @@ def verify(
     """Run the engine as `serve` would, then the reference. Raises ServiceError."""
     # In this process: its memory is free again when the reference needs it.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    with launch.prepared(config, origins, settings) as args:
+    with launch.prepared(config, origins, settings) as (args, folder):
         launch.fetch_files(args, config, settings)
-        with launch.explained(settings):
+        with launch.explained(settings, folder):
             answers, dtype, stop_tokens = _ask_engine(args, config, prompts, tokens)
     from service import reference
 

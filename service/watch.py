@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import time
+from contextlib import suppress
 from typing import Protocol
 
 import psutil
@@ -66,6 +67,7 @@ class Watch:
         self._stopping = False
         self._draining: asyncio.Task[None] | None = None
         self._question: asyncio.Task[bool] | None = None
+        self._engines: list[psutil.Process] = []
         self._cpu_seconds = 0.0
 
     async def run(self) -> None:
@@ -74,10 +76,13 @@ class Watch:
         # In place of vLLM's, which stop the engine under those who wait for it.
         loop.add_signal_handler(signal.SIGTERM, self._on_sigterm)
         loop.add_signal_handler(signal.SIGINT, self._stop)
+        self._engines = _engine_processes()
         looked = loop.time()
         while True:
             await asyncio.sleep(_INTERVAL)
-            if self.engine.errored and not self._stopping:
+            # With several API processes, vLLM tells only their parent that the engine is dead.
+            dead = self.engine.errored or any(not _runs(engine) for engine in self._engines)
+            if dead and not self._stopping:
                 self._fail("the engine process has ended")
                 return
             if loop.time() - looked >= _LOOK_EVERY:
@@ -95,7 +100,7 @@ class Watch:
                     self.health.answered()
             self._question = asyncio.create_task(self.engine.is_paused())
         else:  # no answer for a second: is it computing?
-            cpu_seconds = _engine_cpu_seconds()
+            cpu_seconds = self._engine_cpu_seconds()
             if cpu_seconds is None or cpu_seconds - self._cpu_seconds > _LOOK_EVERY / 20:
                 self.health.computed()
             self._cpu_seconds = cpu_seconds or 0.0
@@ -158,17 +163,27 @@ class Watch:
         RunFolder.of_this_process().report_failure(reason)
         self.server.should_exit = True
 
+    def _engine_cpu_seconds(self) -> float | None:
+        """CPU time of the engine's processes on this machine; None when there are none here."""
+        if not self._engines:
+            return None
+        total = 0.0
+        with suppress(psutil.Error):
+            for engine in self._engines:
+                for process in (engine, *engine.children(recursive=True)):
+                    times = process.cpu_times()
+                    total += times.user + times.system
+        return total
 
-def _engine_cpu_seconds() -> float | None:
-    """CPU time of the engine's processes on this machine, in seconds; None when there are none."""
+
+def _engine_processes() -> list[psutil.Process]:
+    """vLLM's engine processes of this run on this machine, by the title that it gives them."""
     launcher = psutil.Process(os.getpgrp())  # the supervisor gives each run a group of its own
-    total, found = 0.0, False
-    for process in launcher.children(recursive=True):
-        try:
-            if process.pid != os.getpid() and "ApiServer" not in " ".join(process.cmdline()):
-                times = process.cpu_times()
-                total += times.user + times.system
-                found = True
-        except psutil.Error:
-            continue
-    return total if found else None
+    return [p for p in launcher.children(recursive=True) if "EngineCore" in " ".join(p.cmdline())]
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
