@@ -7,6 +7,7 @@ limits.
 """
 
 import asyncio
+import itertools
 import math
 import time
 from collections import deque
@@ -36,6 +37,7 @@ ANYONE = Client()
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
+    number: int
     cost: int
     started: asyncio.Future[None]
 
@@ -80,6 +82,7 @@ class Admission:
         self._shares: dict[str, _Share] = {}
         self._finished: deque[tuple[float, int]] = deque(maxlen=_RATE_WINDOW)
         self._busy_since = 0.0
+        self._numbers = itertools.count()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -136,7 +139,7 @@ class Admission:
             self._finish(share, cost)
 
     async def _wait(self, share: _Share, cost: int) -> None:
-        waiter = _Waiter(cost, asyncio.get_running_loop().create_future())
+        waiter = _Waiter(next(self._numbers), cost, asyncio.get_running_loop().create_future())
         share.queue.append(waiter)
         self._count_waiting(share, cost)
         try:
@@ -145,7 +148,7 @@ class Admission:
         except BaseException as e:
             if waiter.started.done() and not waiter.started.cancelled():
                 self._finish(share, cost)  # it was its turn, and it is no longer here
-            else:
+            elif waiter in share.queue:
                 share.queue.remove(waiter)
                 self._count_waiting(share, -cost)
                 self._start_waiting()  # what stood behind it may fit
@@ -181,8 +184,12 @@ class Admission:
 
     def _start_waiting(self) -> None:
         while waiting := [share for share in self._shares.values() if share.queue]:
-            share = min(waiting, key=lambda s: (s.running / s.weight, s.served))
+            share = min(waiting, key=lambda s: (s.running / s.weight, s.served, s.queue[0].number))
             waiter = share.queue[0]
+            if waiter.started.cancelled():  # and its task has not run since
+                share.queue.popleft()
+                self._count_waiting(share, -waiter.cost)
+                continue
             if self.running + waiter.cost > self.limit:
                 return  # it keeps its turn: smaller ones would pass it for ever
             share.queue.popleft()

@@ -293,11 +293,12 @@ def weight_files(folder: Path, pattern: str) -> list[Path]:
 def _index(folder: Path, pattern: str) -> dict[str, Any]:
     index: dict[str, Any] = {}
     for file in folder.glob(f"{pattern}.index.json"):
-        index = _read_json(file)
+        index = read_json(file)
     return index
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file of a checkpoint. Raises WeightsError."""
     try:
         content: dict[str, Any] = json.loads(file.read_bytes())
         return content
@@ -318,17 +319,31 @@ def _safetensors(file: Path) -> Iterator[tuple[int, int]]:
         yield end - begin, _ITEM_SIZES.get(tensor["dtype"], 0)
 
 
-def _pickled(file: Path) -> Iterator[tuple[int, int]]:
-    """The same of a PyTorch file; its data stays on the disk."""
+def tensor_names(file: Path) -> set[str]:
+    """The names of the tensors in a safetensors or PyTorch file."""
+    if file.suffix == ".safetensors":
+        with file.open("rb") as f:
+            header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+        return set(header) - {"__metadata__"}
+    return set(_state(file))
+
+
+def _state(file: Path) -> dict[str, Any]:
+    """What a PyTorch file holds; its data stays on the disk."""
     import torch
 
     try:
-        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        state: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        return state
     except Exception as e:
         reason = " ".join(str(e).split())[:200]
         raise WeightsError(
             f"{file} is not a PyTorch weight file: {reason}; fetch it again"
         ) from None
-    for tensor in state.values():
+
+
+def _pickled(file: Path) -> Iterator[tuple[int, int]]:
+    """The same of a PyTorch file."""
+    for tensor in _state(file).values():
         item = tensor.element_size() if tensor.is_floating_point() else 0
         yield tensor.numel() * tensor.element_size(), item

@@ -19,7 +19,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from service import logs, start_errors, weights
+from service import checkpoint, logs, start_errors, weights
 from service.errors import ConfigError, LaunchError, ServiceError, WeightsError
 from service.health import Phase
 from service.model_config import ModelConfig, Origins, nearest
@@ -92,6 +92,7 @@ def run(
         folder.set_phase(Phase.DOWNLOADING)
         report = functools.partial(folder.set_phase, Phase.DOWNLOADING)
         fetch_files(args, config, settings, report)
+        checkpoint.check(Path(args.model))
         folder.set_phase(Phase.LOADING)
         _launch(args, listener)
 

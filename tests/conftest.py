@@ -14,6 +14,11 @@ from service import model_config, settings, weights
 MODEL = "smollm2-135m-instruct"
 
 
+def hardening(*rows: int) -> pytest.MarkDecorator:
+    """Marks a test that shows what becomes of these rows of docs/hardening.md."""
+    return pytest.mark.hardening(rows)
+
+
 @pytest.fixture(scope="session")
 def embedded_model() -> Path:
     """The folder of the embedded model, fetched before a test that asks whether it is here."""

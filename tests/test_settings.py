@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from service import settings
+from service.admission import Client
 from service.errors import ConfigError
 
 
@@ -43,18 +44,18 @@ def test_the_key_comes_from_a_variable_or_a_file_and_is_kept_as_a_hash(
 ) -> None:
     monkeypatch.setenv("SERVICE_API_KEY", " secret\n")
     loaded = settings.load()
-    assert loaded.key_hash() == hashlib.sha256(b"secret").hexdigest()
+    assert loaded.clients() == {hashlib.sha256(b"secret").hexdigest(): Client("default")}
     assert "secret" not in repr(loaded)
     file = tmp_path / "key"
     file.write_text("secret\n")
     monkeypatch.setenv("SERVICE_API_KEY_FILE", str(file))
     with pytest.raises(ConfigError, match="not both"):
-        settings.load().key_hash()
+        settings.load().clients()
     monkeypatch.delenv("SERVICE_API_KEY")
-    assert settings.load().key_hash() == loaded.key_hash()
+    assert settings.load().clients() == loaded.clients()
     file.write_text("\n")
     with pytest.raises(ConfigError, match="empty"):
-        settings.load().key_hash()
+        settings.load().clients()
     file.unlink()
     with pytest.raises(ConfigError, match="No such file"):
-        settings.load().key_hash()
+        settings.load().clients()

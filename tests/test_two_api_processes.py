@@ -11,7 +11,7 @@ from benchmarks.server import Server
 from tests.conftest import MODEL, logged
 from tests.prometheus import scrape, series
 
-KEY = "correct horse battery staple"
+KEY = "correct-horse-battery-staple"
 BEARER = {"authorization": f"Bearer {KEY}"}
 
 

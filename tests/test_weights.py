@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from benchmarks.server import free_port
 from service import model_config, weights
 from service.errors import ConfigError
 from service.model_config import Source
@@ -390,14 +389,19 @@ def test_serve_downloads_what_is_missing_and_check_does_not(
     hub: Hub, tmp_path: Path, tiny_yaml: str
 ) -> None:
     code = (
-        "import sys; from service import launch; from service.cli import app\n"
-        "launch._launch = lambda args: print(args.model, args.tokenizer, sep='\\n')\n"
+        "import sys; from pathlib import Path\n"
+        "from service import launch, model_config, settings; from service.cli import app\n"
+        "from service.run_folder import RunFolder\n"
+        "launch._launch = lambda args, listener: print(args.model, args.tokenizer, sep='\\n')\n"
+        "launch.checkpoint.check = lambda folder: None\n"  # these files hold nothing
         "app(['check', sys.argv[1]], standalone_mode=False)\n"
-        "app(['serve', *sys.argv[1:]], standalone_mode=False)\n"
+        "loaded = model_config.load(sys.argv[1])\n"
+        "launch.run(*loaded, settings.load(), RunFolder(Path(sys.argv[2])), None)\n"
     )
-    status, output, error = run_cli(hub, tmp_path, code, tiny_yaml, "--port", str(free_port()))
+    status, output, error = run_cli(hub, tmp_path, code, tiny_yaml, str(tmp_path))
     assert status == 0, error
     assert "not downloaded yet" in output
+    assert (tmp_path / "phase").read_text().split() == ["loading"]
     assert hub.listings == 2  # of the model and of the tokenizer, by `serve`
     folders = [Path(line) for line in output.splitlines()[-2:]]
     assert [here(folder).keys() for folder in folders] == [{*TOKENIZER, BIG}, TOKENIZER]

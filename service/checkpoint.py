@@ -1,0 +1,93 @@
+"""Is a checkpoint whole? vLLM 0.32 serves garbage from one that lacks matrices or its head.
+
+(`DefaultModelLoader.track_weights_loading` leaves linear layers and embeddings of unquantised
+models out of its check.) Read from the files' headers and names alone.
+"""
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from service.errors import WeightsError
+from service.fit import read_json, tensor_names, weight_files
+
+# Whose layers all have the same tensors.
+_UNIFORM = frozenset(
+    {
+        "BaichuanForCausalLM",
+        "BlueLMForCausalLM",
+        "LlamaForCausalLM",
+        "MiniCPMForCausalLM",
+        "MistralForCausalLM",
+        "OpenELMForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
+        "XverseForCausalLM",
+    }
+)
+# Of these the head is a matrix of its own, whatever config.json leaves out.
+_UNTIED = frozenset({"BaichuanForCausalLM", "BlueLMForCausalLM", "XverseForCausalLM"})
+_LAYER = re.compile(r"\.(\d+)\.")
+_REMEDY = "fetch the model again"
+
+
+def check(folder: Path) -> None:
+    """Raises WeightsError naming what is cut short or missing, when that can be told."""
+    _check_json(folder)
+    files = weight_files(folder, "*.safetensors")
+    for file in files:
+        _check_length(file)
+    if not files:
+        files = weight_files(folder, "*.bin")
+    config = read_json(folder / "config.json")
+    architecture = (config.get("architectures") or [""])[0]
+    if not files or architecture not in _UNIFORM or config.get("quantization_config"):
+        return
+    names = {name for file in files for name in tensor_names(file)}
+    _check_layers(names, config)
+    tied = config.get("tie_word_embeddings", architecture not in _UNTIED)
+    if not any("embed" in name for name in names):
+        raise WeightsError(f"{folder} has no weights of the token embedding; {_REMEDY}")
+    if not tied and not any("lm_head" in name for name in names):
+        raise WeightsError(f"{folder} has no weights of the output head (lm_head); {_REMEDY}")
+
+
+def _check_json(folder: Path) -> None:
+    """Whether the files that are JSON are JSON: the libraries that read them do not name them."""
+    for file in folder.glob("*.json"):
+        read_json(file)
+
+
+def _check_length(file: Path) -> None:
+    """Whether a safetensors file is as long as its header says."""
+    with file.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        try:
+            header = json.loads(f.read(length)) if length < 2**30 else None
+        except ValueError:
+            header = None
+    if not isinstance(header, dict):
+        raise WeightsError(f"{file} is not a safetensors file; {_REMEDY}")
+    header.pop("__metadata__", None)
+    expected = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
+    if (found := file.stat().st_size) != expected:
+        raise WeightsError(
+            f"{file} has {found} bytes, and its header speaks of {expected}; {_REMEDY}"
+        )
+
+
+def _check_layers(names: set[str], config: dict[str, Any]) -> None:
+    layers: dict[int, set[str]] = defaultdict(set)
+    for name in names:
+        if found := _LAYER.search(name):
+            layers[int(found[1])].add(name[: found.start()] + "." + name[found.end() :])
+    every = set().union(*layers.values())
+    wanted = config.get("num_hidden_layers") or config.get("num_transformer_layers") or len(layers)
+    for number in range(wanted):
+        if missing := sorted(every - layers[number]):
+            raise WeightsError(
+                f"the weights lack {len(missing)} tensors of layer {number}, among them "
+                f"{missing[0]}; {_REMEDY}"
+            )

@@ -1,0 +1,61 @@
+"""The file of API keys: names, weights, hashes, and revocation."""
+
+import hashlib
+import logging
+from pathlib import Path
+
+import pytest
+
+from service import keys
+from service.admission import Client
+from service.errors import ConfigError
+from service.keys import Keys
+
+
+def test_a_line_is_a_name_a_key_and_a_weight() -> None:
+    hashed = hashlib.sha256(b"k2").hexdigest()
+    clients = keys.parse(f"# ours\nalice k1 2.5\n\nbob sha256:{hashed}  # hashed\n", "keys")
+    assert list(clients.values()) == [Client("alice", 2.5), Client("bob", 1.0)]
+    assert clients[hashed] == Client("bob")
+    assert list(keys.parse("secret\n", "keys").values()) == [Client("default")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("alice k1\nbob", "keys:2: a line is NAME KEY [WEIGHT]"),
+        ("alice k1 2 3", "keys:1: a line is NAME KEY [WEIGHT]"),
+        ("al/ice k1", "keys:1: a name has 1 to 64 of A-Z a-z 0-9 . _ -"),
+        ("alice k1 0", "keys:1: a weight is a number from 0.001 to 1000"),
+        ("alice k1 nan", "keys:1: a weight is a number from 0.001 to 1000"),
+        ("alice k1\nbob k1", "keys:2: this key stands in an earlier line already"),
+    ],
+)
+def test_a_mistake_names_its_line_and_no_key(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        keys.parse(text, "keys")
+    assert str(error.value) == message
+
+
+def test_a_key_is_revoked_by_writing_the_file_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text("alice k1\nbob k2\n")
+    current = Keys(keys.read(file, "keys"), file)
+    assert current.client(b"k2") == Client("bob")
+    assert current.client(b"k3") is None
+    file.write_text("alice k1\n")
+    current.reload()
+    assert (current.client(b"k1"), current.client(b"k2")) == (Client("alice"), None)
+    with caplog.at_level(logging.ERROR, logger="service"):
+        file.write_text("alice k1\nbroken\n")
+        current.reload()
+        file.unlink()
+        current.reload()
+    assert current.client(b"k1") == Client("alice")
+    assert "the keys read before stay in force" in caplog.text
+    assert "k1" not in caplog.text
+    file.write_text("")
+    current.reload()
+    assert current.client(b"k1") is None  # and nobody else, rather than everybody

@@ -1,0 +1,413 @@
+"""A small server with keys under more load, and slower clients, than it takes; at last SIGTERM."""
+
+import asyncio
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from benchmarks.server import Server
+from tests.conftest import MODEL, hardening, logged
+
+RUNNING, WAITING = 4, 8
+KEYS = {"alice": "key-of-alice", "bob": "key-of-bob", "carol": "key-of-carol"}
+LONG = {"prompt": "Count from one to a thousand.", "temperature": 2, "max_new_tokens": 1500}
+CHAT = {
+    "model": MODEL,
+    "messages": [{"role": "user", "content": "Count from one to a thousand."}],
+    "temperature": 1.9,
+    "max_tokens": 1500,
+}
+
+
+def bearer(name: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {KEYS[name]}"}
+
+
+@pytest.fixture(scope="module")
+def keys_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("keys") / "keys"
+    file.write_text("".join(f"{name} {key}\n" for name, key in KEYS.items()))
+    return file
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory, keys_file: Path) -> Iterator[Server]:
+    settings = {
+        "API_KEY_FILE": str(keys_file),
+        "MAX_WAITING": str(WAITING),
+        "MAX_SEQUENCES": "3",
+        "MAX_BODY_BYTES": "65536",
+        "BODY_TIMEOUT": "2",
+        "WRITE_TIMEOUT": "2",
+        "METRICS_KEY": "false",
+    }
+    log = tmp_path_factory.mktemp("small") / "log"
+    server = Server.service(
+        log,
+        *("--set", "engine.enforce_eager=true", "--set", f"engine.max_num_seqs={RUNNING}"),
+        env={f"SERVICE_{name}": value for name, value in settings.items()},
+    )
+    seen = phases_until_ready(server)
+    assert seen[0] == "starting" and {"loading", "warming"} < set(seen), seen
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def phases_until_ready(server: Server) -> list[str]:
+    """What /health/ready says from its first answer on, which comes within the first seconds."""
+    seen: list[str] = []
+    began = time.monotonic()
+    while "ready" not in seen:
+        assert time.monotonic() - began < 300, server.log.read_text()
+        try:
+            answer = httpx.get(f"{server.url}/health/ready", trust_env=False, timeout=5)
+        except httpx.TransportError:
+            assert not seen, "it answered before"
+            assert time.monotonic() - began < 20
+        else:
+            phase = answer.json()["status"]
+            assert answer.status_code == (200 if phase == "ready" else 503)
+            if phase not in seen:
+                refused = httpx.post(server.url, json={"prompt": "hi"}, trust_env=False)
+                assert (phase == "ready") or refused.status_code in (503, 401)
+                seen.append(phase)
+        time.sleep(0.05)
+    assert httpx.get(f"{server.url}/health/live", trust_env=False).status_code == 200
+    return seen
+
+
+def gauge(server: Server, name: str) -> float:
+    text = httpx.get(f"{server.url}/metrics", trust_env=False).text
+    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
+
+
+def wait_for(server: Server, name: str, value: float, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while gauge(server, name) != value:
+        assert time.monotonic() < deadline, f"{name} is {gauge(server, name)}, not {value}"
+        time.sleep(0.05)
+
+
+async def fill(client: httpx.AsyncClient, count: int) -> list[asyncio.Task[httpx.Response]]:
+    """Requests that run until they are cancelled."""
+    tasks = [
+        asyncio.create_task(client.post("/", json=LONG, headers=bearer("alice")))
+        for _ in range(count)
+    ]
+    await asyncio.sleep(0.5)
+    return tasks
+
+
+def client_of(server: Server, **options: Any) -> httpx.AsyncClient:
+    limits = httpx.Limits(max_connections=None)
+    return httpx.AsyncClient(
+        base_url=server.url, timeout=120, trust_env=False, limits=limits, **options
+    )
+
+
+@hardening(22)
+def test_a_full_server_says_when_to_come_back_and_then_has_room(small: Server) -> None:
+    async def scenario() -> None:
+        async with client_of(small) as client:
+            body = {"prompt": "Count.", "temperature": 1, "max_new_tokens": 40}
+            headers = bearer("alice")
+
+            async def persist() -> tuple[int, float]:
+                """As a client that obeys; how often it was refused, and the longest refusal."""
+                refused, longest = 0, 0.0
+                while True:
+                    began = time.monotonic()
+                    answer = await client.post("/", json=body, headers=headers)
+                    if answer.status_code == 200:
+                        return refused, longest
+                    assert answer.status_code == 429, answer.text
+                    assert answer.json()["error"]["type"] == "overloaded"
+                    longest = max(longest, time.monotonic() - began)
+                    refused += 1
+                    await asyncio.sleep(int(answer.headers["retry-after"]))
+
+            results = await asyncio.gather(*(persist() for _ in range(60)))
+            assert max(refused for refused, _ in results) > 0
+            # The first are told by guess, before anything has ended; after that by measurement.
+            assert max(refused for refused, _ in results) <= 4
+            assert max(longest for _, longest in results) < 2
+
+    asyncio.run(scenario())
+    assert gauge(small, 'service_refused_requests_total{reason="queue_full"}') > 0
+    wait_for(small, "service_running_sequences ", 0)
+
+
+@hardening(22)
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
+def test_vllms_routes_stand_in_the_same_queue(small: Server, route: str) -> None:
+    async def scenario() -> None:
+        async with client_of(small) as client:
+            tasks = await fill(client, RUNNING + WAITING)
+            body = {"model": MODEL, "prompt": "hi", "input": "hi", "messages": CHAT["messages"]}
+            answer = await client.post(route, json=body, headers=bearer("alice"))
+            assert answer.status_code == 429
+            assert int(answer.headers["retry-after"]) >= 1
+            # Another client has a share of its own, and it does not wait behind all of Alice's.
+            asked = client.post(route, json={**body, "max_tokens": 2}, headers=bearer("bob"))
+            bob = asyncio.create_task(asked)
+            await asyncio.sleep(0.3)
+            assert gauge(small, "service_waiting_sequences ") == WAITING + 1
+            for task in tasks[:1]:
+                task.cancel()
+            answer = await bob
+            assert answer.status_code == 200, answer.text
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(scenario())
+    wait_for(small, "service_running_sequences ", 0)
+    wait_for(small, "service_waiting_sequences ", 0)
+
+
+@hardening(22)
+def test_who_floods_does_not_take_the_others_share(small: Server) -> None:
+    answered: Counter[str] = Counter()
+
+    async def scenario() -> None:
+        body = {"prompt": "Count.", "temperature": 1, "max_new_tokens": 24, "stop": ["\0"]}
+        end = time.monotonic() + 12
+        async with client_of(small) as client:
+
+            async def ask(name: str) -> None:
+                while time.monotonic() < end:
+                    answer = await client.post("/", json=body, headers=bearer(name))
+                    if answer.status_code == 200:
+                        answered[name] += 1
+                    else:  # it does not obey: it comes back at once
+                        assert answer.status_code == 429
+                        await asyncio.sleep(0.05)
+
+            # Bob has just as many as it takes to use his half.
+            names = ["alice"] * 60 + ["bob"] * (RUNNING // 2 + 1)
+            await asyncio.gather(*(ask(name) for name in names))
+
+    asyncio.run(scenario())
+    assert answered["bob"] >= 0.45 * answered.total(), answered
+
+
+@hardening(19)
+@pytest.mark.parametrize("route", ["/", "/v1/chat/completions"])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("queued", [False, True])
+def test_who_leaves_frees_the_engine_within_a_second(
+    small: Server, route: str, stream: bool, queued: bool
+) -> None:
+    async def scenario() -> None:
+        async with client_of(small, headers=bearer("bob")) as client:
+            tasks = await fill(client, RUNNING if queued else 0)
+            body = {**(LONG if route == "/" else CHAT), "stream": stream}
+            before = gauge(small, "service_waiting_sequences "), gauge(small, RUNS)
+
+            async def ask() -> None:
+                async with client.stream("POST", route, json=body) as answer:
+                    async for _ in answer.aiter_bytes():
+                        pass
+
+            asking = asyncio.create_task(ask())
+            await asyncio.sleep(0.7)
+            during = gauge(small, "service_waiting_sequences "), gauge(small, RUNS)
+            assert during == ((before[0] + 1, before[1]) if queued else (before[0], before[1] + 1))
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            await asyncio.to_thread(wait_for, small, RUNS, before[1], 1)
+            await asyncio.to_thread(wait_for, small, "service_waiting_sequences ", before[0], 1)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(scenario())
+    wait_for(small, RUNS, 0)
+
+
+RUNS = "vllm:num_requests_running{"
+
+
+@pytest.mark.parametrize("route", ["/", "/v1/chat/completions"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_deadline_ends_the_request_in_the_engine_too(
+    small: Server, route: str, stream: bool
+) -> None:
+    body = {**(LONG if route == "/" else CHAT), "stream": stream}
+    headers = {**bearer("bob"), "X-Request-Timeout": "1.5"}
+    began = time.monotonic()
+    answer = httpx.post(
+        f"{small.url}{route}", json=body, headers=headers, timeout=30, trust_env=False
+    )
+    assert 1.4 < time.monotonic() - began < 3
+    assert answer.status_code == (200 if stream else 504)  # a stream had begun
+    assert '"type": "deadline_exceeded"' in answer.text
+    wait_for(small, RUNS, 0, 1)
+
+
+def test_the_body_may_ask_for_a_deadline_which_holds_in_the_queue_too(small: Server) -> None:
+    async def scenario() -> None:
+        async with client_of(small) as client:
+            tasks = await fill(client, RUNNING)
+            body = {"prompt": "hi", "timeout": 0.5}
+            answer = await client.post("/", json=body, headers=bearer("bob"))
+            assert answer.status_code == 504
+            for timeout in ("0", "-1", "nan", "x", "1e9"):
+                headers = {**bearer("bob"), "X-Request-Timeout": timeout}
+                answer = await client.post("/", json={"prompt": "hi"}, headers=headers)
+                assert (answer.status_code, answer.json()["error"]["param"]) == (
+                    422,
+                    "X-Request-Timeout",
+                )
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(scenario())
+    wait_for(small, RUNS, 0)
+
+
+def talk(server: Server, *parts: bytes, pause: float = 0.0, patience: float = 10) -> bytes:
+    """What comes back for bytes sent as they are, until the server closes or goes silent."""
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=patience) as s:
+        received = b""
+        try:
+            for part in parts:
+                s.sendall(part)
+                time.sleep(pause)
+            while data := s.recv(65536):
+                received += data
+                if b"}" in data and b"Content-Length" not in received:
+                    break
+        except (TimeoutError, ConnectionError):
+            pass
+        return received
+
+
+HEAD = b"POST / HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key-of-bob\r\n"
+
+
+@hardening(2)
+@pytest.mark.parametrize(
+    "sent",
+    [
+        [HEAD + b"Content-Length: 300000000\r\n\r\n"],
+        [
+            HEAD + b"Transfer-Encoding: chunked\r\n\r\n",
+            *([b"4000\r\n" + b"x" * 16384 + b"\r\n"] * 9),
+        ],
+    ],
+)
+def test_a_large_body_is_refused_before_it_is_read(small: Server, sent: list[bytes]) -> None:
+    assert b" 413 " in talk(small, *sent).split(b"\r\n")[0]
+
+
+@hardening(3)
+@pytest.mark.parametrize(
+    ("status", "sent"),
+    [
+        (431, [b"GET /health/live HTTP/1.1\r\n" + b"a: b\r\n" * 1000 + b"\r\n"]),
+        (431, [b"GET /health/live HTTP/1.1\r\na: " + b"b" * 10**6 + b"\r\n\r\n"]),
+        (431, [b"GET /health/live HTTP/1.1\r\na: ", *([b"b" * 16384] * 60)]),
+        (431, [b"GET /" + b"x" * 200_000]),
+        (408, [b"GET /health/live HTTP/1.1\r\na: b\r\n"]),
+        (408, [b""]),
+        (408, [HEAD + b"Content-Length: 20\r\n\r\n{"]),
+        (408, [HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"]),
+        (400, [b"\x00\x01\x02\xff\r\n\r\n"]),
+    ],
+)
+def test_headers_and_slow_clients_have_limits(
+    small: Server, status: int, sent: list[bytes]
+) -> None:
+    began = time.monotonic()
+    answer = talk(small, *sent)
+    assert f" {status} ".encode() in answer.split(b"\r\n")[0], answer[:200]
+    assert time.monotonic() - began < 4
+
+
+@hardening(19)
+def test_a_reader_that_never_reads_is_dropped(small: Server) -> None:
+    host, _, port = small.url.removeprefix("http://").partition(":")
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        s.connect((host, int(port)))
+        # Its answers fill the socket's buffers: thousands of them, none of which it reads.
+        s.settimeout(1)
+        request = (
+            b"GET /openapi.json HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key-of-bob\r\n\r\n"
+        )
+        dropped = False
+        deadline = time.monotonic() + 30
+        while not dropped and time.monotonic() < deadline:
+            try:
+                s.send(request)
+                time.sleep(0.01)
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                dropped = True
+        assert dropped
+
+
+def test_a_key_is_revoked_while_the_server_runs(small: Server, keys_file: Path) -> None:
+    def status() -> int:
+        return httpx.get(
+            f"{small.url}/v1/models", headers=bearer("carol"), trust_env=False
+        ).status_code
+
+    assert status() == 200
+    kept = keys_file.read_text().splitlines()[:2]
+    keys_file.write_text("\n".join(kept) + "\n")
+    deadline = time.monotonic() + 5
+    while status() != 401:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert logged(small, "API keys read again: 2 in force")
+    assert logged(small, "key=bob method=POST")
+
+
+@hardening(21)
+def test_sigterm_finishes_what_was_let_in(small: Server) -> None:
+    short = {"prompt": "Count.", "temperature": 2, "max_new_tokens": 60}
+    answers: list[httpx.Response] = []
+
+    def ask(route: str, body: dict[str, object]) -> None:
+        with httpx.Client(base_url=small.url, timeout=60, trust_env=False) as client:
+            answers.append(client.post(route, json=body, headers=bearer("bob")))
+
+    chat = {**CHAT, "max_tokens": 60}
+    bodies: list[tuple[str, dict[str, object]]] = [
+        ("/", short),
+        ("/", {**short, "stream": True}),
+        ("/v1/chat/completions", chat),
+        ("/v1/chat/completions", {**chat, "stream": True}),
+    ]
+    # Twice as many as run at once: what waits is let in too.
+    threads = [threading.Thread(target=ask, args=body) for body in bodies * 2]
+    for thread in threads:
+        thread.start()
+    wait_for(small, "service_waiting_sequences ", RUNNING)
+    small.process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    ready = httpx.get(f"{small.url}/health/ready", trust_env=False)
+    assert (ready.status_code, ready.json()["status"]) == (503, "draining")
+    refused = httpx.post(small.url, json=short, headers=bearer("bob"), trust_env=False)
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+    for thread in threads:
+        thread.join(60)
+    assert [answer.status_code for answer in answers] == [200] * 8
+    assert all('"finish_reason":"length"' in a.text or '"status": 200' in a.text for a in answers)
+    assert small.process.wait(30) == 0
+    assert "Traceback" not in small.log.read_text()
