@@ -3,17 +3,21 @@
 import asyncio
 import socket
 import uuid
+from collections import deque
 from http import HTTPStatus
 from typing import Any, ClassVar
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.errors import HeadersTooLarge, HeadersTooSlow, RequestError, refusal_body
 from service.settings import Settings
 
 _MOST_HEADERS = 128
 _MOST_HEADER_BYTES = 65_536
+# How long what a refused client goes on sending is read and dropped: to close at once would make
+# its machine throw our answer away.
+_LINGER_SECONDS = 2.0
 # How long uvicorn waits at the end for answers that are being written.
 _GRACE_SECONDS = 5
 
@@ -43,6 +47,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._header_bytes = 0
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
+        self._refused = False
+        self._cycles: deque[RequestResponseCycle] = deque()  # a client may send several ahead
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -53,11 +59,16 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel(self._header_timer)
         self._cancel(self._write_timer)
+        for cycle in self._cycles:  # uvicorn tells only the last of them
+            cycle.disconnected = True
+            cycle.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
         super().data_received(data)
-        if self._in_headers:
+        if self._in_headers and self.parser is not None:
             self._header_bytes += len(data)
             if self._header_bytes > _MOST_HEADER_BYTES:
                 self._refuse_headers()
@@ -76,16 +87,23 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_headers = False
         self._header_bytes = 0
         self._cancel(self._header_timer)
-        if not self.transport.is_closing():
+        if not self._refused:
             super().on_headers_complete()
+            self._cycles.append(self.cycle)
 
     def on_body(self, body: bytes) -> None:
-        if not self.transport.is_closing():
+        if not self._refused:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if not self.transport.is_closing():
+        if not self._refused:
             super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        answered = self._cycles.popleft()
+        super().on_response_complete()
+        if answered.more_body:  # it was refused before all of it was read
+            self._header_timer = self.loop.call_later(_LINGER_SECONDS, self.transport.close)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -109,8 +127,9 @@ class GuardedProtocol(HttpToolsProtocol):
         )
 
     def _refuse(self, error: RequestError) -> None:
-        if self.transport.is_closing():
+        if self._refused or self.transport.is_closing():
             return
+        self._refused = True
         if self.cycle is None or self.cycle.response_complete:
             body = refusal_body(error, uuid.uuid4().hex)
             head = (
@@ -119,7 +138,9 @@ class GuardedProtocol(HttpToolsProtocol):
                 f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
             )
             self.transport.write(head.encode() + body)
-        self.transport.close()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.loop.call_later(_LINGER_SECONDS, self.transport.close)
 
     @staticmethod
     def _cancel(timer: asyncio.TimerHandle | None) -> None:

@@ -97,9 +97,11 @@ class Engine(Protocol):
         *,
         stream: bool,
         echo: bool,
+        cache_salt: str | None,
     ) -> AsyncGenerator[Chunk, None]:
         """Chunks as they come, or one whole; with `echo` the first begins with the prompt's text.
 
+        Only requests with the same `cache_salt` share their prefixes in the cache.
         Closing or cancelling it aborts the request.
         """
         ...
@@ -127,12 +129,14 @@ class Contract:
         endings: Endings,
         *,
         log_prompts: bool,
+        cache_per_key: bool,
     ) -> None:
         self.config = config
         self.engine = engine
         self.admission = admission
         self.endings = endings
         self.log_prompts = log_prompts
+        self.cache_per_key = cache_per_key
         self._prompt_tokens = metrics.PROMPT_TOKENS.labels(config.name)
         self._generation_tokens = metrics.GENERATION_TOKENS.labels(config.name)
 
@@ -190,6 +194,7 @@ class Contract:
             record.id,
             stream=bool(asked.stream),
             echo=self.config.prompt.echo,
+            cache_salt=record.client.name if self.cache_per_key else None,
         )
         chunks = self._admitted(record.client, chunks)
         return _Generation(asked, params, len(token_ids), chunks, deadline)

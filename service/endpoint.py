@@ -103,6 +103,7 @@ class ServiceState:
             self.admission,
             self.endings,
             log_prompts=config.settings.log_prompts,
+            cache_per_key=config.settings.cache_per_key,
         )
 
     @property
@@ -186,7 +187,7 @@ def _guard_routes(app: FastAPI, service: ServiceState) -> None:
     for route in app.routes:
         if isinstance(route, APIRoute) and route.path in GENERATING:
             route.app = Admit(
-                route.app, service.admission, service.endings, service.config.settings.max_sequences
+                route.app, service.admission, service.endings, service.config.settings
             )
             guarded.add(route.path)
     if missing := GENERATING - guarded:
@@ -255,7 +256,12 @@ async def _generate(request: Request) -> JSONResponse:
         async with asyncio.timeout(timeout):
             prompt = await service.engine.tokenize("hi")
             chunks = service.engine.generate(
-                prompt, {"max_tokens": 1, "temperature": 0.0}, record.id, stream=False, echo=False
+                prompt,
+                {"max_tokens": 1, "temperature": 0.0},
+                record.id,
+                stream=False,
+                echo=False,
+                cache_salt=None,
             )
             async for _ in chunks:
                 pass
@@ -374,6 +380,7 @@ class Engine:
         *,
         stream: bool,
         echo: bool,
+        cache_salt: str | None,
     ) -> AsyncGenerator[Chunk, None]:
         kind = RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
         # Text is needed at every step only to send it or to look for stop strings.
@@ -383,7 +390,9 @@ class Engine:
         begun = False
         try:
             sampling = SamplingParams(**params, output_kind=kind, detokenize=stepwise)
-            outputs = self._client.generate(tokens_input(token_ids), sampling, request_id)
+            outputs = self._client.generate(
+                tokens_input(token_ids, cache_salt=cache_salt), sampling, request_id
+            )
             async for output in outputs:
                 (completion,) = output.outputs
                 answer += completion.token_ids

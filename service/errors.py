@@ -144,8 +144,6 @@ def refusal(error: RequestError, request_id: str) -> Response:
         headers["retry-after"] = str(error.retry_after)
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
-    if isinstance(error, BodyTooSlow | BodyTooLarge):
-        headers["connection"] = "close"  # the rest of the body is not read
     body = refusal_body(error, request_id)
     return Response(body, error.status, headers, media_type="application/json")
 

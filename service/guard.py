@@ -12,6 +12,7 @@ import uuid
 from http import HTTPStatus
 from typing import Any, Protocol
 
+from pydantic_core import to_json
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -29,6 +30,7 @@ from service.errors import (
 )
 from service.keys import Keys
 from service.request_record import RequestRecord
+from service.settings import Settings
 
 REQUEST_ID = "x-request-id"
 # Probes carry no key, and are not worth a log line each.
@@ -216,18 +218,18 @@ class Admit:
     """One of vLLM's own generating routes behind the queue, with limits and a deadline."""
 
     def __init__(
-        self, app: ASGIApp, admission: Admission, endings: Endings, max_sequences: int
+        self, app: ASGIApp, admission: Admission, endings: Endings, settings: Settings
     ) -> None:
         self.app = app
         self.admission = admission
         self.endings = endings
-        self.max_sequences = max_sequences
+        self.settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record = RequestRecord.of(scope)
         answer = _Answer(send, scope["app"].state.service)
-        whole = await receive()
-        request: Message | None = whole
+        request: Message | None = await receive()
+        assert request is not None
         ended = asyncio.Event()
 
         async def read() -> Message:
@@ -239,7 +241,10 @@ class Admit:
             return {"type": "http.disconnect"}
 
         try:
-            sequences = limits.sequences(whole.get("body", b""), self.max_sequences)
+            asked = limits.parse(request.get("body", b""))
+            sequences = limits.sequences(asked, self.settings.max_sequences)
+            if self.settings.cache_per_key:
+                request["body"] = to_json({**asked, "cache_salt": record.client.name})
             deadline = deadline_of(scope)
             async with (
                 self.endings.watch(receive, deadline),

@@ -237,6 +237,8 @@ def _prepare_environment(folder: RunFolder, settings: Settings) -> None:
         # As vLLM's own command line sets it.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_NO_USAGE_STATS": "1",
+        # Longer than the longest Retry-After: who comes back meets no closed connection.
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",
         # vLLM allows 16,384 and 1,024; the routes that its own limits do not reach have ours.
         "VLLM_MAX_N_SEQUENCES": str(settings.max_sequences),
         "VLLM_MAX_COMPLETION_PROMPTS": str(settings.max_sequences),

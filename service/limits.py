@@ -17,12 +17,11 @@ _LISTS = ("items", "prompt", "messages")
 _GRAMMARS = ("response_format", "structured_outputs", "tools", "text")
 
 
-def sequences(body: bytes, most: int) -> int:
-    """How many sequences a body asks the engine for.
+def parse(body: bytes) -> Mapping[str, Any]:
+    """The JSON object of a body.
 
     Raises MalformedBody for what is not JSON (NaN, lone surrogates and nesting deeper than the
-    parser's 200 levels too), InvalidRequest for more than `most` sequences, and for grammars and
-    stop strings beyond their limits.
+    parser's 200 levels too), and InvalidRequest for what is no object.
     """
     try:
         asked = from_json(body, allow_inf_nan=False)
@@ -30,6 +29,14 @@ def sequences(body: bytes, most: int) -> int:
         raise MalformedBody(f"the body is not valid JSON: {e}") from None
     if not isinstance(asked, Mapping):
         raise InvalidRequest("the body must be a JSON object")
+    return asked
+
+
+def sequences(asked: Mapping[str, Any], most: int) -> int:
+    """How many sequences a body asks the engine for.
+
+    Raises InvalidRequest for more than `most`, and for grammars and stop strings that are too long.
+    """
     count, param = 1, None
     for key in _COUNTS:
         value = asked.get(key)

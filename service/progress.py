@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from service.errors import Unavailable, refusal_body
+from service.health import Phase
 from service.run_folder import RunFolder
 
 _MOST_CONNECTIONS = 64
@@ -61,10 +62,12 @@ class ProgressServer:
 
 def hand_over() -> None:
     """Called by an API process that is about to accept: waits until this server has stopped."""
+    folder = RunFolder.of_this_process()
+    folder.set_phase(Phase.READY)
     try:
         with socket.socket(socket.AF_UNIX) as s:
             s.settimeout(10)
-            s.connect(str(RunFolder.of_this_process().handover_socket))
+            s.connect(str(folder.handover_socket))
             s.recv(1)
     except OSError:
         pass  # another API process was first

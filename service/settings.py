@@ -40,6 +40,9 @@ class Settings(BaseSettings):
         description="A file of keys instead, a line each: NAME KEY [WEIGHT]; read when changed.",
     )
     metrics_key: bool = Field(True, description="Whether /metrics asks for the key too.")
+    cache_per_key: bool = Field(
+        False, description="Whether each key has a prefix cache of its own, hidden from the others."
+    )
     max_waiting: Annotated[int, Field(ge=0)] | None = Field(
         None, description="Sequences that may wait [default: 4 times what the engine runs at once]."
     )

@@ -27,6 +27,7 @@ from typing import Any
 
 from service import launch
 from service.errors import ConfigError, LaunchError, ServiceError
+from service.health import Phase
 from service.model_config import ModelConfig, Origins
 from service.progress import ProgressServer
 from service.run_folder import RunFolder
@@ -41,6 +42,8 @@ _BACKLOG = 2048
 def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
     """Run the server until it is stopped. Raises ServiceError when it cannot start, or fails."""
     clients = settings.clients()
+    if os.environ.get("VLLM_SERVER_DEV_MODE", "0") != "0":
+        raise ConfigError("VLLM_SERVER_DEV_MODE opens routes that change the engine: unset it")
     several = launch.api_servers(config) > 1
     listener = _listen(settings.host, settings.port, shared=several)
     if clients is None and not _is_loopback(listener):
@@ -147,7 +150,8 @@ def _run_server(
     os.setsid()
     supervisor = multiprocessing.parent_process()
     assert supervisor is not None
-    threading.Thread(target=_end_with, args=(supervisor,), daemon=True).start()
+    ending = (supervisor, RunFolder(Path(folder)), settings.drain_timeout)
+    threading.Thread(target=_end_with, args=ending, daemon=True).start()
     run_folder = RunFolder(Path(folder))
     try:
         launch.run(config, origins, settings, run_folder, listener)
@@ -157,10 +161,13 @@ def _run_server(
         raise SystemExit(e.exit_status) from None
 
 
-def _end_with(supervisor: Any) -> None:
-    """Drain when the supervisor is gone without a word."""
+def _end_with(supervisor: Any, folder: RunFolder, drain_timeout: float) -> None:
+    """End when the supervisor is gone without a word; drain first, when there may be clients."""
     multiprocessing.connection.wait([supervisor.sentinel])
-    os.kill(os.getpid(), signal.SIGTERM)
+    if folder.phase()[0] is Phase.READY:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(drain_timeout + _GRACE_SECONDS)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _listen(host: str, port: int, *, shared: bool) -> socket.socket:

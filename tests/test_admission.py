@@ -183,7 +183,7 @@ def test_retry_after_is_when_there_is_room_at_the_rate_measured() -> None:
         assert [told() for _ in range(50)][-1] == 60
         # Half of the rate is Bob's, whose refusals do not count for Alice's.
         await requests.add(BOB, 2)
-        assert 1 < told(BOB) < 10
+        assert told(BOB) < told()
 
     run(scenario)
 

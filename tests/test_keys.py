@@ -10,8 +10,10 @@ from service import keys
 from service.admission import Client
 from service.errors import ConfigError
 from service.keys import Keys
+from tests.conftest import hardening
 
 
+@hardening(14)
 def test_a_line_is_a_name_a_key_and_a_weight() -> None:
     hashed = hashlib.sha256(b"k2").hexdigest()
     clients = keys.parse(f"# ours\nalice k1 2.5\n\nbob sha256:{hashed}  # hashed\n", "keys")

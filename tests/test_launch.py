@@ -6,6 +6,7 @@ import pytest
 
 from service import launch, model_config, settings
 from service.errors import ConfigError
+from tests.conftest import hardening
 
 
 def arguments(tmp_path: Path, engine: str) -> object:
@@ -40,6 +41,7 @@ def test_values_are_read_as_vllm_reads_them(
     assert getattr(arguments(tmp_path, engine), name) == value
 
 
+@hardening(15)
 @pytest.mark.parametrize(
     ("engine", "message"),
     [

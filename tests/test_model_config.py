@@ -6,6 +6,7 @@ import pytest
 
 from service import model_config
 from service.errors import ConfigError
+from tests.conftest import hardening
 
 GOOD = """\
 name: mine
@@ -37,6 +38,7 @@ def test_set_overrides_one_value(tmp_path: Path) -> None:
     assert (config.sampling.temperature, config.sampling.top_k) == (0.5, 5)
 
 
+@hardening(24)
 @pytest.mark.parametrize(
     ("text", "message"),
     [

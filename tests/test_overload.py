@@ -48,6 +48,7 @@ def small(tmp_path_factory: pytest.TempPathFactory, keys_file: Path) -> Iterator
         "BODY_TIMEOUT": "2",
         "WRITE_TIMEOUT": "2",
         "METRICS_KEY": "false",
+        "CACHE_PER_KEY": "true",
     }
     log = tmp_path_factory.mktemp("small") / "log"
     server = Server.service(
@@ -100,8 +101,9 @@ def wait_for(server: Server, name: str, value: float, seconds: float = 10) -> No
 
 async def fill(client: httpx.AsyncClient, count: int) -> list[asyncio.Task[httpx.Response]]:
     """Requests that run until they are cancelled."""
+    endless = {"model": MODEL, "prompt": "Count", "max_tokens": 1900, "ignore_eos": True}
     tasks = [
-        asyncio.create_task(client.post("/", json=LONG, headers=bearer("alice")))
+        asyncio.create_task(client.post("/v1/completions", json=endless, headers=bearer("alice")))
         for _ in range(count)
     ]
     await asyncio.sleep(0.5)
@@ -153,13 +155,14 @@ def test_vllms_routes_stand_in_the_same_queue(small: Server, route: str) -> None
     async def scenario() -> None:
         async with client_of(small) as client:
             tasks = await fill(client, RUNNING + WAITING)
-            body = {"model": MODEL, "prompt": "hi", "input": "hi", "messages": CHAT["messages"]}
+            asked = {"prompt": "hi"} if route == "/v1/completions" else {"input": "hi"}
+            body = {"model": MODEL, **(CHAT if "chat" in route else asked)}
             answer = await client.post(route, json=body, headers=bearer("alice"))
             assert answer.status_code == 429
             assert int(answer.headers["retry-after"]) >= 1
             # Another client has a share of its own, and it does not wait behind all of Alice's.
-            asked = client.post(route, json={**body, "max_tokens": 2}, headers=bearer("bob"))
-            bob = asyncio.create_task(asked)
+            body |= {"max_output_tokens" if "responses" in route else "max_tokens": 2}
+            bob = asyncio.create_task(client.post(route, json=body, headers=bearer("bob")))
             await asyncio.sleep(0.3)
             assert gauge(small, "service_waiting_sequences ") == WAITING + 1
             for task in tasks[:1]:
@@ -181,20 +184,20 @@ def test_who_floods_does_not_take_the_others_share(small: Server) -> None:
 
     async def scenario() -> None:
         body = {"prompt": "Count.", "temperature": 1, "max_new_tokens": 24, "stop": ["\0"]}
-        end = time.monotonic() + 12
+        begin, end = time.monotonic() + 3, time.monotonic() + 15
         async with client_of(small) as client:
 
             async def ask(name: str) -> None:
                 while time.monotonic() < end:
                     answer = await client.post("/", json=body, headers=bearer(name))
                     if answer.status_code == 200:
-                        answered[name] += 1
+                        answered[name] += begin < time.monotonic() < end
                     else:  # it does not obey: it comes back at once
                         assert answer.status_code == 429
                         await asyncio.sleep(0.05)
 
-            # Bob has just as many as it takes to use his half.
-            names = ["alice"] * 60 + ["bob"] * (RUNNING // 2 + 1)
+            # Bob runs half of his and has the other half waiting: just enough to use his share.
+            names = ["alice"] * 60 + ["bob"] * RUNNING
             await asyncio.gather(*(ask(name) for name in names))
 
     asyncio.run(scenario())
@@ -359,6 +362,26 @@ def test_a_reader_that_never_reads_is_dropped(small: Server) -> None:
             except ConnectionError:
                 dropped = True
         assert dropped
+
+
+@hardening(18)
+@pytest.mark.parametrize("route", ["/", "/v1/chat/completions"])
+def test_a_key_may_have_a_prefix_cache_of_its_own(small: Server, route: str) -> None:
+    text = f"{route} " * 200
+    body = {"prompt": text, "messages": [{"role": "user", "content": text}], "model": MODEL}
+
+    def hits(name: str) -> float:
+        before = gauge(small, "vllm:prefix_cache_hits_total{")
+        limit = {"max_new_tokens": 1, "max_tokens": 1, "cache_salt": "alice"}
+        answer = httpx.post(
+            f"{small.url}{route}", json={**body, **limit}, headers=bearer(name), trust_env=False
+        )
+        assert answer.status_code == 200
+        time.sleep(0.2)
+        return gauge(small, "vllm:prefix_cache_hits_total{") - before
+
+    assert [hits("alice"), hits("bob")] == [0, 0]
+    assert hits("alice") > 100 and hits("bob") > 100
 
 
 def test_a_key_is_revoked_while_the_server_runs(small: Server, keys_file: Path) -> None:

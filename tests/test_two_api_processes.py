@@ -8,8 +8,9 @@ import httpx
 import pytest
 
 from benchmarks.server import Server
-from tests.conftest import MODEL, logged
+from tests.conftest import MODEL, hardening, logged
 from tests.prometheus import scrape, series
+from tests.test_faults import check_killed_engine
 
 KEY = "correct-horse-battery-staple"
 BEARER = {"authorization": f"Bearer {KEY}"}
@@ -51,6 +52,7 @@ def test_both_answer_and_the_metrics_are_their_sum(two: Server, tmp_path: Path) 
     assert all(logged(two, f'prompt:"Say {i}."') for i in range(40))
 
 
+@hardening(13)
 @pytest.mark.parametrize(
     "authorization", [None, "Bearer wrong", "Basic wrong", f"Basic {KEY}", KEY, "Bearer \xff"]
 )
@@ -75,3 +77,8 @@ def test_prompts_are_logged_as_the_tutorials_do_on_one_line(two: Server) -> None
     line = f'[{answer["time"]}] ", prompt:"Two\\nlines "quoted"\\x1b[31m", response:"'
     assert logged(two, f'{line}{answer["response"]!r}"\n')
     assert KEY not in two.log.read_text()
+
+
+@hardening(20)
+def test_a_killed_engine_is_told_by_both(two: Server) -> None:
+    check_killed_engine(two, BEARER)

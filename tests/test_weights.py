@@ -18,6 +18,7 @@ from safetensors import safe_open
 from service import model_config, weights
 from service.errors import ConfigError
 from service.model_config import Source
+from tests.conftest import hardening
 from tests.hub import MEGABYTE, Hub, serving
 
 FETCH = (
@@ -205,6 +206,7 @@ def test_a_tokenizer_comes_without_weights_and_weights_without_safetensors_do_co
     assert "has no weights that vLLM reads" in refusal(hub, tmp_path)
 
 
+@hardening(23)
 def test_a_cut_connection_is_resumed_where_it_was_cut(hub: Hub, tmp_path: Path) -> None:
     hub.cuts[BIG] = 1_500_000
     folder, _ = fetch(hub, tmp_path)
@@ -226,6 +228,7 @@ def test_a_cut_connection_is_resumed_where_it_was_cut(hub: Hub, tmp_path: Path) 
     assert f"{folder} has no complete copy" in message
 
 
+@hardening(23)
 def test_a_killed_download_is_not_taken_for_a_model_and_resumes(hub: Hub, tmp_path: Path) -> None:
     hub.held = {BIG}
     process = start_fetch(TINY, tmp_path, **environment(hub, tmp_path))
@@ -268,6 +271,7 @@ def test_a_file_may_take_longer_than_the_hour_that_modelscope_gives_it() -> None
     assert done.stdout == "86400\n", done.stderr
 
 
+@hardening(23)
 def test_the_second_of_two_downloads_waits_for_the_first(hub: Hub, tmp_path: Path) -> None:
     hub.held = {BIG}
     first = start_fetch(TINY, tmp_path, **environment(hub, tmp_path))
@@ -283,6 +287,7 @@ def test_the_second_of_two_downloads_waits_for_the_first(hub: Hub, tmp_path: Pat
     assert sorted(hub.sent) == [(name, 0) for name in sorted({*TOKENIZER, BIG})]
 
 
+@hardening(23)
 def test_a_corrupt_file_is_refused_and_nothing_of_it_is_kept(hub: Hub, tmp_path: Path) -> None:
     hub.corrupt = {BIG}
     assert f"{BIG} came with other content than the hub's list says" in refusal(hub, tmp_path)
@@ -304,6 +309,7 @@ def test_a_model_larger_than_the_disk_is_refused_before_it_is_downloaded(
     assert not hub.sent
 
 
+@hardening(23)
 def test_a_disk_that_is_full_all_the_same_is_told_and_the_download_resumes(
     hub: Hub, tmp_path: Path
 ) -> None:

@@ -1,0 +1,133 @@
+"""The table of docs/hardening.md, from the tests that show its rows: `python -m tests.hardening`."""
+
+import ast
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+PAGE = TESTS.parent / "docs" / "hardening.md"
+BEGIN, END = "<!-- rows: begin -->\n", "<!-- rows: end -->\n"
+
+# Of each row: the input or fault, and what becomes of it here.
+ROWS: dict[int, tuple[str, str]] = {
+    1: (
+        "`n` or `best_of` huge; thousands of prompts in one body",
+        "422 with the limit: `SERVICE_MAX_SEQUENCES`, `n` times prompts, on every generating route",
+    ),
+    2: (
+        "A body of hundreds of MB, endless, not JSON, or nested deep",
+        "413 at `SERVICE_MAX_BODY_BYTES` before it is read or while it comes; 400 for nesting deeper "
+        "than the parser's 200; errors are short and repeat no input",
+    ),
+    3: (
+        "Thousands of headers, one huge header, slow headers, a slow body; thousands of connections",
+        "431 above 128 headers or 64 KiB; 408 after `SERVICE_BODY_TIMEOUT`; 503 above "
+        "`SERVICE_MAX_CONNECTIONS`",
+    ),
+    4: (
+        "A regular expression, grammar or JSON schema that explodes",
+        "none in `POST /`; elsewhere at most 16 KiB, 1,024 characters for an expression, vLLM's "
+        "own time limit for compiling one, and the client's deadline",
+    ),
+    5: ("A grammar that the engine cannot compile", "that request fails; the next one works"),
+    6: (
+        "`chat_template` or hostile `chat_template_kwargs` from the client",
+        "refused; the server's own template renders in vLLM's threads, within its 30 s",
+    ),
+    7: (
+        "`min_tokens`, `stop`, `bad_words`, `allowed_token_ids`, `logit_bias`, ... beyond bounds",
+        "refused, by vLLM against the vocabulary and by us for lengths",
+    ),
+    8: ("NaN, infinity, 1e38, negative numbers, numbers as strings, a float for `top_k`", "422, or 400"),
+    9: (
+        "A prompt that is empty, whitespace, null, a list, lone surrogates, NUL, control tokens, as "
+        "long as the context, a million characters",
+        "an answer or 422 (no JSON: 400), as the table of tests says",
+    ),
+    10: ("The same request id twice", "each has its own answer: the engine's ids are the server's"),
+    11: ("Prompt embeddings, tensors", "refused"),
+    12: (
+        "Media URLs; an X-Request-Id with a URL, spaces, controls; routes that change the engine",
+        "nothing is fetched; the id is replaced; those routes are off, and a server with "
+        "`VLLM_SERVER_DEV_MODE` does not start",
+    ),
+    13: (
+        "No key, a wrong key, odd paths and Host headers",
+        "401 on every route but the health checks, decided before routing; `/metrics` by a setting; "
+        "WebSockets are closed",
+    ),
+    14: ("Timing of the key's comparison", "SHA-256 of keys, compared in constant time"),
+    15: ("`trust_remote_code`, unpinned revisions", "remote code is refused; a YAML names a revision"),
+    16: ("Reachable sockets of the engine", "only the service's port listens; the rest is ipc or loopback"),
+    17: (
+        "Paths, addresses or stacks in errors",
+        "messages are cleaned, cut to 300 characters and end in the request's id",
+    ),
+    18: (
+        "Timing of the prefix cache between clients",
+        "`SERVICE_CACHE_PER_KEY=true` gives each key a cache of its own; off by default",
+    ),
+    19: (
+        "A client that leaves while queued, in prefill or streaming; one that never reads",
+        "the engine's request is aborted within a second; a reader that does not read is dropped "
+        "after `SERVICE_WRITE_TIMEOUT`. A client that closes its sending half has left",
+    ),
+    20: (
+        "The engine is killed, dies or hangs",
+        "requests in flight get 503 with the reason, /health/ready turns 503, the process exits 1",
+    ),
+    21: (
+        "SIGTERM under load, twice, or while loading",
+        "what was let in finishes within `SERVICE_DRAIN_TIMEOUT`, the rest gets 503 and Retry-After, "
+        "exit 0; the second stops at once, and so does one while loading",
+    ),
+    22: (
+        "Ten times the load; one key that floods",
+        "a bounded queue; 429 at once with a Retry-After from the measured rate; the others keep "
+        "their share",
+    ),
+    23: (
+        "Disk full, download cut, wrong hash, two downloads at once",
+        "one line with the remedy; nothing half-loaded is served",
+    ),
+    24: ("A YAML with unknown keys, wrong types, tabs, duplicates", "exit 2: file, line, nearest name"),
+    25: (
+        "Line breaks, escapes, keys and prompts for logs; paths for metric labels",
+        "logs and labels hold nothing of a client's choosing but a harmless request id",
+    ),
+}  # fmt: skip
+
+
+def shown() -> dict[int, list[str]]:
+    """Row to the tests that are marked with it, as `file: name`."""
+    tests: dict[int, list[str]] = defaultdict(list)
+    for file in sorted(TESTS.glob("test_*.py")):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef):
+                for mark in node.decorator_list:
+                    if isinstance(mark, ast.Call) and getattr(mark.func, "id", "") == "hardening":
+                        for row in mark.args:
+                            tests[ast.literal_eval(row)].append(f"{file.stem}.{node.name}")
+    return tests
+
+
+def table() -> str:
+    tests = shown()
+    lines = ["| # | input or fault | what becomes of it | shown by |", "|---|---|---|---|"]
+    for number, (fault, result) in ROWS.items():
+        names = "<br>".join(f"`{name}`" for name in tests[number])
+        lines.append(f"| {number} | {fault} | {result} | {names} |")
+    return "\n".join(lines) + "\n"
+
+
+def page(text: str) -> str:
+    """The page with its table made anew."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return before + BEGIN + table() + END + after
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    sys.exit(0)

@@ -1,0 +1,172 @@
+"""The engine stops, hangs or is killed under load: everyone is answered, and the server says so."""
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from benchmarks.server import Server
+from tests.conftest import MODEL, hardening
+
+LONG = {"prompt": "Count from one to a thousand.", "temperature": 2, "max_new_tokens": 1900}
+CHAT = {
+    "model": MODEL,
+    "messages": [{"role": "user", "content": "Count from one to a thousand."}],
+    "max_tokens": 1900,
+    "ignore_eos": True,
+}
+STALL_SECONDS = 3
+
+
+def processes(server: Server, title: str = "") -> list[psutil.Process]:
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    return [process for process in children if title in " ".join(process.cmdline())]
+
+
+def ready(server: Server) -> tuple[int, str]:
+    answer = httpx.get(f"{server.url}/health/ready", trust_env=False, timeout=5)
+    return answer.status_code, answer.json()["status"]
+
+
+@contextmanager
+def in_flight(
+    server: Server, headers: dict[str, str] | None = None
+) -> Iterator[dict[str, httpx.Response]]:
+    """Long requests on both routes, whole and streamed; their answers, once it is left."""
+    answers: dict[str, httpx.Response] = {}
+
+    def ask(name: str, route: str, body: dict[str, object]) -> None:
+        answers[name] = httpx.post(
+            f"{server.url}{route}", json=body, headers=headers, timeout=60, trust_env=False
+        )
+
+    requests = [
+        threading.Thread(target=ask, args=(name, route, {**body, "stream": stream}))
+        for name, route, body, stream in (
+            ("plain", "/", LONG, False),
+            ("streamed", "/", LONG, True),
+            ("chat", "/v1/chat/completions", CHAT, False),
+            ("streamed chat", "/v1/chat/completions", CHAT, True),
+        )
+    ]
+    for request in requests:
+        request.start()
+    deadline = time.monotonic() + 20
+    metrics = f"{server.url}/metrics"
+    while "service_running_sequences 4.0" not in httpx.get(metrics, headers=headers).text:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)
+    yield answers
+    for request in requests:
+        request.join(30)
+
+
+def check_unavailable(answers: dict[str, httpx.Response], reason: str) -> None:
+    """Every request was answered with 503 and the reason, streams in their last event."""
+    for name in ("plain", "chat"):
+        assert answers[name].status_code == 503, answers[name].text
+        assert answers[name].headers["retry-after"]
+        assert reason in answers[name].json()["error"]["message"]
+    for name in ("streamed", "streamed chat"):
+        events = answers[name].text.removesuffix("data: [DONE]\n\n").strip()
+        last = json.loads(events.rpartition("data: ")[2])
+        assert (last["status"], last["error"]["type"]) == (503, "unavailable")
+
+
+def check_killed_engine(server: Server, headers: dict[str, str] | None = None) -> None:
+    children = processes(server)
+    with in_flight(server, headers) as answers:
+        began = time.monotonic()
+        processes(server, "EngineCore")[0].kill()
+    assert time.monotonic() - began < 5
+    check_unavailable(answers, "the engine")
+    check_gone(server, children, 1)
+    assert "error: the engine process has ended" in server.log.read_text()
+
+
+def check_gone(server: Server, children: list[psutil.Process], status: int) -> None:
+    assert server.process.wait(30) == status
+    gone, alive = psutil.wait_procs(children, timeout=5)
+    assert not alive
+    assert "Traceback" not in server.log.read_text()
+
+
+@hardening(20)
+def test_a_hung_engine_is_noticed_forgiven_when_it_wakes_and_given_up_when_not(
+    tmp_path: Path,
+) -> None:
+    env = {"SERVICE_STALL_TIMEOUT": str(STALL_SECONDS)}
+    eager = ("--set", "engine.enforce_eager=true")
+    with Server.service(tmp_path / "log", *eager, env=env) as server:
+        children = processes(server)
+        (engine,) = processes(server, "EngineCore")
+        with in_flight(server) as answers:
+            engine.send_signal(signal.SIGSTOP)
+            began = time.monotonic()
+        assert time.monotonic() - began < STALL_SECONDS + 3
+        check_unavailable(answers, "the engine makes no progress")
+        assert ready(server) == (503, "stalled")
+        assert httpx.get(f"{server.url}/health", trust_env=False).status_code == 503
+        assert httpx.get(f"{server.url}/health/live", trust_env=False).status_code == 200
+        refused = httpx.post(server.url, json={"prompt": "hi"}, trust_env=False)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "10")
+        engine.send_signal(signal.SIGCONT)
+        while ready(server) != (200, "ready"):
+            assert time.monotonic() - began < 20
+            time.sleep(0.1)
+        body = {"prompt": "What is the capital of France?"}
+        answer = httpx.post(server.url, json=body, trust_env=False, timeout=30)
+        assert answer.json()["response"] == "The capital of France is Paris."
+        engine.send_signal(signal.SIGSTOP)  # nobody asks for anything this time
+        check_gone(server, children, 1)
+    assert "error: the engine has stopped making progress" in server.log.read_text()
+
+
+@hardening(20)
+def test_a_killed_engine_answers_everyone_and_ends(tmp_path: Path) -> None:
+    with Server.service(tmp_path / "log", "--set", "engine.enforce_eager=true") as server:
+        check_killed_engine(server)
+
+
+@hardening(21)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("seconds", [3, 11])
+def test_a_stop_while_loading_ends_at_once(
+    tmp_path: Path, number: signal.Signals, seconds: float
+) -> None:
+    log = tmp_path / "log"
+    server = Server.service(log, "--set", "engine.enforce_eager=true")
+    time.sleep(seconds)
+    children = processes(server)
+    began = time.monotonic()
+    server.process.send_signal(number)
+    check_gone(server, children, 0)
+    assert time.monotonic() - began < 3
+
+
+@hardening(20)
+def test_a_killed_supervisor_or_server_leaves_nothing_behind(tmp_path: Path) -> None:
+    for victim in ("supervisor", "server"):
+        server = Server.service(tmp_path / victim, "--set", "engine.enforce_eager=true")
+        deadline = time.monotonic() + 60
+        while not processes(server, "EngineCore"):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        children = processes(server)
+        if victim == "supervisor":
+            server.process.kill()
+            check_gone(server, children, -signal.SIGKILL)
+        else:
+            parent = processes(server, "EngineCore")[0].parent()
+            assert parent is not None
+            parent.kill()
+            check_gone(server, children, 1)
+            assert "was killed by SIGKILL" in server.log.read_text()

@@ -1,0 +1,213 @@
+"""A start that fails ends in one line that says what to change: each cause, caused."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from service import checkpoint, start_errors
+from service.errors import WeightsError
+from tests import checkpoints
+
+# What vLLM says where this machine cannot cause it, and a part of what we say.
+SAID = [
+    (
+        "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total "
+        "capacity of 23.68 GiB of which 1.20 GiB is free.",
+        "the GPU is out of memory: lower engine.max_model_len or engine.max_num_seqs, choose",
+    ),
+    (
+        "ValueError: Free memory on device cuda:0 (12.10/23.68 GiB) on startup is less than "
+        "desired GPU memory utilization (0.92, 21.79 GiB). Decrease GPU memory utilization or "
+        "reduce GPU memory used by other processes.",
+        "21.79 GiB of 23.68 are wanted and 12.10 are free: lower engine.gpu_memory_utilization "
+        "(now 0.92)",
+    ),
+    (
+        "ValueError: Bfloat16 is only supported on GPUs with compute capability of at least 8.0.",
+        "this GPU has no bfloat16: set engine.dtype to float16",
+    ),
+    (
+        "World size (4) is larger than the number of available GPUs (1) in this node.",
+        "4 GPUs are wanted and there are 1: lower engine.tensor_parallel_size",
+    ),
+    (
+        "RuntimeError: [enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't "
+        "allocate memory: you tried to allocate 512 bytes. Error code 12",
+        "the machine is out of memory, at an allocation of 512 bytes: lower",
+    ),
+    ("RuntimeError: Engine core initialization failed.", "the engine's process ended without a"),
+    ("AssertionError: ", "config.json and the weights are not of one model, or a file is damaged"),
+    ("ValueError: something new", "ValueError: something new"),
+]
+
+
+@pytest.mark.parametrize(("cause", "advice"), SAID)
+def test_what_vllm_says_becomes_what_to_do(cause: str, advice: str) -> None:
+    assert start_errors.explain(cause).startswith(advice)
+
+
+# Runs `launch.run` for each case of stdin in a fork: importing vLLM once takes long enough.
+RUNNER = """
+import json, os, sys, tempfile
+from pathlib import Path
+os.environ["PYTHONWARNINGS"] = "ignore"
+import vllm.entrypoints.cli.serve
+import vllm.v1.engine.async_llm
+from service import launch, model_config, settings
+from service.errors import ServiceError
+from service.run_folder import RunFolder
+from service.settings import ApiProcessConfig
+
+for case in json.load(sys.stdin):
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        os.setsid()
+        try:
+            with tempfile.TemporaryDirectory() as path:
+                loaded = model_config.load(case[0], case[1:])
+                loading = settings.load()
+                folder = RunFolder(Path(path))
+                folder.write_config(
+                    ApiProcessConfig(model=loaded[0], settings=loading, clients=None, instance="x")
+                )
+                launch.run(*loaded, loading, folder, None)
+        except ServiceError as e:
+            os.write(writer, str(e).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with open(reader) as f:
+        print(json.dumps(f.read()), flush=True)
+    os.wait()
+"""
+
+
+def damage(folder: Path, name: str, change: Callable[[Path], None]) -> str:
+    """A tiny Qwen2 with something wrong: its YAML."""
+    target = checkpoints.write("qwen2", folder / name)
+    change(target)
+    file = folder / f"{name}.yaml"
+    file.write_text(f"name: {name}\nsource: {{path: {target}}}\nengine: {{dtype: float32}}\n")
+    return str(file)
+
+
+def with_config(**keys: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
+
+    return change
+
+
+def without(part: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (file,) = folder.glob("*.safetensors")
+        save_file({k: v for k, v in load_file(file).items() if part not in k}, file)
+
+    return change
+
+
+def spoil_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{")
+
+
+def cut(folder: Path) -> None:
+    (file,) = folder.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def test_each_cause_ends_in_one_line(tmp_path: Path) -> None:
+    embedded = "smollm2-135m-instruct"
+    cases = [
+        (
+            [embedded, "engine.kv_cache_memory_bytes=30000000", "engine.enforce_eager=true"],
+            "a context of 2048 tokens needs 0.04 GiB of KV cache and there are 0.03 GiB: lower "
+            "engine.max_model_len to 1152 or less, or raise engine.kv_cache_memory_bytes",
+        ),
+        (
+            [embedded, "engine.kv_cache_memory_bytes=900G", "engine.enforce_eager=true"],
+            "900.0 GiB for the KV cache are not free: lower engine.kv_cache_memory_bytes",
+        ),
+        (
+            [embedded, "engine.max_model_len=100000"],
+            "engine.max_model_len is 100000 and the model was made for 8192: lower it to 8192",
+        ),
+        (
+            [embedded, "engine.gpu_memory_utilization=1.5"],
+            "gpu_memory_utilization: Input should be less than or equal to 1",
+        ),
+        ([embedded, "engine.tensor_parallel_size=5"], "heads cannot be shared out over 5 GPUs"),
+        (
+            [damage(tmp_path, "unknown", with_config(architectures=["NewForCausalLM"]))],
+            "vLLM has no model for the architecture ['NewForCausalLM'] of config.json",
+        ),
+        (
+            [damage(tmp_path, "type", with_config(model_type="new", architectures=["New"]))],
+            "neither vLLM nor transformers knows the model type 'new' of config.json",
+        ),
+        (
+            [damage(tmp_path, "none", lambda folder: next(folder.glob("*.safetensors")).unlink())],
+            "the model's folder holds no weights",
+        ),
+        ([damage(tmp_path, "cut", cut)], "bytes, and its header speaks of"),
+        (
+            [damage(tmp_path, "linear", without("layers.1.mlp.down_proj"))],
+            "lack 1 tensors of layer 1",
+        ),
+        (
+            [damage(tmp_path, "json", spoil_tokenizer)],
+            "tokenizer.json is not readable JSON",
+        ),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER],
+        input=json.dumps([case for case, _ in cases]),
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('"')]
+    assert len(said) == len(cases), done.stderr
+    for line, (case, expected) in zip(said, cases, strict=True):
+        assert expected in line, (case, line)
+        assert "\n" not in line
+    assert "Traceback" not in done.stderr
+    assert "ERROR" not in done.stderr
+
+
+@pytest.mark.parametrize("name", sorted(checkpoints.BUILDERS))
+def test_a_whole_checkpoint_is_called_whole(name: str, tmp_path: Path) -> None:
+    folder = checkpoints.write(name, tmp_path / "whole")
+    checkpoint.check(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "message"),
+    [
+        ("qwen2", "embed_tokens", "the token embedding"),
+        ("qwen2", "layers.2.self_attn.q_proj.weight", "lack 1 tensors of layer 2"),
+        ("baichuan2", "lm_head", "the output head"),
+        ("xverse", "layers.2.", "tensors of layer 2"),
+    ],
+)
+def test_what_vllm_would_serve_as_garbage_is_missed(
+    name: str, part: str, message: str, tmp_path: Path
+) -> None:
+    folder = checkpoints.write(name, tmp_path / name)
+    if not list(folder.glob("*.safetensors")):
+        import torch
+
+        (file,) = folder.glob("*.bin")
+        state = torch.load(file, weights_only=True)
+        torch.save({k: v for k, v in state.items() if part not in k}, file)
+    else:
+        without(part)(folder)
+    with pytest.raises(WeightsError, match=message):
+        checkpoint.check(folder)
+    shutil.rmtree(folder)
