@@ -4,6 +4,7 @@ import asyncio
 import functools
 import logging
 import math
+import uuid
 from argparse import Namespace
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -90,12 +91,14 @@ class ServiceState:
         self.admission = Admission(limit, queue, config.settings.queue_timeout)
         self.endings = Endings()
         self.health = Health(config.settings.stall_timeout)
+        self.probe: asyncio.Task[None] | None = None
         self.keys: Keys | None = None
         if config.clients is not None:
             self.keys = Keys(config.clients, config.settings.api_key_file)
         self.guarded_metrics = config.settings.metrics_key
         self.max_body_bytes = config.settings.max_body_bytes
         self.body_timeout = config.settings.body_timeout
+        self.body_bytes = 0
         self.engine = Engine(client, state)
         self.contract = Contract(
             config.model,
@@ -160,7 +163,6 @@ def _lifespan(inner: Lifespan[FastAPI]) -> Lifespan[FastAPI]:
         service: ServiceState = app.state.service
         _guard_routes(app, service)
         connection.guard(app.state.server.config, service.config.settings)
-        await asyncio.to_thread(progress.hand_over)
         watch = Watch(
             service.engine_client,
             service.health,
@@ -170,7 +172,8 @@ def _lifespan(inner: Lifespan[FastAPI]) -> Lifespan[FastAPI]:
             service.config.settings,
             app.state.server,
         )
-        watching = asyncio.create_task(watch.run())
+        watching = asyncio.create_task(watch.run())  # signals are handled from here on
+        await asyncio.to_thread(progress.hand_over)
         async with inner(app) as state:
             yield state
         watching.cancel()
@@ -247,30 +250,24 @@ async def _ready(request: Request) -> JSONResponse:
 
 
 async def _generate(request: Request) -> JSONResponse:
-    """One real token, past the queue: a full server generates all the same."""
+    """One real token, past the queue: a full server generates all the same.
+
+    Who asks while one is being made shares it.
+    """
     service: ServiceState = request.app.state.service
-    record = RequestRecord.of(request.scope)
+    if service.probe is None or service.probe.done():
+        service.probe = asyncio.create_task(service.engine.make_one_token())
     timeout = service.config.settings.stall_timeout * 3
-    record.error = "no token"
     try:
         async with asyncio.timeout(timeout):
-            prompt = await service.engine.tokenize("hi")
-            chunks = service.engine.generate(
-                prompt,
-                {"max_tokens": 1, "temperature": 0.0},
-                record.id,
-                stream=False,
-                echo=False,
-                cache_salt=None,
-            )
-            async for _ in chunks:
-                pass
+            await asyncio.shield(service.probe)
+        return JSONResponse({"status": "generated"})
     except TimeoutError:
-        return JSONResponse({"status": f"no token within {timeout:g} s"}, 503)
+        reason = f"no token within {timeout:g} s"
     except RequestError as e:
-        return JSONResponse({"status": e.message}, 503)
-    record.error = None
-    return JSONResponse({"status": "generated"})
+        reason = e.message
+    RequestRecord.of(request.scope).error = "no_token"
+    return JSONResponse({"status": reason}, 503)
 
 
 async def _try_template(engine: "Engine", model: ModelConfig) -> None:
@@ -421,6 +418,16 @@ class Engine:
         except Exception as e:
             _logger.exception("request %s failed in the engine", request_id)
             raise GenerationFailed("the engine failed this request; send it again") from e
+
+    async def make_one_token(self) -> None:
+        """Raises RequestError when the engine cannot."""
+        prompt = await self.tokenize("hi")
+        params = {"max_tokens": 1, "temperature": 0.0}
+        request_id = f"probe-{uuid.uuid4().hex}"
+        async for _ in self.generate(
+            prompt, params, request_id, stream=False, echo=False, cache_salt=None
+        ):
+            pass
 
     async def _decode(self, prompt: list[int], answer: list[int], reason: str | None) -> str:
         """A whole answer as the tutorials decode it, special tokens dropped."""

@@ -24,6 +24,7 @@ from service.errors import (
     BodyTooLarge,
     BodyTooSlow,
     ClientGone,
+    Overloaded,
     RequestError,
     Unauthorized,
     refusal,
@@ -40,6 +41,8 @@ _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # So much of an answer with an error is read; vLLM's own repeat what the client sent.
 _LONGEST_ERROR = 65_536
 _LONGEST_MESSAGE = 300
+# So many bodies of the longest kind may be held at one time.
+_MOST_BODIES = 64
 # How long vLLM's handler of an ended request may take to notice.
 _NOTICE_SECONDS = 5.0
 
@@ -55,6 +58,9 @@ class ServiceState(Protocol):
     def max_body_bytes(self) -> int: ...
     @property
     def body_timeout(self) -> float: ...
+
+    body_bytes: int  # of all bodies that are held now
+
     @property
     def engine_dead(self) -> bool: ...
 
@@ -178,7 +184,10 @@ class ApiKey:
 
 
 class Body:
-    """Reads a request's body whole before anything else does, within a size and a time."""
+    """Reads a request's body whole before anything else does, within a size and a time.
+
+    The bodies held at one time have a limit too, which many clients reach only together.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -192,9 +201,17 @@ class Body:
             await self.app(scope, receive, send)
             return
         state: ServiceState = scope["app"].state.service
+        held = _Held(state)
+        try:
+            await self._pass(held, scope, receive, send)
+        finally:
+            state.body_bytes -= held.bytes
+
+    async def _pass(self, held: "_Held", scope: Scope, receive: Receive, send: Send) -> None:
+        state = held.state
         try:
             async with asyncio.timeout(state.body_timeout):
-                body = await _read(headers, receive, state.max_body_bytes)
+                body = await _read(Headers(scope=scope), receive, held)
         except (TimeoutError, RequestError) as e:
             error = e if isinstance(e, RequestError) else _too_slow(state.body_timeout)
             record = RequestRecord.of(scope)
@@ -306,7 +323,24 @@ class _Answer:
             await self._send({"type": "http.response.body", "body": body})
 
 
-async def _read(headers: Headers, receive: Receive, most: int) -> bytes:
+class _Held:
+    """The bytes of one body, counted among those of all."""
+
+    def __init__(self, state: ServiceState) -> None:
+        self.state = state
+        self.bytes = 0
+
+    def add(self, count: int) -> None:
+        """Raises Overloaded when the bodies of all requests together are too much."""
+        self.bytes += count
+        self.state.body_bytes += count
+        if self.state.body_bytes > _MOST_BODIES * self.state.max_body_bytes:
+            metrics.REFUSED.labels("bodies").inc()
+            raise Overloaded("the server holds too many long bodies already", retry_after=1)
+
+
+async def _read(headers: Headers, receive: Receive, held: _Held) -> bytes:
+    most = held.state.max_body_bytes
     too_large = BodyTooLarge(f"the body is longer than the limit of {most} bytes")
     length = headers.get("content-length", "")
     if length.isdecimal() and int(length) > most:
@@ -319,6 +353,7 @@ async def _read(headers: Headers, receive: Receive, most: int) -> bytes:
         body += message.get("body", b"")
         if len(body) > most:
             raise too_large
+        held.add(len(message.get("body", b"")))
         if not message.get("more_body"):
             return bytes(body)
 

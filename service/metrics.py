@@ -64,6 +64,6 @@ ADMITTED = Counter(
 )
 REFUSED = Counter(
     "service_refused_requests_total",
-    "Requests refused or given up by the queue: queue_full, waited_too_long, deadline, closed.",
+    "Requests refused or given up by the queue: queue_full, waited_too_long, bodies.",
     ["reason"],
 )

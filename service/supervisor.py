@@ -98,6 +98,8 @@ class _Supervisor:
         try:
             self.server.start()
             while not multiprocessing.connection.wait([self.server.sentinel], timeout=0.2):
+                if self.asked_to_stop and not self.progress.handed_over:
+                    self._signal_all(signal.SIGKILL)  # nobody is being answered
                 if self.kill_at is None and self.folder.failure():
                     self.kill_at = time.monotonic() + _GRACE_SECONDS
                 if self.kill_at is not None and time.monotonic() > self.kill_at:
@@ -123,8 +125,10 @@ class _Supervisor:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.asked_to_stop += 1
-        if not self.progress.handed_over or self.asked_to_stop > 2:
-            self._signal_all(signal.SIGKILL)  # nobody is being answered, or somebody insists
+        if not self.progress.handed_over:
+            return  # `run` sees it
+        if self.asked_to_stop > 2:
+            self._signal_all(signal.SIGKILL)
         elif number == signal.SIGTERM and self.asked_to_stop == 1:
             if self.server.pid:
                 os.kill(self.server.pid, signal.SIGTERM)  # drains; the setting limits how long
@@ -135,6 +139,8 @@ class _Supervisor:
     def _signal_all(self, number: signal.Signals) -> None:
         """To every process of the run: its group is named as its first process."""
         if self.server.pid:
+            with suppress(ProcessLookupError):
+                os.kill(self.server.pid, number)  # it may not have made its group yet
             with suppress(ProcessLookupError):
                 os.killpg(self.server.pid, number)
 

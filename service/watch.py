@@ -87,7 +87,10 @@ class Watch:
                 return
             if loop.time() - looked >= _LOOK_EVERY:
                 looked = loop.time()
-                self._look()
+                try:
+                    self._look()
+                except Exception:
+                    _logger.exception("the look at the engine failed; the next one follows")
                 if self.health.phase is Phase.FAILED:
                     return
 
@@ -179,7 +182,12 @@ class Watch:
 def _engine_processes() -> list[psutil.Process]:
     """vLLM's engine processes of this run on this machine, by the title that it gives them."""
     launcher = psutil.Process(os.getpgrp())  # the supervisor gives each run a group of its own
-    return [p for p in launcher.children(recursive=True) if "EngineCore" in " ".join(p.cmdline())]
+    engines = []
+    for process in launcher.children(recursive=True):
+        with suppress(psutil.Error):
+            if "EngineCore" in " ".join(process.cmdline()):
+                engines.append(process)
+    return engines
 
 
 def _runs(process: psutil.Process) -> bool:
