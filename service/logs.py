@@ -73,11 +73,9 @@ class Report(logging.Filter):
         self._folder = RunFolder(Path(folder))
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if record.name.partition(".")[0] == "service":
+            return True
         message = record.getMessage()
-        if record.exc_info and type(record.exc_info[1]).__name__ == "EngineDeadError":
-            return False  # told once, by our own line
-        if "Exception occurred while running API servers" in message:
-            return False  # told by the supervisor
         if record.levelno >= logging.ERROR:
             error = record.exc_info[1] if record.exc_info else None
             if error and _FAILED.search(message) and start_errors.is_root(error):
