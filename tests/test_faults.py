@@ -111,7 +111,7 @@ def test_a_hung_engine_is_noticed_forgiven_when_it_wakes_and_given_up_when_not(
         with in_flight(server) as answers:
             engine.send_signal(signal.SIGSTOP)
             began = time.monotonic()
-        assert time.monotonic() - began < STALL_SECONDS + 3
+        assert time.monotonic() - began < STALL_SECONDS + 5
         check_unavailable(answers, "the engine makes no progress")
         assert ready(server) == (503, "stalled")
         assert httpx.get(f"{server.url}/health", trust_env=False).status_code == 503
@@ -149,7 +149,7 @@ def test_a_stop_while_loading_ends_at_once(
     began = time.monotonic()
     server.process.send_signal(number)
     check_gone(server, children, 0)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 5
 
 
 @hardening(20)
