@@ -192,9 +192,9 @@ def test_who_floods_does_not_take_the_others_share(small: Server) -> None:
                     answer = await client.post("/", json=body, headers=bearer(name))
                     if answer.status_code == 200:
                         answered[name] += begin < time.monotonic() < end
-                    else:  # it does not obey: it comes back at once
+                    else:  # it does not obey: it comes back before its time
                         assert answer.status_code == 429
-                        await asyncio.sleep(0.05)
+                        await asyncio.sleep(0.5)
 
             # Bob runs half of his and has the other half waiting: just enough to use his share.
             names = ["alice"] * 60 + ["bob"] * RUNNING
