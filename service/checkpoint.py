@@ -45,7 +45,10 @@ def check(folder: Path) -> None:
     architecture = (config.get("architectures") or [""])[0]
     if not files or architecture not in _UNIFORM or config.get("quantization_config"):
         return
-    names = {name for file in files for name in tensor_names(file)}
+    try:
+        names = {name for file in files for name in tensor_names(file)}
+    except WeightsError:  # a PyTorch file of the old form, or a broken one: vLLM tells
+        return
     _check_layers(names, config)
     tied = config.get("tie_word_embeddings", architecture not in _UNTIED)
     if not any("embed" in name for name in names):

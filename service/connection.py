@@ -15,6 +15,7 @@ from service.settings import Settings
 
 _MOST_HEADERS = 128
 _MOST_HEADER_BYTES = 65_536
+_MOST_AHEAD = 16  # requests sent before the answers to earlier ones
 # How long what a refused client goes on sending is read and dropped: to close at once would make
 # its machine throw our answer away.
 _LINGER_SECONDS = 2.0
@@ -31,6 +32,7 @@ def guard(config: uvicorn.Config, settings: Settings) -> None:
         write_timeout = settings.write_timeout
 
     config.http_protocol_class = Limited
+    config.ws_protocol_class = None
     config.limit_concurrency = settings.max_connections
     config.timeout_graceful_shutdown = _GRACE_SECONDS
 
@@ -43,8 +45,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._in_headers = True
-        self._header_bytes = 0
+        self._unparsed_bytes = 0  # since headers were complete or a body grew
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._refused = False
@@ -67,15 +68,15 @@ class GuardedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
+        self._unparsed_bytes += len(data)
         super().data_received(data)
-        if self._in_headers and self.parser is not None:
-            self._header_bytes += len(data)
-            if self._header_bytes > _MOST_HEADER_BYTES:
-                self._refuse_headers()
+        if self._unparsed_bytes > _MOST_HEADER_BYTES:
+            self._refuse_headers()
+        elif not self._cycles and self._header_timer is None:
+            self._expect_headers()  # it sent something, and began no request
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._in_headers = True
         self._expect_headers()
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -84,14 +85,16 @@ class GuardedProtocol(HttpToolsProtocol):
             self._refuse_headers()
 
     def on_headers_complete(self) -> None:
-        self._in_headers = False
-        self._header_bytes = 0
-        self._cancel(self._header_timer)
+        self._unparsed_bytes = 0
+        self._expect_no_headers()
+        if len(self._cycles) >= _MOST_AHEAD:
+            self._refuse(HeadersTooLarge(f"at most {_MOST_AHEAD} requests may be sent ahead"))
         if not self._refused:
             super().on_headers_complete()
             self._cycles.append(self.cycle)
 
     def on_body(self, body: bytes) -> None:
+        self._unparsed_bytes = 0
         if not self._refused:
             super().on_body(body)
 
@@ -103,6 +106,7 @@ class GuardedProtocol(HttpToolsProtocol):
         answered = self._cycles.popleft()
         super().on_response_complete()
         if answered.more_body:  # it was refused before all of it was read
+            self._expect_no_headers()
             self._header_timer = self.loop.call_later(_LINGER_SECONDS, self.transport.close)
 
     def pause_writing(self) -> None:
@@ -113,6 +117,14 @@ class GuardedProtocol(HttpToolsProtocol):
     def resume_writing(self) -> None:
         super().resume_writing()
         self._cancel(self._write_timer)
+
+    def send_400_response(self, msg: str) -> None:
+        if not self._refused:
+            super().send_400_response(msg)
+
+    def _expect_no_headers(self) -> None:
+        self._cancel(self._header_timer)
+        self._header_timer = None
 
     def _expect_headers(self) -> None:
         self._cancel(self._header_timer)
@@ -130,14 +142,17 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._refused or self.transport.is_closing():
             return
         self._refused = True
-        if self.cycle is None or self.cycle.response_complete:
-            body = refusal_body(error, uuid.uuid4().hex)
-            head = (
-                f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n"
-                "content-type: application/json\r\n"
-                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-            )
-            self.transport.write(head.encode() + body)
+        if self._cycles:  # those have their answers; after them uvicorn closes
+            for cycle in self._cycles:
+                cycle.keep_alive = False
+            return
+        body = refusal_body(error, uuid.uuid4().hex)
+        head = (
+            f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n"
+            "content-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.loop.call_later(_LINGER_SECONDS, self.transport.close)

@@ -45,7 +45,7 @@ class Endings:
     def end_all(self, error: RequestError) -> None:
         """Raise `error` in every request that is in flight."""
         for request in list(self._requests):
-            request.end(error)
+            request.end(error.again())
 
     @asynccontextmanager
     async def watch(self, receive: Receive, deadline: float | None) -> AsyncIterator[None]:

@@ -133,6 +133,7 @@ class ChatService:
         )
         for path, handler, summary in (
             ("/health", _health, "200 when the engine works, 503 when it is dead or stalled"),
+            ("/ping", _health, "the same"),
             ("/health/live", _live, "200 as long as the process answers"),
             ("/health/ready", _ready, "200 when requests are answered; else 503 and the phase"),
             ("/health/generate", _generate, "200 when the engine has just made one token"),
@@ -408,7 +409,7 @@ class Engine:
         except RequestError:
             raise
         except EngineDeadError as e:
-            raise ENGINE_ENDED from e
+            raise ENGINE_ENDED.again() from e
         except GracefulHTTPError as e:
             raise Unavailable("the engine's queue is full", retry_after=1) from e
         except (VLLMClientError, ValueError) as e:

@@ -21,8 +21,10 @@ ServiceError
     └── DeadlineExceeded      504  the client's own deadline passed
 """
 
+import copy
 import json
 import time
+from typing import Self
 
 from starlette.responses import Response
 
@@ -64,6 +66,10 @@ class RequestError(ServiceError):
         self.message = message
         self.param = param
         self.retry_after = retry_after
+
+    def again(self) -> Self:
+        """The same refusal for another request: one that is raised twice keeps both requests."""
+        return copy.copy(self).with_traceback(None)
 
 
 class MalformedBody(RequestError):

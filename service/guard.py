@@ -43,6 +43,7 @@ _LONGEST_ERROR = 65_536
 _LONGEST_MESSAGE = 300
 # So many bodies of the longest kind may be held at one time.
 _MOST_BODIES = 64
+_SHORT_BODY = 65_536  # bytes; these are let in always
 # How long vLLM's handler of an ended request may take to notice.
 _NOTICE_SECONDS = 5.0
 
@@ -165,13 +166,8 @@ class ApiKey:
             return
         state: ServiceState = scope["app"].state.service
         path = scope["path"]
-        # A browser asks with OPTIONS, and without the key, whether it may send the key.
-        open_to_all = (
-            path in _HEALTH
-            or scope["method"] == "OPTIONS"
-            or (path == "/metrics" and not state.guarded_metrics)
-        )
-        if state.keys and not open_to_all:
+        open_to_all = path in _HEALTH or (path == "/metrics" and not state.guarded_metrics)
+        if state.keys and not open_to_all and not _is_preflight(scope):
             client = state.keys.client(_bearer(scope))
             if client is None:
                 record = RequestRecord.of(scope)
@@ -279,7 +275,7 @@ class Admit:
                     handler.cancel()
                     raise
                 if answer.ended:
-                    raise ENGINE_ENDED
+                    raise ENGINE_ENDED.again()
         except RequestError as e:
             if answer.complete:
                 return  # the client left after it had its answer
@@ -334,7 +330,10 @@ class _Held:
         """Raises Overloaded when the bodies of all requests together are too much."""
         self.bytes += count
         self.state.body_bytes += count
-        if self.state.body_bytes > _MOST_BODIES * self.state.max_body_bytes:
+        if (
+            self.bytes > _SHORT_BODY
+            and self.state.body_bytes > _MOST_BODIES * self.state.max_body_bytes
+        ):
             metrics.REFUSED.labels("bodies").inc()
             raise Overloaded("the server holds too many long bodies already", retry_after=1)
 
@@ -360,6 +359,13 @@ async def _read(headers: Headers, receive: Receive, held: _Held) -> bytes:
 
 def _too_slow(seconds: float) -> RequestError:
     return BodyTooSlow(f"the body did not come within {seconds:g} s")
+
+
+def _is_preflight(scope: Scope) -> bool:
+    """Whether a browser asks, without the key, if it may send it; vLLM's CORS layer answers."""
+    headers = Headers(scope=scope)
+    asks = "origin" in headers and "access-control-request-method" in headers
+    return asks and scope["method"] == "OPTIONS"
 
 
 def _bearer(scope: Scope) -> bytes:

@@ -70,7 +70,7 @@ class Keys:
     def __init__(self, clients: Mapping[str, Client], file: Path | None) -> None:
         self._clients = clients
         self._file = file
-        self._version = self._stat()
+        self._version: tuple[int, int, int] | None = None  # it may have changed since it was read
 
     def client(self, key: bytes) -> Client | None:
         """Whose key this is."""
@@ -88,11 +88,15 @@ class Keys:
             return
         self._version = version
         try:
-            self._clients = read(self._file, "the file of API keys")
+            clients = read(self._file, "the file of API keys")
+            if not clients:  # perhaps it is just being written
+                raise ConfigError("the file of API keys: it holds no key")
         except ConfigError as e:
             _logger.error("%s; the keys read before stay in force", e)
         else:
-            _logger.info("API keys read again: %d in force", len(self._clients))
+            changed, self._clients = clients != self._clients, clients
+            if changed:
+                _logger.info("API keys read again: %d in force", len(clients))
 
     def _stat(self) -> tuple[int, int, int] | None:
         if self._file is None:

@@ -13,8 +13,12 @@ _LONGEST_REGEX = 1_024
 _LONGEST_STOP = 1_000
 # Keys that count sequences side by side, whatever the route; a key that is absent counts as one.
 _COUNTS = ("n", "best_of")
-_LISTS = ("items", "prompt", "messages")
-_GRAMMARS = ("response_format", "structured_outputs", "tools", "text")
+_LISTS = ("items", "prompt", "messages", "questions")
+# What is long by nature. Whatever else has parts may end in a grammar, under any route's name.
+_LONG = frozenset(
+    {"messages", "prompt", "input", "items", "query", "system", "questions", "documents"}
+    | {"allowed_token_ids", "stop_token_ids", "logit_bias", "bad_words", "stop"}
+)
 
 
 def parse(body: bytes) -> Mapping[str, Any]:
@@ -40,7 +44,9 @@ def sequences(asked: Mapping[str, Any], most: int) -> int:
     count, param = 1, None
     for key in _COUNTS:
         value = asked.get(key)
-        if isinstance(value, int) and value > 1:
+        if value is not None and type(value) is not int:
+            raise InvalidRequest(f"{key} must be an integer", param=key)
+        if value is not None and value > 1:
             count, param = max(count, value), key
     for key in _LISTS:
         prompts = _prompts(asked.get(key), key)
@@ -52,9 +58,9 @@ def sequences(asked: Mapping[str, Any], most: int) -> int:
             param=param,
         )
     _check_stop(asked.get("stop"))
-    for key in _GRAMMARS:
-        if asked.get(key):
-            _check_grammar(asked[key], key)
+    for key, value in asked.items():
+        if isinstance(value, dict | list) and key not in _LONG:
+            _check_grammar(value, str(key)[:64])
     return count
 
 

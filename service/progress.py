@@ -17,7 +17,7 @@ from service.errors import Unavailable, refusal_body
 from service.health import Phase
 from service.run_folder import RunFolder
 
-_MOST_CONNECTIONS = 64
+_MOST_CONNECTIONS = 256
 _RETRY_AFTER = 5
 
 
@@ -63,7 +63,6 @@ class ProgressServer:
 def hand_over() -> None:
     """Called by an API process that is about to accept: waits until this server has stopped."""
     folder = RunFolder.of_this_process()
-    folder.set_phase(Phase.READY)
     try:
         with socket.socket(socket.AF_UNIX) as s:
             s.settimeout(10)
@@ -71,6 +70,7 @@ def hand_over() -> None:
             s.recv(1)
     except OSError:
         pass  # another API process was first
+    folder.set_phase(Phase.READY)
 
 
 class _Server(ThreadingHTTPServer):
@@ -156,7 +156,9 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             length = int(self.headers.get("content-length", "0"))
             while length > 0 and time.monotonic() < deadline:
-                length -= len(self.rfile.read1(min(length, 65536)) or b"x" * length)
+                if not (part := self.rfile.read1(min(length, 65536))):
+                    break
+                length -= len(part)
         except (OSError, ValueError):
             pass
         self.connection.settimeout(5)

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import resource
 import signal
 import socket
 import ssl
@@ -44,6 +45,8 @@ def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
     clients = settings.clients()
     if os.environ.get("VLLM_SERVER_DEV_MODE", "0") != "0":
         raise ConfigError("VLLM_SERVER_DEV_MODE opens routes that change the engine: unset it")
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # connections are files
     several = launch.api_servers(config) > 1
     listener = _listen(settings.host, settings.port, shared=several)
     if clients is None and not _is_loopback(listener):
@@ -66,7 +69,10 @@ def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
         tls = _tls(config, origins)
         progress = ProgressServer(listener, tls, folder, config.name, process_config.instance)
         progress.start()
-        _Announcer(config, settings, process_config.instance, tls=tls is not None).start()
+        announcer = _Announcer(
+            config, settings, process_config.instance, tls=tls is not None, key=clients is not None
+        )
+        announcer.start()
         print(f"Starting {config.name}; vLLM takes a while to import ...", file=sys.stderr)
         sys.stderr.flush()
         server = multiprocessing.get_context("spawn").Process(
@@ -74,7 +80,7 @@ def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
             args=(config, origins, settings, path, None if several else listener),
             name="MainProcess",
         )
-        _Supervisor(server, folder, progress).run()
+        _Supervisor(server, folder, progress, announcer, settings.drain_timeout).run()
 
 
 class _Supervisor:
@@ -85,7 +91,11 @@ class _Supervisor:
         server: "multiprocessing.context.SpawnProcess",
         folder: RunFolder,
         progress: ProgressServer,
+        announcer: "_Announcer",
+        drain_timeout: float,
     ) -> None:
+        self.announcer = announcer
+        self.drain_timeout = drain_timeout
         self.server = server
         self.folder = folder
         self.progress = progress
@@ -98,8 +108,6 @@ class _Supervisor:
         try:
             self.server.start()
             while not multiprocessing.connection.wait([self.server.sentinel], timeout=0.2):
-                if self.asked_to_stop and not self.progress.handed_over:
-                    self._signal_all(signal.SIGKILL)  # nobody is being answered
                 if self.kill_at is None and self.folder.failure():
                     self.kill_at = time.monotonic() + _GRACE_SECONDS
                 if self.kill_at is not None and time.monotonic() > self.kill_at:
@@ -114,7 +122,9 @@ class _Supervisor:
     def _explain(self) -> None:
         status = self.server.exitcode or 0
         if failure := self.folder.failure():
-            raise LaunchError(f"{failure}; every request was answered, start it again")
+            raise LaunchError(f"{failure}; start it again")
+        if self.announcer.failure:
+            raise LaunchError(self.announcer.failure)
         if self.asked_to_stop:
             print("Stopped.", file=sys.stderr)
         elif status < 0:
@@ -122,16 +132,20 @@ class _Supervisor:
             raise LaunchError(f"the server process was killed by {name}; start it again")
         elif status:
             raise SystemExit(status)  # it has said why
+        else:
+            raise LaunchError("the server ended though nobody asked it to; start it again")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.asked_to_stop += 1
         if not self.progress.handed_over:
-            return  # `run` sees it
+            self.kill_at = time.monotonic()  # nobody is being answered; `run` does it
+            return
         if self.asked_to_stop > 2:
             self._signal_all(signal.SIGKILL)
         elif number == signal.SIGTERM and self.asked_to_stop == 1:
             if self.server.pid:
-                os.kill(self.server.pid, signal.SIGTERM)  # drains; the setting limits how long
+                os.kill(self.server.pid, signal.SIGTERM)  # drains
+                self.kill_at = time.monotonic() + self.drain_timeout + 2 * _GRACE_SECONDS
         else:
             self._signal_all(signal.SIGINT)
             self.kill_at = time.monotonic() + _GRACE_SECONDS
@@ -223,14 +237,14 @@ class _Announcer(threading.Thread):
     """Waits beside vLLM's launcher, which blocks, and says when the service answers."""
 
     def __init__(
-        self, config: ModelConfig, settings: Settings, instance: str, *, tls: bool
+        self, config: ModelConfig, settings: Settings, instance: str, *, tls: bool, key: bool
     ) -> None:
         super().__init__(name="announcer", daemon=True)
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
         self.url = f"http{'s' * tls}://{f'[{host}]' if ':' in host else host}:{settings.port}"
         self.model = config.name
         self.instance = instance
-        self.key = settings.clients() is not None
+        self.key = key
         self.failure: str | None = None
 
     def run(self) -> None:
@@ -246,7 +260,7 @@ class _Announcer(threading.Thread):
                     if json.load(answer).get("instance") == self.instance:
                         break
             except urllib.error.HTTPError as e:
-                if e.code == 404:
+                if e.code in (404, 500):  # vLLM's app, without our plugin
                     self.failure = "this model does not generate text, so POST / cannot serve it"
                     os.kill(os.getpid(), signal.SIGTERM)
                     return

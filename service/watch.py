@@ -80,19 +80,18 @@ class Watch:
         looked = loop.time()
         while True:
             await asyncio.sleep(_INTERVAL)
-            # With several API processes, vLLM tells only their parent that the engine is dead.
-            dead = self.engine.errored or any(not _runs(engine) for engine in self._engines)
-            if dead and not self._stopping:
-                self._fail("the engine process has ended")
-                return
-            if loop.time() - looked >= _LOOK_EVERY:
-                looked = loop.time()
-                try:
+            try:
+                # With several API processes, vLLM tells only their parent that the engine is dead.
+                dead = self.engine.errored or any(not _runs(engine) for engine in self._engines)
+                if dead and not self._stopping:
+                    self._fail("the engine process has ended")
+                elif loop.time() - looked >= _LOOK_EVERY:
+                    looked = loop.time()
                     self._look()
-                except Exception:
-                    _logger.exception("the look at the engine failed; the next one follows")
-                if self.health.phase is Phase.FAILED:
-                    return
+            except Exception:  # such as no file descriptor left for a look at /proc
+                _logger.exception("the look at the engine failed; the next one follows")
+            if self.health.phase is Phase.FAILED:
+                return
 
     def _look(self) -> None:
         if self.keys:
