@@ -41,6 +41,8 @@ def check(folder: Path) -> None:
         _check_length(file)
     if not files:
         files = weight_files(folder, "*.bin")
+    if not files and not list(folder.glob("*.pt")):
+        raise WeightsError(f"{folder} holds no weights (*.safetensors, *.bin, *.pt); {_REMEDY}")
     config = read_json(folder / "config.json")
     architecture = (config.get("architectures") or [""])[0]
     if not files or architecture not in _UNIFORM or config.get("quantization_config"):

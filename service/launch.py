@@ -92,7 +92,8 @@ def run(
         folder.set_phase(Phase.DOWNLOADING)
         report = functools.partial(folder.set_phase, Phase.DOWNLOADING)
         fetch_files(args, config, settings, report)
-        checkpoint.check(Path(args.model))
+        if args.load_format == "auto":  # others need no weights, or keep them in other files
+            checkpoint.check(Path(args.model))
         folder.set_phase(Phase.LOADING)
         _launch(args, listener)
 

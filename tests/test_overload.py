@@ -183,7 +183,7 @@ def test_who_floods_does_not_take_the_others_share(small: Server) -> None:
     answered: Counter[str] = Counter()
 
     async def scenario() -> None:
-        body = {"prompt": "Count.", "temperature": 1, "max_new_tokens": 24, "stop": ["\0"]}
+        body = {"prompt": "Count.", "temperature": 1, "max_new_tokens": 8, "stop": ["\0"]}
         begin, end = time.monotonic() + 3, time.monotonic() + 15
         async with client_of(small) as client:
 
@@ -201,7 +201,7 @@ def test_who_floods_does_not_take_the_others_share(small: Server) -> None:
             await asyncio.gather(*(ask(name) for name in names))
 
     asyncio.run(scenario())
-    assert answered["bob"] >= 0.45 * answered.total(), answered
+    assert answered["bob"] >= 0.45 * answered.total() - RUNNING, answered  # a round at the edge
 
 
 @hardening(19)
@@ -406,14 +406,14 @@ def test_a_key_is_revoked_while_the_server_runs(small: Server, keys_file: Path) 
 
 @hardening(21)
 def test_sigterm_finishes_what_was_let_in(small: Server) -> None:
-    short = {"prompt": "Count.", "temperature": 2, "max_new_tokens": 60}
+    short = {"prompt": "Count.", "temperature": 2, "max_new_tokens": 250}
     answers: list[httpx.Response] = []
 
     def ask(route: str, body: dict[str, object]) -> None:
         with httpx.Client(base_url=small.url, timeout=60, trust_env=False) as client:
             answers.append(client.post(route, json=body, headers=bearer("bob")))
 
-    chat = {**CHAT, "max_tokens": 60}
+    chat = {**CHAT, "max_tokens": 250}
     bodies: list[tuple[str, dict[str, object]]] = [
         ("/", short),
         ("/", {**short, "stream": True}),

@@ -153,7 +153,7 @@ def test_each_cause_ends_in_one_line(tmp_path: Path) -> None:
         ),
         (
             [damage(tmp_path, "none", lambda folder: next(folder.glob("*.safetensors")).unlink())],
-            "the model's folder holds no weights",
+            "holds no weights (*.safetensors, *.bin, *.pt); fetch the model again",
         ),
         ([damage(tmp_path, "cut", cut)], "bytes, and its header speaks of"),
         (
