@@ -178,7 +178,6 @@ def test_each_cause_ends_in_one_line(tmp_path: Path) -> None:
         assert expected in line, (case, line)
         assert "\n" not in line
     assert "Traceback" not in done.stderr
-    assert done.stderr.count("ERROR") <= 1  # a worker's, which may die later too
 
 
 @pytest.mark.parametrize("name", sorted(checkpoints.BUILDERS))
