@@ -27,6 +27,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from service import connection, progress, prompting, settings
 from service.admission import Admission
+from service.admit import Admit
 from service.contract import OPENAPI, Chunk, Contract
 from service.ending import Endings
 from service.errors import (
@@ -39,7 +40,6 @@ from service.errors import (
     RequestError,
     Unavailable,
 )
-from service.guard import Admit
 from service.health import Health, Phase
 from service.keys import Keys
 from service.model_config import ModelConfig
