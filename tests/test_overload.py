@@ -17,6 +17,9 @@ from benchmarks.server import Server
 from tests.conftest import MODEL, hardening, logged
 
 RUNNING, WAITING = 4, 8
+RUNS = "vllm:num_requests_running{"
+OURS = "service_running_sequences "
+WAITS = "service_waiting_sequences "
 KEYS = {"alice": "key-of-alice", "bob": "key-of-bob", "carol": "key-of-carol"}
 LONG = {"prompt": "Count from one to a thousand.", "temperature": 2, "max_new_tokens": 1500}
 CHAT = {
@@ -99,14 +102,18 @@ def wait_for(server: Server, name: str, value: float, seconds: float = 10) -> No
         time.sleep(0.05)
 
 
-async def fill(client: httpx.AsyncClient, count: int) -> list[asyncio.Task[httpx.Response]]:
-    """Requests that run until they are cancelled."""
+async def fill(
+    server: Server, client: httpx.AsyncClient, count: int
+) -> list[asyncio.Task[httpx.Response]]:
+    """Requests that run, or wait, until they are cancelled; all of them have come in."""
     endless = {"model": MODEL, "prompt": "Count", "max_tokens": 1900, "ignore_eos": True}
     tasks = [
         asyncio.create_task(client.post("/v1/completions", json=endless, headers=bearer("alice")))
         for _ in range(count)
     ]
-    await asyncio.sleep(0.5)
+    running = min(count, RUNNING)
+    await asyncio.to_thread(wait_for, server, RUNS, running)
+    await asyncio.to_thread(wait_for, server, WAITS, count - running)
     return tasks
 
 
@@ -146,7 +153,7 @@ def test_a_full_server_says_when_to_come_back_and_then_has_room(small: Server) -
 
     asyncio.run(scenario())
     assert gauge(small, 'service_refused_requests_total{reason="queue_full"}') > 0
-    wait_for(small, "service_running_sequences ", 0)
+    wait_for(small, OURS, 0)
 
 
 @hardening(22)
@@ -154,7 +161,7 @@ def test_a_full_server_says_when_to_come_back_and_then_has_room(small: Server) -
 def test_vllms_routes_stand_in_the_same_queue(small: Server, route: str) -> None:
     async def scenario() -> None:
         async with client_of(small) as client:
-            tasks = await fill(client, RUNNING + WAITING)
+            tasks = await fill(small, client, RUNNING + WAITING)
             asked = {"prompt": "hi"} if route == "/v1/completions" else {"input": "hi"}
             body = {"model": MODEL, **(CHAT if "chat" in route else asked)}
             answer = await client.post(route, json=body, headers=bearer("alice"))
@@ -163,8 +170,7 @@ def test_vllms_routes_stand_in_the_same_queue(small: Server, route: str) -> None
             # Another client has a share of its own, and it does not wait behind all of Alice's.
             body |= {"max_output_tokens" if "responses" in route else "max_tokens": 2}
             bob = asyncio.create_task(client.post(route, json=body, headers=bearer("bob")))
-            await asyncio.sleep(0.3)
-            assert gauge(small, "service_waiting_sequences ") == WAITING + 1
+            await asyncio.to_thread(wait_for, small, WAITS, WAITING + 1)
             for task in tasks[:1]:
                 task.cancel()
             answer = await bob
@@ -174,8 +180,8 @@ def test_vllms_routes_stand_in_the_same_queue(small: Server, route: str) -> None
             await asyncio.gather(*tasks, return_exceptions=True)
 
     asyncio.run(scenario())
-    wait_for(small, "service_running_sequences ", 0)
-    wait_for(small, "service_waiting_sequences ", 0)
+    wait_for(small, OURS, 0)
+    wait_for(small, WAITS, 0)
 
 
 @hardening(22)
@@ -213,10 +219,9 @@ def test_who_leaves_frees_the_engine_within_a_second(
 ) -> None:
     async def scenario() -> None:
         async with client_of(small, headers=bearer("bob")) as client:
-            tasks = await fill(client, RUNNING if queued else 0)
+            running = RUNNING if queued else 0
+            tasks = await fill(small, client, running)
             body = {**(LONG if route == "/" else CHAT), "stream": stream}
-            before = gauge(small, "service_waiting_sequences "), gauge(small, RUNS)
-            running = gauge(small, OURS)
 
             async def ask() -> None:
                 async with client.stream("POST", route, json=body) as answer:
@@ -224,24 +229,19 @@ def test_who_leaves_frees_the_engine_within_a_second(
                         pass
 
             asking = asyncio.create_task(ask())
-            await asyncio.sleep(0.7)
-            during = gauge(small, "service_waiting_sequences "), gauge(small, RUNS)
-            assert during == ((before[0] + 1, before[1]) if queued else (before[0], before[1] + 1))
+            await asyncio.to_thread(wait_for, small, WAITS, queued)
+            await asyncio.to_thread(wait_for, small, RUNS, running + (not queued))
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
-            await asyncio.to_thread(wait_for, small, "service_waiting_sequences ", before[0], 1)
+            await asyncio.to_thread(wait_for, small, WAITS, 0, 1)
             await asyncio.to_thread(wait_for, small, OURS, running, 1)
-            await asyncio.to_thread(wait_for, small, RUNS, before[1], 2)  # told a step later
+            await asyncio.to_thread(wait_for, small, RUNS, running, 2)  # told a step later
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
     asyncio.run(scenario())
     wait_for(small, RUNS, 0)
-
-
-RUNS = "vllm:num_requests_running{"
-OURS = "service_running_sequences "
 
 
 @pytest.mark.parametrize("route", ["/", "/v1/chat/completions"])
@@ -264,7 +264,7 @@ def test_a_deadline_ends_the_request_in_the_engine_too(
 def test_the_body_may_ask_for_a_deadline_which_holds_in_the_queue_too(small: Server) -> None:
     async def scenario() -> None:
         async with client_of(small) as client:
-            tasks = await fill(client, RUNNING)
+            tasks = await fill(small, client, RUNNING)
             body = {"prompt": "hi", "timeout": 0.5}
             answer = await client.post("/", json=body, headers=bearer("bob"))
             assert answer.status_code == 504
@@ -424,7 +424,7 @@ def test_sigterm_finishes_what_was_let_in(small: Server) -> None:
     threads = [threading.Thread(target=ask, args=body) for body in bodies * 2]
     for thread in threads:
         thread.start()
-    wait_for(small, "service_waiting_sequences ", RUNNING)
+    wait_for(small, WAITS, RUNNING)
     small.process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     ready = httpx.get(f"{small.url}/health/ready", trust_env=False)
