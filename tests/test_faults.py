@@ -60,8 +60,10 @@ def in_flight(
         request.start()
     deadline = time.monotonic() + 20
     metrics = f"{server.url}/metrics"
-    while "service_running_sequences 4.0" not in httpx.get(metrics, headers=headers).text:
-        assert time.monotonic() < deadline
+    while "service_running_sequences 4.0" not in (
+        text := httpx.get(metrics, headers=headers, trust_env=False).text
+    ):
+        assert time.monotonic() < deadline, text
         time.sleep(0.05)
     time.sleep(0.5)
     yield answers
@@ -86,7 +88,7 @@ def check_killed_engine(server: Server, headers: dict[str, str] | None = None) -
     with in_flight(server, headers) as answers:
         began = time.monotonic()
         processes(server, "EngineCore")[0].kill()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10, server.log.read_text()
     check_unavailable(answers, "the engine")
     check_gone(server, children, 1)
     assert "error: the engine process has ended" in server.log.read_text()
@@ -94,9 +96,10 @@ def check_killed_engine(server: Server, headers: dict[str, str] | None = None) -
 
 def check_gone(server: Server, children: list[psutil.Process], status: int) -> None:
     assert server.process.wait(30) == status
-    gone, alive = psutil.wait_procs(children, timeout=5)
+    gone, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
-    assert "Traceback" not in server.log.read_text()
+    log = server.log.read_text()
+    assert "Traceback" not in log, log
 
 
 @hardening(20)
