@@ -18,6 +18,8 @@ ifneq ($(or $(PIP_FIND_LINKS),$(call pip_setting,find-links)),)
 export UV_FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(call pip_setting,find-links))
 endif
 export VIRTUAL_ENV := $(CURDIR)/.venv
+# Importing vLLM takes twice as long from sources, and a server is several processes.
+export UV_COMPILE_BYTECODE ?= 1
 
 INSTALLED := .venv/installed-$(EXTRA)
 TESTED := .venv/installed-test

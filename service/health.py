@@ -22,9 +22,10 @@ class Phase(StrEnum):
     FAILED = "failed"
 
 
-# A step may take long, above all on a CPU. So many times the stall timeout an engine may compute
-# without an answer, or answer without a token, before it counts as stalled.
-_PATIENCE = 6
+# A step may take long, above all on a CPU, and so may a large request. So many times the stall
+# timeout an engine may compute without an answer, or answer without a token, and an API process
+# may be busy, before it counts as stalled.
+PATIENCE = 6
 
 
 class Health:
@@ -70,7 +71,7 @@ class Health:
         if self.phase in (Phase.DRAINING, Phase.FAILED):
             return self.phase
         silent = now - self._answered
-        patience = self._stall_timeout * _PATIENCE
+        patience = self._stall_timeout * PATIENCE
         stalled = (
             (silent > self._stall_timeout and now - self._computed > self._stall_timeout)
             or silent > patience

@@ -71,6 +71,7 @@ class Keys:
         self._clients = clients
         self._file = file
         self._version: tuple[int, int, int] | None = None  # it may have changed since it was read
+        self._refused: tuple[int, int, int] | None = None  # told once, tried again
 
     def client(self, key: bytes) -> Client | None:
         """Whose key this is."""
@@ -86,14 +87,16 @@ class Keys:
         version = self._stat()
         if self._file is None or version == self._version:
             return
-        self._version = version
         try:
             clients = read(self._file, "the file of API keys")
             if not clients:  # perhaps it is just being written
                 raise ConfigError("the file of API keys: it holds no key")
         except ConfigError as e:
-            _logger.error("%s; the keys read before stay in force", e)
+            if version != self._refused:
+                _logger.error("%s; the keys read before stay in force", e)
+            self._refused = version
         else:
+            self._version = version
             changed, self._clients = clients != self._clients, clients
             if changed:
                 _logger.info("API keys read again: %d in force", len(clients))

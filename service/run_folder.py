@@ -1,6 +1,7 @@
 """The folder that the processes of one run share: its config, its phase, and why it failed."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from service.health import Phase
@@ -15,6 +16,8 @@ class RunFolder:
         self.logging_file = path / "logging.json"
         self.phase_file = path / "phase"
         self.handover_socket = path / "handover"
+        self._beats = path / "beats"
+        self._progress = path / "progress"
         self._failure = path / "failure"
         self._cause = path / "cause"
 
@@ -39,6 +42,24 @@ class RunFolder:
             return Phase.STARTING, None
         return Phase(phase), int(percent) if percent else None
 
+    def beat(self) -> None:
+        """Say that this API process is alive. A touch needs no room on a disk that is full."""
+        self._beats.mkdir(exist_ok=True)
+        (self._beats / str(os.getpid())).touch()
+
+    def beats(self) -> dict[str, int]:
+        """When each API process said so, by its pid; in nanoseconds of the wall clock."""
+        files = self._beats.iterdir() if self._beats.exists() else ()
+        return {file.name: file.stat().st_mtime_ns for file in files}
+
+    def mark_progress(self) -> None:
+        """Say that the engine makes progress: vLLM tells it to one API process of several."""
+        self._progress.touch()
+
+    def progress(self) -> int:
+        """When one of them last said so; in nanoseconds of the wall clock."""
+        return self._progress.stat().st_mtime_ns if self._progress.exists() else 0
+
     def report_failure(self, reason: str) -> None:
         """Say why the server ends though nobody asked it to; the first to say so is believed."""
         self._write_once(self._failure, reason)
@@ -55,12 +76,10 @@ class RunFolder:
 
     def _write(self, file: Path, text: str) -> None:
         part = file.with_name(f"{file.name}.{os.getpid()}")
-        part.write_text(text)
-        part.replace(file)  # a reader sees the old or the new, never half
+        with suppress(OSError):  # a full disk costs the news, not the server
+            part.write_text(text)
+            part.replace(file)  # a reader sees the old or the new, never half
 
     def _write_once(self, file: Path, text: str) -> None:
-        try:
-            with file.open("x") as f:
-                f.write(text)
-        except FileExistsError:
-            pass
+        with suppress(OSError), file.open("x") as f:
+            f.write(text)

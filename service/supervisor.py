@@ -21,6 +21,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -28,7 +29,7 @@ from typing import Any
 
 from service import launch
 from service.errors import ConfigError, LaunchError, ServiceError
-from service.health import Phase
+from service.health import PATIENCE, Phase
 from service.model_config import ModelConfig, Origins
 from service.progress import ProgressServer
 from service.run_folder import RunFolder
@@ -36,6 +37,7 @@ from service.settings import ApiProcessConfig, Settings
 
 # How long the server has to end by itself after it was told to, or has said that it failed.
 _GRACE_SECONDS = 10
+_LOOK_EVERY = 0.2  # seconds
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _BACKLOG = 2048
 
@@ -80,7 +82,7 @@ def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
             args=(config, origins, settings, path, None if several else listener),
             name="MainProcess",
         )
-        _Supervisor(server, folder, progress, announcer, settings.drain_timeout).run()
+        _Supervisor(server, folder, progress, announcer, settings).run()
 
 
 class _Supervisor:
@@ -92,22 +94,26 @@ class _Supervisor:
         folder: RunFolder,
         progress: ProgressServer,
         announcer: "_Announcer",
-        drain_timeout: float,
+        settings: Settings,
     ) -> None:
         self.announcer = announcer
-        self.drain_timeout = drain_timeout
+        self.drain_timeout = settings.drain_timeout
+        self.stall_timeout = settings.stall_timeout
         self.server = server
         self.folder = folder
         self.progress = progress
         self.asked_to_stop = 0
         self.kill_at: float | None = None
+        self._beats: dict[str, int] = {}
+        self._silent_seconds: defaultdict[str, float] = defaultdict(float)  # of each process
 
     def run(self) -> None:
         """Return when the server has ended as it was asked to. Raises LaunchError otherwise."""
         before = {number: signal.signal(number, self._on_signal) for number in _STOP_SIGNALS}
         try:
             self.server.start()
-            while not multiprocessing.connection.wait([self.server.sentinel], timeout=0.2):
+            while not multiprocessing.connection.wait([self.server.sentinel], _LOOK_EVERY):
+                self._listen_for_beats()
                 if self.kill_at is None and self.folder.failure():
                     self.kill_at = time.monotonic() + _GRACE_SECONDS
                 if self.kill_at is not None and time.monotonic() > self.kill_at:
@@ -118,6 +124,22 @@ class _Supervisor:
             for number, handler in before.items():
                 signal.signal(number, handler)
         self._explain()
+
+    def _listen_for_beats(self) -> None:
+        """Give up when an API process has hung: its clients' connections would, too.
+
+        Seconds are counted in looks: when the whole service was stopped for a while, so was this.
+        """
+        before, self._beats = self._beats, self.folder.beats()
+        if self.asked_to_stop or self.kill_at is not None:
+            return
+        for process, beat in self._beats.items():
+            if beat != before.get(process):
+                self._silent_seconds[process] = 0
+            self._silent_seconds[process] += _LOOK_EVERY
+            if self._silent_seconds[process] > self.stall_timeout * PATIENCE:
+                self.folder.report_failure("the API process has hung")
+                self.kill_at = time.monotonic()
 
     def _explain(self) -> None:
         status = self.server.exitcode or 0

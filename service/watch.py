@@ -69,6 +69,8 @@ class Watch:
         self._question: asyncio.Task[bool] | None = None
         self._engines: list[psutil.Process] = []
         self._cpu_seconds = 0.0
+        self._folder = RunFolder.of_this_process()
+        self._progress = 0  # when a process of this run last saw some
 
     async def run(self) -> None:
         """Watch until cancelled, or until the engine has failed."""
@@ -94,6 +96,7 @@ class Watch:
                 return
 
     def _look(self) -> None:
+        self._folder.beat()
         if self.keys:
             self.keys.reload()
         if self._question is None or self._question.done():
@@ -106,11 +109,14 @@ class Watch:
             if cpu_seconds is None or cpu_seconds - self._cpu_seconds > _LOOK_EVERY / 20:
                 self.health.computed()
             self._cpu_seconds = cpu_seconds or 0.0
-        if not self.admission.running or time.monotonic() - Progress.last < 2 * _LOOK_EVERY:
+        if time.monotonic() - Progress.last < 2 * _LOOK_EVERY:
+            self._folder.mark_progress()
+        before, self._progress = self._progress, self._folder.progress()
+        if not self.admission.running or before != self._progress:
             self.health.progressed()
-        before = self.health.phase
+        was = self.health.phase
         phase = self.health.look()
-        if phase is before:
+        if phase is was:
             return
         if phase is Phase.STALLED:
             _logger.error("the engine makes no progress; what waits for it is answered with 503")
@@ -162,7 +168,7 @@ class Watch:
         error = Unavailable(f"{reason}; the server is restarting", retry_after=5)
         self.admission.close(error)
         self.endings.end_all(error)
-        RunFolder.of_this_process().report_failure(reason)
+        self._folder.report_failure(reason)
         self.server.should_exit = True
 
     def _engine_cpu_seconds(self) -> float | None:

@@ -134,6 +134,20 @@ def test_a_hung_engine_is_noticed_forgiven_when_it_wakes_and_given_up_when_not(
 
 
 @hardening(20)
+def test_an_api_process_that_hangs_is_ended(tmp_path: Path) -> None:
+    env = {"SERVICE_STALL_TIMEOUT": "1"}
+    eager = ("--set", "engine.enforce_eager=true")
+    with Server.service(tmp_path / "log", *eager, env=env) as server:
+        children = processes(server)
+        (api,) = [process for process in children if "spawn_main" in " ".join(process.cmdline())]
+        api.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        check_gone(server, children, 1)
+        assert time.monotonic() - began < 15
+    assert "error: the API process has hung; start it again" in server.log.read_text()
+
+
+@hardening(20)
 def test_a_killed_engine_answers_everyone_and_ends(tmp_path: Path) -> None:
     with Server.service(tmp_path / "log", "--set", "engine.enforce_eager=true") as server:
         check_killed_engine(server)

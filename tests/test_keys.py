@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -58,6 +59,12 @@ def test_a_key_is_revoked_by_writing_the_file_anew(
     assert current.client(b"k1") == Client("alice")
     assert "the keys read before stay in force" in caplog.text
     assert "k1" not in caplog.text
+    (tmp_path / "new").write_text("alice k2\n")
+    (tmp_path / "new").rename(file)
+    with mock.patch.object(Path, "read_text", side_effect=OSError(24, "Too many open files")):
+        current.reload()
+    current.reload()
+    assert (current.client(b"k1"), current.client(b"k2")) == (None, Client("alice"))
     file.write_text("")  # as a file that is just being written looks
     current.reload()
-    assert current.client(b"k1") == Client("alice")
+    assert current.client(b"k2") == Client("alice")
