@@ -3,7 +3,7 @@
     python -m benchmarks.compare [--rounds 3]
 
 Bare vLLM is `python -m vllm.entrypoints.launchers.api_server.entry` with the same model and
-arguments. CPU is what /proc says of the API process alone, not of the engine or the client.
+arguments. CPU is the time of the API process alone, not of the engine or the client.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+import psutil
 
 from benchmarks.server import Server, free_port
 from service import model_config, settings, weights
@@ -27,7 +28,6 @@ MODEL = "smollm2-135m-instruct"
 TOKENS = 64
 CONCURRENT = 32
 REQUESTS = 128
-_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def bare_vllm(log: Path) -> Server:
@@ -43,20 +43,21 @@ def bare_vllm(log: Path) -> Server:
     return Server(command, log, port=port)
 
 
-def cpu_seconds(pid: int) -> float:
-    """User and system time of one process so far (proc(5), fields 14 and 15 of stat)."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _TICKS
+def cpu_seconds(process: psutil.Process) -> float:
+    """User and system time of one process so far."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
-def resident_mb(pid: int) -> float:
-    """Memory of one process in MB (proc(5), VmRSS)."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+def resident_mb(server: Server) -> float:
+    """Memory of what is not the engine: the API process, and the supervisor where there is one."""
+    processes = {psutil.Process(server.process.pid), server.api_process()}
+    resident: int = sum(process.memory_info().rss for process in processes)
+    return resident / 2**20
 
 
 def start_up(rounds: int, folder: Path) -> dict[str, dict[str, list[float]]]:
-    """Seconds from the command to the first answer, and MB of the API process after it."""
+    """Seconds from the command to the first answer, and MB without the engine after it."""
     starts: dict[str, Callable[[], Server]] = {
         "service": lambda: Server.service(folder / "service.log"),
         "bare vLLM": lambda: bare_vllm(folder / "vllm.log"),
@@ -70,7 +71,7 @@ def start_up(rounds: int, folder: Path) -> dict[str, dict[str, list[float]]]:
             with start() as server:
                 asyncio.run(_load(server.url, "/v1/chat/completions", requests=1))
                 measured[name]["start_s"].append(time.monotonic() - began)
-                measured[name]["rss_mb"].append(resident_mb(server.process.pid))
+                measured[name]["rss_mb"].append(resident_mb(server))
                 print(name, {key: values[-1] for key, values in measured[name].items()}, flush=True)
     return measured
 
@@ -79,15 +80,15 @@ def cpu_per_request(rounds: int, folder: Path) -> dict[str, list[float]]:
     """API-process CPU milliseconds per request, both routes in one server."""
     measured: dict[str, list[float]] = {"/": [], "/v1/chat/completions": []}
     with Server.service(folder / "service.log") as server:
-        pid = server.process.pid
+        api = server.api_process()
         for route in measured:
             asyncio.run(_load(server.url, route, requests=CONCURRENT))  # warm both up
         for turn in range(rounds):
             # Each route is the first of a round as often as the other.
             for route in list(measured)[:: 1 if turn % 2 else -1]:
-                before = cpu_seconds(pid)
+                before = cpu_seconds(api)
                 asyncio.run(_load(server.url, route, requests=REQUESTS))
-                measured[route].append((cpu_seconds(pid) - before) / REQUESTS * 1000)
+                measured[route].append((cpu_seconds(api) - before) / REQUESTS * 1000)
                 print(f"{route} {measured[route][-1]:.2f} ms", flush=True)
     return measured
 
@@ -125,7 +126,7 @@ def main() -> None:
     print("| figure | this service | bare vLLM | ratio |\n|---|---|---|---|")
     pairs = {
         "warm start to first answer, s": [starts[name]["start_s"] for name in starts],
-        "API process memory, MB": [starts[name]["rss_mb"] for name in starts],
+        "memory without the engine, MB": [starts[name]["rss_mb"] for name in starts],
         "API process CPU per request, ms (POST / beside chat)": list(cpu.values()),
     }
     for figure, sides in pairs.items():

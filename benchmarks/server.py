@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import psutil
+
 
 def free_port() -> int:
     """A port that nothing on loopback uses now."""
@@ -68,6 +70,12 @@ class Server:
         status = self.process.poll()
         self.stop()
         raise RuntimeError(f"not ready (exit status {status}):\n{self.log.read_text()[-5000:]}")
+
+    def api_process(self) -> psutil.Process:
+        """Who answers HTTP: a child of `chat-service serve`, and the first process of bare vLLM."""
+        first = psutil.Process(self.process.pid)
+        started = [c for c in first.children() if "spawn_main" in " ".join(c.cmdline())]
+        return started[0] if started else first
 
     def stop(self) -> int:
         """Ask it to stop, insist after 30 s; returns the exit status."""

@@ -131,7 +131,7 @@ def rendering(args: argparse.Namespace, vllm_config: Any) -> Iterator[tuple[temp
     from vllm.renderers import renderer_from_config
     from vllm.renderers.chat_utils import load_chat_template
 
-    from service.endpoint import chat_params
+    from service.engine import chat_params
 
     renderer = renderer_from_config(vllm_config)
     chat = chat_params(

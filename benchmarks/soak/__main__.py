@@ -167,8 +167,7 @@ def good_per_second(outcome: Outcome, seconds: float) -> float:
 
 async def run(server: Server, minutes: float) -> tuple[dict[str, Any], list[str]]:
     """The soak on a running server: a report, and what was wrong."""
-    top = psutil.Process(server.process.pid)
-    api = next(p for p in top.children() if "resource_tracker" not in " ".join(p.cmdline()))
+    api = server.api_process()
     phase = min(30.0, minutes * 60 / 5)
     await load(server.url, 5, SEQUENCES, Outcome(), rude=False)  # warm
     peak = Outcome()

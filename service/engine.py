@@ -1,0 +1,210 @@
+"""vLLM's engine as the contract needs it: prompts in, text out, its errors made ours."""
+
+import asyncio
+import functools
+import logging
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+import jinja2
+from starlette.datastructures import State
+from vllm.engine.protocol import EngineClient
+from vllm.exceptions import GracefulHTTPError, VLLMClientError
+from vllm.inputs import tokens_input
+from vllm.renderers import ChatParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from service.contract import Chunk
+from service.errors import (
+    ENGINE_ENDED,
+    GenerationFailed,
+    InvalidRequest,
+    PromptTooLong,
+    RequestError,
+    Unavailable,
+)
+from service.prompting import Message
+
+_logger = logging.getLogger("service")
+
+# Up to here rendering and tokenising takes less time than handing it to vLLM's threads and back.
+_INLINE_CHARACTERS = 4096
+# Up to here the text of an answer is made on the loop: about a millisecond.
+_INLINE_TOKENS = 2048
+
+
+def chat_params(
+    template: str | None, content_format: str, kwargs: dict[str, Any] | None
+) -> ChatParams:
+    """As vLLM's own chat route renders (ChatCompletionRequest.build_chat_params)."""
+    return ChatParams(
+        chat_template=template,
+        chat_template_content_format=content_format,
+        chat_template_kwargs={
+            **(kwargs or {}),
+            "add_generation_prompt": True,
+            "tokenize": False,
+        },
+    )
+
+
+class Engine:
+    """vLLM's AsyncLLM as `contract.Engine`: its objects and errors become ours here."""
+
+    def __init__(self, client: EngineClient, state: State) -> None:
+        model = client.model_config
+        self.context: int = model.max_model_len
+        # The YAML's sampling is vLLM's override_generation_config, so this has both.
+        self.defaults: dict[str, Any] = model.get_diff_sampling_param()
+        self._client = client
+        self._renderer = client.renderer
+        self._tokenizer = client.renderer.get_tokenizer()
+        online = state.online_renderer
+        self._chat = chat_params(
+            online.chat_template,
+            online.chat_template_content_format,
+            online.default_chat_template_kwargs,
+        )
+
+    def stop_at(self, strings: Sequence[str], state: State) -> None:
+        """End every answer at these, by token where one token says it.
+
+        vLLM's own chat route has no default for strings, only for tokens.
+        """
+        vocabulary = self._tokenizer.get_vocab()
+        token_ids = [vocabulary[string] for string in strings if string in vocabulary]
+        if rest := [string for string in strings if string not in vocabulary]:
+            self.defaults["stop"] = rest
+        if token_ids:
+            self.defaults["stop_token_ids"] = token_ids
+            state.openai_serving_chat.default_sampling_params["stop_token_ids"] = token_ids
+
+    async def tokenize(self, prompt: list[Message] | str) -> list[int]:
+        """Token ids of a rendered prompt, as vLLM's own routes make them."""
+        try:
+            rendered = await self._render(prompt)
+        except VLLMClientError as e:
+            raise PromptTooLong(
+                f"the prompt does not fit the model's context of {self.context} tokens, which must "
+                "also hold the answer; shorten the prompt or the history",
+                param="prompt",
+            ) from e
+        except (ValueError, TypeError, jinja2.TemplateError) as e:  # from the chat template itself
+            raise InvalidRequest(
+                "the model's chat template does not accept these turns; usually they must "
+                "alternate between user and assistant, with system at most first",
+                param="history",
+            ) from e
+        token_ids: list[int] = rendered["prompt_token_ids"]
+        return token_ids
+
+    async def _render(self, prompt: list[Message] | str) -> Any:
+        renderer = self._renderer
+        if isinstance(prompt, str):
+            if any(token in prompt for token in self._tokenizer.all_special_tokens):
+                # Text, also when it spells a control token.
+                encode = functools.partial(
+                    self._tokenizer.encode, prompt, split_special_tokens=True
+                )
+                inline = len(prompt) <= _INLINE_CHARACTERS
+                ids = encode() if inline else await asyncio.to_thread(encode)
+                return {"prompt_token_ids": ids}
+            text = {"prompt": prompt}
+            params = renderer.default_cmpl_tok_params
+            if len(prompt) <= _INLINE_CHARACTERS:
+                (rendered,) = renderer.render_cmpl([text], params)
+            else:
+                (rendered,) = await renderer.render_cmpl_async([text], params)
+            return rendered
+        params = renderer.default_chat_tok_params
+        if sum(len(message["content"]) + 16 for message in prompt) <= _INLINE_CHARACTERS:
+            _, (rendered,) = renderer.render_chat([prompt], self._chat, params)
+        else:
+            _, (rendered,) = await renderer.render_chat_async([prompt], self._chat, params)
+        return rendered
+
+    async def generate(
+        self,
+        token_ids: list[int],
+        params: dict[str, Any],
+        request_id: str,
+        *,
+        stream: bool,
+        echo: bool,
+        cache_salt: str | None,
+    ) -> AsyncGenerator[Chunk, None]:
+        kind = RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
+        # Text is needed at every step only to send it or to look for stop strings.
+        stepwise = stream or "stop" in params
+        echoed = self._text(token_ids) if echo else ""
+        answer: list[int] = []
+        begun = False
+        try:
+            sampling = SamplingParams(**params, output_kind=kind, detokenize=stepwise)
+            outputs = self._client.generate(
+                tokens_input(token_ids, cache_salt=cache_salt), sampling, request_id
+            )
+            async for output in outputs:
+                (completion,) = output.outputs
+                answer += completion.token_ids
+                reason = completion.finish_reason
+                if reason == "error":
+                    raise GenerationFailed("the engine failed this request; send it again")
+                if reason == "abort":
+                    raise Unavailable("the server is stopping", retry_after=5)
+                text = completion.text
+                if not stepwise:
+                    text = await self._decode(token_ids if echo else [], answer, reason)
+                elif not begun and (text or reason):
+                    begun = True
+                    text = echoed + text if echo else self._begin(answer, text)
+                yield Chunk(text, len(answer), reason, len(echoed))
+        except RequestError:
+            raise
+        except EngineDeadError as e:
+            raise ENGINE_ENDED.again() from e
+        except GracefulHTTPError as e:
+            raise Unavailable("the engine's queue is full", retry_after=1) from e
+        except (VLLMClientError, ValueError) as e:
+            # Values that pass our bounds but not the engine's (such as a stop string it rejects).
+            _logger.warning("request %s refused by the engine: %s", request_id, e)
+            raise InvalidRequest("the engine does not accept these sampling values") from e
+        except Exception as e:
+            _logger.exception("request %s failed in the engine", request_id)
+            raise GenerationFailed("the engine failed this request; send it again") from e
+
+    async def make_one_token(self) -> None:
+        """Raises RequestError when the engine cannot."""
+        prompt = await self.tokenize("hi")
+        params = {"max_tokens": 1, "temperature": 0.0}
+        request_id = f"probe-{uuid.uuid4().hex}"
+        async for _ in self.generate(
+            prompt, params, request_id, stream=False, echo=False, cache_salt=None
+        ):
+            pass
+
+    async def _decode(self, prompt: list[int], answer: list[int], reason: str | None) -> str:
+        """A whole answer as the tutorials decode it, special tokens dropped."""
+        ids = prompt + (answer[:-1] if reason == "stop" else answer)  # less the stop token
+        if len(ids) <= _INLINE_TOKENS:
+            text = self._text(ids)
+        else:
+            text = await asyncio.to_thread(self._text, ids)
+        return text.rstrip("\ufffd") if reason == "length" else text  # a character cut in two
+
+    def _begin(self, answer: list[int], text: str) -> str:
+        """The first text of a stream, such that the whole is what `_decode` gives.
+
+        vLLM decodes after the prompt and keeps a space that decoding the answer alone drops.
+        """
+        if text.startswith(" ") and not self._text(answer).startswith(" "):
+            return text[1:]
+        return text
+
+    def _text(self, token_ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(
+            token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
