@@ -79,6 +79,7 @@ class Watch:
         loop.add_signal_handler(signal.SIGTERM, self._on_sigterm)
         loop.add_signal_handler(signal.SIGINT, self._stop)
         self._engines = _engine_processes()
+        self._folder.beat()
         looked = loop.time()
         while True:
             await asyncio.sleep(_INTERVAL)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,34 @@ from benchmarks.server import Server
 from service import reference
 from tests import checkpoints
 
+Tutorial = tuple[Path, httpx.Client]  # the checkpoint, and a client of its server
+# vLLM would bind all of them to the same core.
+SHARED_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 GREEDY = {"temperature": 0, "repetition_penalty": 1}
 
 
-@contextmanager
-def serving(name: str, folder: Path) -> Iterator[httpx.Client]:
-    checkpoints.write(name, folder)
-    arguments = checkpoints.arguments(
-        name, folder, "engine.dtype=float32", "engine.enforce_eager=true"
-    )
-    sets = [word for argument in arguments for word in ("--set", argument)]
-    with (
-        Server.service(folder / "log", checkpoints.CATALOGUE[name], *sets) as server,
-        httpx.Client(base_url=server.url, timeout=120, trust_env=False) as client,
-    ):
-        yield client
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Tutorial]]:
+    """One for each model, started at the same time."""
+    servers: dict[str, Tutorial] = {}
+    waiting: list[Server] = []
+    with ExitStack() as stack:
+        for name in ("baichuan2", "bluelm", "openelm"):
+            folder = checkpoints.write(name, tmp_path_factory.mktemp(name))
+            arguments = checkpoints.arguments(
+                name, folder, "engine.dtype=float32", "engine.enforce_eager=true"
+            )
+            sets = [word for argument in arguments for word in ("--set", argument)]
+            server = Server.service(
+                folder / "log", checkpoints.CATALOGUE[name], *sets, env=SHARED_CORES
+            )
+            stack.callback(server.stop)
+            client = httpx.Client(base_url=server.url, timeout=120, trust_env=False)
+            servers[name] = folder, stack.enter_context(client)
+            waiting.append(server)
+        for server in waiting:
+            server.wait_until_ready()
+        yield servers
 
 
 def greedy(folder: Path, ids: list[int], tokens: int) -> list[int]:
@@ -49,29 +62,23 @@ def streamed(client: httpx.Client, body: dict[str, Any]) -> tuple[list[str], str
     return [event["delta"] for event in events if "delta" in event], events[-1]["response"]
 
 
-@pytest.fixture(scope="module")
-def baichuan2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, httpx.Client]]:
-    folder = tmp_path_factory.mktemp("baichuan2")
-    with serving("baichuan2", folder) as client:
-        yield folder, client
+@pytest.fixture
+def baichuan2(servers: dict[str, Tutorial]) -> Tutorial:
+    return servers["baichuan2"]
 
 
-@pytest.fixture(scope="module")
-def bluelm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, httpx.Client]]:
-    folder = tmp_path_factory.mktemp("bluelm")
-    with serving("bluelm", folder) as client:
-        yield folder, client
+@pytest.fixture
+def bluelm(servers: dict[str, Tutorial]) -> Tutorial:
+    return servers["bluelm"]
 
 
-@pytest.fixture(scope="module")
-def openelm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, httpx.Client]]:
-    folder = tmp_path_factory.mktemp("openelm")
-    with serving("openelm", folder) as client:
-        yield folder, client
+@pytest.fixture
+def openelm(servers: dict[str, Tutorial]) -> Tutorial:
+    return servers["openelm"]
 
 
 def test_baichuan2_answers_what_its_reference_answers_on_every_route(
-    baichuan2: tuple[Path, httpx.Client],
+    baichuan2: Tutorial,
 ) -> None:
     folder, client = baichuan2
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
@@ -99,7 +106,7 @@ def test_baichuan2_answers_what_its_reference_answers_on_every_route(
 
 
 def test_baichuan2s_sampling_is_the_tutorials_over_the_checkpoints(
-    baichuan2: tuple[Path, httpx.Client],
+    baichuan2: Tutorial,
 ) -> None:
     _, client = baichuan2
     answer = client.post("/", json={"prompt": "你好", "details": True, "max_length": 3}).json()
@@ -108,7 +115,7 @@ def test_baichuan2s_sampling_is_the_tutorials_over_the_checkpoints(
 
 
 def test_what_baichuan2s_format_has_no_place_for_costs_that_request_alone(
-    baichuan2: tuple[Path, httpx.Client],
+    baichuan2: Tutorial,
 ) -> None:
     _, client = baichuan2
     history = [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]
@@ -127,7 +134,7 @@ def test_what_baichuan2s_format_has_no_place_for_costs_that_request_alone(
 
 
 def test_bluelm_echoes_the_question_and_answers_what_its_reference_answers(
-    bluelm: tuple[Path, httpx.Client],
+    bluelm: Tutorial,
 ) -> None:
     folder, client = bluelm
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
@@ -143,7 +150,7 @@ def test_bluelm_echoes_the_question_and_answers_what_its_reference_answers(
 
 
 def test_history_holds_what_bluelm_said_without_the_echo(
-    bluelm: tuple[Path, httpx.Client],
+    bluelm: Tutorial,
 ) -> None:
     _, client = bluelm
     body = {"prompt": "你好", "history": [["谁", "我"]], "max_length": 5, **GREEDY}
@@ -152,7 +159,7 @@ def test_history_holds_what_bluelm_said_without_the_echo(
     assert answer["response"] == f"谁我你好{said}"
 
 
-def test_bluelm_is_greedy_as_its_checkpoint_is(bluelm: tuple[Path, httpx.Client]) -> None:
+def test_bluelm_is_greedy_as_its_checkpoint_is(bluelm: Tutorial) -> None:
     _, client = bluelm
     body = {"prompt": "你好", "max_length": 2, "details": True}
     sampling = client.post("/", json=body).json()["details"]["sampling"]
@@ -160,7 +167,7 @@ def test_bluelm_is_greedy_as_its_checkpoint_is(bluelm: tuple[Path, httpx.Client]
 
 
 def test_openelm_completes_the_text_and_max_length_counts_it(
-    openelm: tuple[Path, httpx.Client],
+    openelm: Tutorial,
 ) -> None:
     folder, client = openelm
     model = sentencepiece.SentencePieceProcessor(
@@ -182,7 +189,7 @@ def test_openelm_completes_the_text_and_max_length_counts_it(
     assert (refused.status_code, refused.json()["error"]["param"]) == (422, "max_length")
 
 
-def test_openelm_reads_a_control_token_as_text(openelm: tuple[Path, httpx.Client]) -> None:
+def test_openelm_reads_a_control_token_as_text(openelm: Tutorial) -> None:
     _, client = openelm
     body = {"prompt": "a</s>b", "max_new_tokens": 1, "details": True}
     answer = client.post("/", json=body).json()
