@@ -75,7 +75,7 @@ ROWS: dict[int, tuple[str, str]] = {
     ),
     20: (
         "The engine is killed, dies or hangs",
-        "requests in flight get 503 with the reason, /health/ready turns 503, the process exits 1",
+        "requests in flight get 503 with the reason, /health/ready turns 503, the process exits 1; an API process that hangs ends the service too",
     ),
     21: (
         "SIGTERM under load, twice, or while loading",

@@ -181,6 +181,11 @@ def test_retry_after_is_when_there_is_room_at_the_rate_measured() -> None:
         assert [told() for _ in range(4)] == [3, 6, 9, 11]
         clock.now += 60
         assert [told() for _ in range(50)][-1] == 60
+        # An hour with room: the rate is still that of a full engine, now fifteen in 87 s.
+        await requests.end(8)
+        clock.now += 3600
+        await requests.add(ALICE, 8)
+        assert told() == 6
         # Half of the rate is Bob's, whose refusals do not count for Alice's.
         await requests.add(BOB, 2)
         assert told(BOB) < told()
