@@ -61,6 +61,7 @@ $(BIN)/uv:
 # torch's CPU build is not on PyPI: from the user's wheel folder or mirror, else from PyTorch's index.
 $(INSTALLED): requirements/$(EXTRA).txt pyproject.toml | $(BIN)/uv
 	rm -f .venv/installed-*
+	@echo "Installing into .venv; it takes a few minutes ..."
 	$(UV) sync --quiet requirements/$(EXTRA).txt 2>/dev/null \
 		|| $(UV) sync --torch-backend $(EXTRA:cuda=auto) requirements/$(EXTRA).txt
 	$(UV) install --quiet --no-deps -e .

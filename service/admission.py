@@ -20,7 +20,7 @@ from service.errors import Overloaded, RequestError, WaitedTooLong
 
 # Clients do not wait longer than this because a header says so (the OpenAI SDK: 60 s).
 _LONGEST_RETRY_AFTER = 60
-# Of so many past requests the service rate is taken.
+# Of so many past requests the service rate is taken, or of four times the limit if that is fewer.
 _RATE_WINDOW = 64
 
 
@@ -82,7 +82,9 @@ class Admission:
         self._shares: dict[str, _Share] = {}
         # What ended while there was no room, by the seconds for which there had been none by then:
         # the rate of a full engine, whether it is full all the time or now and then.
-        self._finished: deque[tuple[float, int]] = deque(maxlen=_RATE_WINDOW)
+        self._finished: deque[tuple[float, int]] = deque(
+            maxlen=max(8, min(_RATE_WINDOW, 4 * limit))
+        )
         self._full_seconds = 0.0
         self._full_since: float | None = None
         self._numbers = itertools.count()
@@ -109,7 +111,8 @@ class Admission:
         if self._may_start(cost) or self.waiting + cost <= self.queue:
             return
         share = self._share(client)
-        if share.waiting + cost <= self.queue * share.weight / self._active_weight(share):
+        part = self.queue * share.weight / self._active_weight(share)
+        if self.queue and share.waiting + cost <= max(1, part):
             return
         metrics.REFUSED.labels("queue_full").inc()
         raise Overloaded(
@@ -244,7 +247,7 @@ class Admission:
         full = self._seconds_full()
         if not self._finished:  # nothing says yet how long a request takes, but at least so long
             return max(1, min(_LONGEST_RETRY_AFTER, math.ceil(full)))
-        since = self._finished[0][0] if len(self._finished) == _RATE_WINDOW else 0.0
+        since = self._finished[0][0] if len(self._finished) == self._finished.maxlen else 0.0
         rate = sum(cost for _, cost in self._finished) / max(full - since, 0.001)
         rate *= share.weight / self._active_weight(share)
         promised = max(share.promised, now) + cost / rate

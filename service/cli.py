@@ -216,7 +216,9 @@ def _print_report(report: "Report") -> None:
 
 
 def _print_table(columns: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> None:
-    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")  # half a path is of no use
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
     # A pipe has no width: let no cell wrap.

@@ -302,6 +302,9 @@ def _clean_error(body: bytes, status: int, request_id: str) -> bytes:
 _VALIDATION = re.compile(
     r"\d+ validation errors?:\s+\{.*?'loc': '([^']*)', 'msg': (['\"])(.*?)\2", re.S
 )
+# What vLLM quotes is the name of a parameter, or what the client sent.
+_QUOTED = re.compile(r"(?<!\w)([`'\"])(.*?)\1(?!\w)", re.S)
+_NAME = re.compile(r"[a-z_.]{1,40}")
 
 
 def _without_input(message: str) -> str:
@@ -309,6 +312,9 @@ def _without_input(message: str) -> str:
     if found := _VALIDATION.match(message):
         message = f"{found[1].removeprefix('body.')}: {found[3]}"
     message = re.sub(r", value=.*\)$", ")", message, flags=re.S)
+    message = _QUOTED.sub(
+        lambda quoted: quoted[0] if _NAME.fullmatch(quoted[2]) else "...", message
+    )
     message = " ".join(message.split())
     return message if len(message) <= _LONGEST_MESSAGE else message[:_LONGEST_MESSAGE] + " ..."
 
@@ -328,7 +334,11 @@ def _route(scope: Scope) -> str:
     if (route := scope.get("route")) is not None:
         return str(route.path)
     mounted: str = scope.get("root_path", "").removeprefix(scope.get("app_root_path", ""))
-    return mounted or "unmatched"
+    if mounted:
+        return mounted
+    # Refused before it was routed.
+    paths = (getattr(route, "path", None) for route in scope["app"].routes)
+    return scope["path"] if scope["path"] in paths else "unmatched"
 
 
 def _add_vllm_usage(record: RequestRecord, scope: Scope) -> None:

@@ -102,6 +102,8 @@ class StartUp(logging.Filter):
             return False  # told once, by our own line
         if "Exception occurred while running API servers" in message:
             return False  # told by the supervisor
+        if message.startswith("Error with model "):
+            return False  # a client's mistake, with what the client sent
         if record.levelno >= logging.ERROR:
             if "failed to start" in message:
                 # Our own last line tells the cause. multiprocessing would print the traceback.

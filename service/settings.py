@@ -33,7 +33,8 @@ class Settings(BaseSettings):
         description="Where the embedded model is kept; ModelScope's are under MODELSCOPE_CACHE.",
     )
     api_key: SecretStr | None = Field(
-        None, description="When set, every route but the health checks asks for it as a Bearer."
+        None,
+        description="When set, routes ask for it as a Bearer, all but probes (docs/hardening.md).",
     )
     api_key_file: Path | None = Field(
         None,

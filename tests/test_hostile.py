@@ -102,10 +102,22 @@ def test_what_is_no_json_object_is_refused(http: httpx.Client, route: str, body:
         ("/", {"prompt": ["secret"] * 1000}),
         ("/tokenize", {"model": MODEL, "prompt": ["secret"] * 1000}),
         ("/tokenize", b'{"prompt": ' + b"[" * 100_000),
+        (CHAT, {**HI, "model": "a secret\nmodel"}),
+        ("/v1/responses", {"input": "hi", "previous_response_id": "resp-secret-1"}),
     ],
 )
-def test_errors_do_not_repeat_what_was_sent(http: httpx.Client, route: str, body: Any) -> None:
-    assert "secret" not in check_refusal(post(http, route, body), 400, 422)
+def test_errors_and_the_log_do_not_repeat_what_was_sent(
+    http: httpx.Client, service: Server, route: str, body: Any
+) -> None:
+    assert "secret" not in check_refusal(post(http, route, body), 400, 404, 422)
+    assert "secret" not in service.log.read_text()
+
+
+def test_what_is_refused_before_it_is_routed_counts_for_its_route(
+    http: httpx.Client, service: Server
+) -> None:
+    answer = post(http, "/", b" " * (4 * 2**20 + 1))
+    assert logged(service, f"id={answer.headers['x-request-id']} method=POST route=/ status=413")
 
 
 @hardening(2)
