@@ -80,13 +80,9 @@ class Admission:
         self._clock = clock
         self._closed: RequestError | None = None
         self._shares: dict[str, _Share] = {}
-        # What ended while there was no room, by the seconds for which there had been none by then:
-        # the rate of a full engine, whether it is full all the time or now and then.
-        self._finished: deque[tuple[float, int]] = deque(
-            maxlen=max(8, min(_RATE_WINDOW, 4 * limit))
-        )
-        self._full_seconds = 0.0
-        self._full_since: float | None = None
+        # Of what ended by itself lately: its cost, and the seconds for which it ran.
+        self._ended: deque[tuple[int, float]] = deque(maxlen=max(8, min(_RATE_WINDOW, 4 * limit)))
+        self._busy_since = 0.0
         self._numbers = itertools.count()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -139,8 +135,11 @@ class Admission:
             await self._wait(share, cost)
         metrics.QUEUE_SECONDS.observe(self._clock() - began)
         metrics.ADMITTED.labels(client.name).inc()
+        began = self._clock()
         try:
             yield
+            # What was given up or failed does not say how long a request takes.
+            self._ended.append((cost, self._clock() - began))
         finally:
             self._finish(share, cost)
 
@@ -170,20 +169,18 @@ class Admission:
         return not self.waiting and self.running + cost <= self.limit
 
     def _start(self, share: _Share, cost: int) -> None:
+        if not self.running:
+            self._busy_since = self._clock()
         self.running += cost
         share.running += cost
         share.served += cost / share.weight
         self._idle.clear()
-        self._measure()
         metrics.RUNNING.set(self.running)
 
     def _finish(self, share: _Share, cost: int) -> None:
-        if self._full_since is not None:
-            self._finished.append((self._seconds_full(), cost))
         self.running -= cost
         share.running -= cost
         self._start_waiting()
-        self._measure()
         if not self.running and not self.waiting:
             self._idle.set()
         metrics.RUNNING.set(self.running)
@@ -206,21 +203,7 @@ class Admission:
     def _count_waiting(self, share: _Share, cost: int) -> None:
         share.waiting += cost
         self.waiting += cost
-        self._measure()
         metrics.WAITING.set(self.waiting)
-
-    def _measure(self) -> None:
-        """Start or stop the time for which there is no room."""
-        full = self.running >= self.limit or self.waiting > 0
-        if full and self._full_since is None:
-            self._full_since = self._clock()
-        elif not full:
-            self._full_seconds = self._seconds_full()
-            self._full_since = None
-
-    def _seconds_full(self) -> float:
-        since = self._full_since
-        return self._full_seconds + (0.0 if since is None else self._clock() - since)
 
     def _share(self, client: Client) -> _Share:
         share = self._shares.setdefault(client.name, _Share(client.weight))
@@ -244,11 +227,12 @@ class Admission:
         free, so that those who obey do not come back all at once.
         """
         now = self._clock()
-        full = self._seconds_full()
-        if not self._finished:  # nothing says yet how long a request takes, but at least so long
-            return max(1, min(_LONGEST_RETRY_AFTER, math.ceil(full)))
-        since = self._finished[0][0] if len(self._finished) == self._finished.maxlen else 0.0
-        rate = sum(cost for _, cost in self._finished) / max(full - since, 0.001)
+        if not self._ended:  # nothing says yet how long a request takes, but at least so long
+            busy = math.ceil(now - self._busy_since)
+            return max(1, min(_LONGEST_RETRY_AFTER, busy))
+        # Little's law: `limit` sequences at a time, each for the mean time that one ran.
+        cost_seconds = sum(cost * seconds for cost, seconds in self._ended)
+        rate = self.limit * sum(cost for cost, _ in self._ended) / max(cost_seconds, 0.001)
         rate *= share.weight / self._active_weight(share)
         promised = max(share.promised, now) + cost / rate
         share.promised = min(promised, now + _LONGEST_RETRY_AFTER)

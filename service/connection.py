@@ -142,9 +142,8 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._refused or self.transport.is_closing():
             return
         self._refused = True
-        if self._cycles:  # those have their answers; after them uvicorn closes
-            for cycle in self._cycles:
-                cycle.keep_alive = False
+        if self._cycles:  # those have their answers; after the last uvicorn closes
+            self._cycles[-1].keep_alive = False
             return
         body = refusal_body(error, uuid.uuid4().hex)
         head = (

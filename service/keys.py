@@ -71,7 +71,7 @@ class Keys:
         self._clients = clients
         self._file = file
         self._version: tuple[int, int, int] | None = None  # it may have changed since it was read
-        self._refused: tuple[int, int, int] | None = None  # told once, tried again
+        self._refused: tuple[tuple[int, int, int] | None] | None = None  # told once, tried again
 
     def client(self, key: bytes) -> Client | None:
         """Whose key this is."""
@@ -92,11 +92,11 @@ class Keys:
             if not clients:  # perhaps it is just being written
                 raise ConfigError("the file of API keys: it holds no key")
         except ConfigError as e:
-            if version != self._refused:
+            if self._refused != (version,):
                 _logger.error("%s; the keys read before stay in force", e)
-            self._refused = version
+            self._refused = (version,)
         else:
-            self._version = version
+            self._version, self._refused = version, None
             changed, self._clients = clients != self._clients, clients
             if changed:
                 _logger.info("API keys read again: %d in force", len(clients))

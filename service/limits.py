@@ -1,6 +1,7 @@
 """What a request to vLLM's generating routes may ask for, beyond what vLLM itself refuses."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from pydantic_core import from_json, to_json
@@ -10,6 +11,8 @@ from service.errors import InvalidRequest, MalformedBody
 # Compiling a grammar takes time and memory that grow faster than its text.
 _LONGEST_GRAMMAR = 16_384
 _LONGEST_REGEX = 1_024
+# xgrammar counts properties in a grammar that grows with the cube of how many there are.
+_MOST_COUNTED_PROPERTIES = 32
 _LONGEST_STOP = 1_000
 # Keys that count sequences side by side, whatever the route; a key that is absent counts as one.
 _COUNTS = ("n", "best_of")
@@ -86,7 +89,22 @@ def _check_grammar(grammar: Any, key: str) -> None:
     pending = [grammar]
     while pending:
         value = pending.pop()
+        if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):  # a schema as text
+            with suppress(ValueError):
+                value = from_json(value)
         if isinstance(value, dict):
+            counted = "minProperties" in value or "maxProperties" in value
+            properties = value.get("properties")
+            if (
+                counted
+                and isinstance(properties, dict)
+                and len(properties) > _MOST_COUNTED_PROPERTIES
+            ):
+                raise InvalidRequest(
+                    f"an object in {key} with minProperties or maxProperties has at most "
+                    f"{_MOST_COUNTED_PROPERTIES} properties",
+                    param=key,
+                )
             for name in ("regex", "pattern"):
                 regex = value.get(name)
                 if isinstance(regex, str) and len(regex) > _LONGEST_REGEX:

@@ -49,8 +49,10 @@ class RunFolder:
 
     def beats(self) -> dict[str, int]:
         """When each API process said so, by its pid; in nanoseconds of the wall clock."""
-        files = self._beats.iterdir() if self._beats.exists() else ()
-        return {file.name: file.stat().st_mtime_ns for file in files}
+        try:
+            return {file.name: file.stat().st_mtime_ns for file in self._beats.iterdir()}
+        except OSError:  # none yet, or no file descriptor is left to look with
+            return {}
 
     def mark_progress(self) -> None:
         """Say that the engine makes progress: vLLM tells it to one API process of several."""

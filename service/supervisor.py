@@ -38,6 +38,7 @@ from service.settings import ApiProcessConfig, Settings
 # How long the server has to end by itself after it was told to, or has said that it failed.
 _GRACE_SECONDS = 10
 _LOOK_EVERY = 0.2  # seconds
+_LEAST_SILENCE = 5.0  # seconds; a busy machine may keep a process waiting for so long
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _BACKLOG = 2048
 
@@ -98,7 +99,7 @@ class _Supervisor:
     ) -> None:
         self.announcer = announcer
         self.drain_timeout = settings.drain_timeout
-        self.stall_timeout = settings.stall_timeout
+        self.hung_after = max(settings.stall_timeout * PATIENCE, _LEAST_SILENCE)
         self.server = server
         self.folder = folder
         self.progress = progress
@@ -137,7 +138,7 @@ class _Supervisor:
             if beat != before.get(process):
                 self._silent_seconds[process] = 0
             self._silent_seconds[process] += _LOOK_EVERY
-            if self._silent_seconds[process] > self.stall_timeout * PATIENCE:
+            if self._silent_seconds[process] > self.hung_after:
                 self.folder.report_failure("the API process has hung")
                 self.kill_at = time.monotonic()
 

@@ -79,11 +79,11 @@ class Watch:
         loop.add_signal_handler(signal.SIGTERM, self._on_sigterm)
         loop.add_signal_handler(signal.SIGINT, self._stop)
         self._engines = _engine_processes()
-        self._folder.beat()
         looked = loop.time()
-        while True:
-            await asyncio.sleep(_INTERVAL)
+        failed = False
+        while self.health.phase is not Phase.FAILED:
             try:
+                self._folder.beat()
                 # With several API processes, vLLM tells only their parent that the engine is dead.
                 dead = self.engine.errored or any(not _runs(engine) for engine in self._engines)
                 if dead and not self._stopping:
@@ -91,13 +91,14 @@ class Watch:
                 elif loop.time() - looked >= _LOOK_EVERY:
                     looked = loop.time()
                     self._look()
+                failed = False
             except Exception:  # such as no file descriptor left for a look at /proc
-                _logger.exception("the look at the engine failed; the next one follows")
-            if self.health.phase is Phase.FAILED:
-                return
+                if not failed:
+                    _logger.exception("looking at the engine failed; it is tried again")
+                failed = True
+            await asyncio.sleep(_INTERVAL)
 
     def _look(self) -> None:
-        self._folder.beat()
         if self.keys:
             self.keys.reload()
         if self._question is None or self._question.done():

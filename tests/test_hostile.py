@@ -126,10 +126,15 @@ def test_a_body_over_the_limit_is_refused(http: httpx.Client) -> None:
         check_refusal(post(http, route, b" " * (4 * 2**20 + 1)), 413)
 
 
+COUNTED = {"type": "object", "properties": {f"p{i}": {} for i in range(33)}, "maxProperties": 9}
+
+
 @hardening(4)
 @pytest.mark.parametrize(
     "extra",
     [
+        {"structured_outputs": {"json": COUNTED}},
+        {"structured_outputs": {"json": json.dumps({"type": "array", "items": COUNTED})}},
         {"structured_outputs": {"regex": "(a|a|b)*" * 2000}},
         {"structured_outputs": {"choice": [f"c{i}" for i in range(10_000)]}},
         {"structured_outputs": {"json": {"type": "string", "pattern": "(x+x+)+y" * 200}}},

@@ -343,6 +343,15 @@ def test_headers_and_slow_clients_have_limits(
     assert time.monotonic() - began < 6
 
 
+@hardening(3)
+def test_requests_sent_ahead_are_answered_up_to_a_limit(small: Server) -> None:
+    host, _, port = small.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=10) as s:
+        s.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n" * 20)
+        answers = b"".join(iter(lambda: s.recv(65536), b""))
+    assert answers.count(b"HTTP/1.1 200 ") == 16
+
+
 @hardening(19)
 def test_a_reader_that_never_reads_is_dropped(small: Server) -> None:
     host, _, port = small.url.removeprefix("http://").partition(":")
