@@ -28,7 +28,7 @@ ROWS: dict[int, tuple[str, str]] = {
     4: (
         "A regular expression, grammar or JSON schema that explodes",
         "none in `POST /`; elsewhere at most 16 KiB, 1,024 characters for an expression, vLLM's "
-        "own time limit for compiling one, and the client's deadline",
+        "own time limit for compiling an expression, at most 32 properties where a schema counts them, and the client's deadline",
     ),
     5: ("A grammar that the engine cannot compile", "that request fails; the next one works"),
     6: (
