@@ -12,6 +12,13 @@ from benchmarks.server import Server
 from service import model_config, settings, weights
 
 MODEL = "smollm2-135m-instruct"
+# A client for what is asked again and again: making one reads all certificates of the machine.
+LOOPBACK = httpx.Client(
+    trust_env=False,
+    verify=False,
+    timeout=30,
+    limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+)
 
 
 def hardening(*rows: int) -> pytest.MarkDecorator:

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.server import Server
 from tests.conftest import MODEL, hardening, logged
 from tests.prometheus import scrape, series
-from tests.test_faults import check_killed_engine
+from tests.test_faults import EAGER, check_killed_engine
 
 KEY = "correct-horse-battery-staple"
 BEARER = {"authorization": f"Bearer {KEY}"}
@@ -22,9 +22,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     key_file = folder / "key"
     key_file.write_text(f"{KEY}\n")
     env = {"SERVICE_API_KEY_FILE": str(key_file), "SERVICE_LOG_PROMPTS": "true"}
-    eager = ("--set", "engine.enforce_eager=true")
     both = ("--set", "engine.api_server_count=2")
-    with Server.service(folder / "log", *eager, *both, env=env) as server:
+    with Server.service(folder / "log", *EAGER, *both, env=env) as server:
         yield server
 
 
