@@ -88,7 +88,6 @@ def run(
         _prepare_environment(folder, settings)
         _load_plugins()
         args = arguments(config, origins, settings)
-        _work_around_vllm()
         folder.set_phase(Phase.DOWNLOADING)
         report = functools.partial(folder.set_phase, Phase.DOWNLOADING)
         fetch_files(args, config, settings, report)
@@ -111,7 +110,6 @@ def prepared(
         _prepare_environment(folder, settings)
         _load_plugins()
         args = arguments(config, origins, settings)
-        _work_around_vllm()
         yield args, folder
 
 
@@ -171,6 +169,7 @@ def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argp
         args.disable_uvicorn_access_log = True
     if "use_tqdm_on_load" not in given:
         args.use_tqdm_on_load = settings.verbose
+    _suit_cpu(args, given)
     return args
 
 
@@ -273,13 +272,25 @@ def _load_plugins() -> None:
             ) from e
 
 
-def _work_around_vllm() -> None:
-    """vLLM 0.32 on CPU cannot load its ahead-of-time compiled model again, and compiles at every
-    start; its older cache works (15 s instead of 56 s for the embedded model on 2 cores)."""
+def _suit_cpu(args: argparse.Namespace, given: set[str]) -> None:
+    """What makes vLLM 0.32 faster on CPUs; nothing that was `given` is changed.
+
+    Measured in docs/performance.md.
+    """
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():
-        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
+    if not current_platform.is_cpu():
+        return
+    # It cannot load its ahead-of-time compiled model again, and compiles at every start; its older
+    # cache works (15 s instead of 56 s for the embedded model on 2 cores).
+    os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
+    workers = (args.tensor_parallel_size, args.pipeline_parallel_size, args.data_parallel_size)
+    if "distributed_executor_backend" not in given and set(workers) == {1}:
+        # vLLM runs the model in a process beside the engine's, so as to bind its threads to all
+        # cores but one; and the engine spins on that one while it waits for it. In the engine's
+        # own process, threads on all cores make twice as many tokens on 2 cores, and the server
+        # starts a process less. By its full name, because "uni" is replaced on CPUs.
+        args.distributed_executor_backend = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 
 def _launch(args: argparse.Namespace, listener: socket.socket | None) -> None:

@@ -1,0 +1,189 @@
+"""What open connections and a long queue cost: memory, and CPU of the API process per request.
+
+    python -m benchmarks.connections [--folder benchmarks/results/2026-01-31]
+
+First 2,000 connections of which 256 have a request running; then the cost of a request beside 1 to
+10,000 idle connections, and with 1 to 10,000 requests in the queue. Needs as many file descriptors
+(`ulimit -n 20000`).
+"""
+
+import argparse
+import asyncio
+import json
+import resource
+import statistics
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from benchmarks.server import Server
+
+MODEL = "smollm2-135m-instruct"
+RUNNING = 256
+OPEN = 2000
+LEVELS = (1, 100, 1000, 10_000)
+ROUNDS = 3
+REQUESTS = 256  # measured at a time
+_AT_ONCE = 16
+# One token: the engine does little, and what a request costs beside its tokens is seen.
+_SHORT = {"prompt": "hi", "max_new_tokens": 1}
+_LONG = {"prompt": "Count from one to a thousand.", "max_new_tokens": 400, "temperature": 1}
+
+
+class Connection:
+    """One kept connection of the simplest HTTP client."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def open(cls, port: int) -> "Connection":
+        return cls(*await asyncio.open_connection("127.0.0.1", port))
+
+    def send(self, body: dict[str, object] | None = None) -> None:
+        """POST / with this body; GET /health/live without."""
+        content = json.dumps(body).encode() if body else b""
+        line = "POST /" if body else "GET /health/live"
+        head = f"{line} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(content)}\r\n\r\n"
+        self._writer.write(head.encode() + content)
+
+    async def answer(self) -> int:
+        """The status of the next answer, whose body is read too."""
+        head = await self._reader.readuntil(b"\r\n\r\n")
+        fields = dict(line.split(b": ", 1) for line in head.lower().split(b"\r\n")[1:-2])
+        await self._reader.readexactly(int(fields[b"content-length"]))
+        return int(head.split(b" ", 2)[1])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+@asynccontextmanager
+async def connections(port: int, count: int) -> AsyncIterator[list[Connection]]:
+    """So many open connections, on each of which something was asked once."""
+    opened = []
+    try:
+        for _ in range(count):
+            connection = await Connection.open(port)
+            connection.send()
+            assert await connection.answer() == 200
+            opened.append(connection)
+        yield opened
+    finally:
+        for connection in opened:
+            connection.close()
+        await asyncio.sleep(1)
+
+
+async def cost(port: int, api: psutil.Process) -> float:
+    """CPU milliseconds of the API process per short request."""
+    async with connections(port, _AT_ONCE) as clients:
+
+        async def ask(connection: Connection) -> None:
+            for _ in range(REQUESTS // _AT_ONCE):
+                connection.send(_SHORT)
+                assert await connection.answer() == 200
+
+        before = _cpu(api)
+        await asyncio.gather(*map(ask, clients))
+        return (_cpu(api) - before) / REQUESTS * 1000
+
+
+async def cost_queued(port: int, api: psutil.Process, queued: int) -> float:
+    """The same while at least so many others stand in the queue behind them."""
+    async with (
+        connections(port, RUNNING) as busy,
+        connections(port, REQUESTS) as measured,
+        connections(port, queued) as behind,
+    ):
+        for connection in busy:
+            connection.send(_LONG)
+        await _until(port, "service_running_sequences", RUNNING)
+        for connection in (*measured, *behind):
+            connection.send(_SHORT)
+        await _until(port, "service_waiting_sequences", REQUESTS + queued)
+        before = _cpu(api)
+        for connection in busy:  # their clients leave, and it is the next ones' turn
+            connection.close()
+        statuses = await asyncio.gather(*(connection.answer() for connection in measured))
+        assert set(statuses) == {200}, statuses
+        return (_cpu(api) - before) / REQUESTS * 1000
+
+
+async def _until(port: int, gauge: str, value: int) -> None:
+    async with httpx.AsyncClient(trust_env=False) as client:
+        while True:
+            text = (await client.get(f"http://127.0.0.1:{port}/metrics")).text
+            if f"\n{gauge} {value}.0\n" in text:
+                return
+            await asyncio.sleep(0.2)
+
+
+async def memory(port: int, api: psutil.Process) -> dict[str, float]:
+    """MB of the API process before, and with OPEN connections of which RUNNING have a request."""
+    before = api.memory_info().rss
+    async with connections(port, OPEN) as opened:
+        asking = opened[:RUNNING]
+        for connection in asking:
+            connection.send(_LONG)
+        await _until(port, "service_running_sequences", RUNNING)
+        statuses = await asyncio.gather(*(connection.answer() for connection in asking))
+        assert set(statuses) == {200}, statuses
+        return {"before": before / 2**20, "with_connections": api.memory_info().rss / 2**20}
+
+
+def _cpu(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+async def _measure(server: Server) -> dict[str, Any]:
+    port = int(server.url.rpartition(":")[2])
+    api = server.api_process()
+    await cost(port, api)  # warm
+    held = await memory(port, api)
+    print(f"{OPEN} connections, {RUNNING} running: {held}", flush=True)
+    costs: dict[str, dict[int, list[float]]] = {
+        kind: {level: [] for level in LEVELS} for kind in ("idle", "queued")
+    }
+    for _ in range(ROUNDS):
+        for level in LEVELS:
+            async with connections(port, level):
+                costs["idle"][level].append(await cost(port, api))
+            costs["queued"][level].append(await cost_queued(port, api, level))
+            print(level, {kind: costs[kind][level][-1] for kind in costs}, flush=True)
+    return {"memory_mb": held, "cpu_ms_per_request": costs}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
+    parser.add_argument("--folder", type=Path, help="of a run of the benchmark, to add this to")
+    asked = parser.parse_args()
+    needed = 2 * (LEVELS[-1] + RUNNING + REQUESTS)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard != resource.RLIM_INFINITY and hard < needed // 2 + 100:
+        raise SystemExit(f"error: at most {hard} files may be open; ulimit -n {needed}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    env = {"SERVICE_MAX_WAITING": str(2 * LEVELS[-1]), "SERVICE_QUEUE_TIMEOUT": "600"}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Server.service(
+            Path(folder) / "log", MODEL, "--set", f"engine.max_num_seqs={RUNNING}", env=env
+        ) as server,
+    ):
+        measured = asyncio.run(_measure(server))
+    if asked.folder:
+        (asked.folder / "connections.json").write_text(json.dumps(measured) + "\n")
+    for kind, levels in measured["cpu_ms_per_request"].items():
+        medians = {level: round(statistics.median(costs), 2) for level, costs in levels.items()}
+        print(f"API CPU, ms a request beside {kind}: {medians}")
+
+
+if __name__ == "__main__":
+    main()

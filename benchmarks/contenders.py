@@ -1,0 +1,161 @@
+"""Who is compared: this service, bare vLLM, the tutorial's server, and vLLM's engine alone."""
+
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+from benchmarks.server import Server, free_port
+from service import model_config, settings, weights
+
+
+class HttpContender:
+    """A server, and the classes of the locustfile that load it: {"plain": "Plain", ...}.
+
+    `first` is a path and a streamed request whose first event is waited for at the start.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        began: float,
+        users: Mapping[str, str],
+        first: tuple[str, Mapping[str, object]] | None = None,
+    ) -> None:
+        self.server = server
+        self.users = users
+        self.first_token_seconds: float | None = None
+        self._began = began
+        self._first = first
+
+    def __enter__(self) -> Self:
+        self.server.__enter__()
+        if self._first:
+            path, asked = self._first
+            body = json.dumps({**asked, "stream": True}).encode()
+            headers = {"content-type": "application/json"}
+            request = urllib.request.Request(self.server.url + path, body, headers)
+            with urllib.request.urlopen(request, timeout=300) as answer:
+                answer.readline()
+                self.first_token_seconds = time.monotonic() - self._began
+                answer.read()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.server.__exit__(kind, error, traceback)
+
+    def cpu_seconds(self) -> float:
+        """User and system time of the process that answers HTTP, so far."""
+        times = self.server.api_process().cpu_times()
+        return float(times.user + times.system)
+
+    def resident_mb(self) -> float:
+        """Memory without the engine: the API process, and its supervisor where it has one."""
+        processes = {psutil.Process(self.server.process.pid), self.server.api_process()}
+        resident: int = sum(process.memory_info().rss for process in processes)
+        return resident / 2**20
+
+
+def service(model: str, log: Path) -> HttpContender:
+    """`chat-service serve`, as it comes."""
+    began = time.monotonic()
+    users = {"plain": "Plain", "stream": "Stream"}
+    first = {"prompt": "hi", "max_new_tokens": 4}
+    return HttpContender(Server.service(log, model), began, users, ("/", first))
+
+
+def bare_vllm(model: str, log: Path) -> HttpContender:
+    """vLLM's own server as its documentation starts it, on the model's files."""
+    config, _ = model_config.load(model)
+    port = free_port()
+    arguments: dict[str, object] = {
+        "model": weights.fetch(config.source, settings.load().cache_dir),
+        "served-model-name": config.name,
+        "host": "127.0.0.1",
+        "port": port,
+    }
+    # What its user must give; the rest is vLLM's to choose.
+    for name in ("dtype", "max_model_len", "kv_cache_memory_bytes"):
+        if name in config.engine:
+            arguments[name.replace("_", "-")] = config.engine[name]
+    if config.prompt.template:
+        arguments["chat-template"] = config.prompt.template
+    command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry"]
+    for name, value in arguments.items():
+        command += [f"--{name}", str(value)]
+    began = time.monotonic()
+    users = {"plain": "Chat", "stream": "ChatStream"}
+    messages = [{"role": "user", "content": "hi"}]
+    first = {"model": config.name, "messages": messages, "max_tokens": 4}
+    return HttpContender(
+        Server(command, log, port=port), began, users, ("/v1/chat/completions", first)
+    )
+
+
+def tutorial(model: str, log: Path) -> HttpContender:
+    """The tutorials' server, which streams nothing."""
+    config, _ = model_config.load(model)
+    folder = weights.fetch(config.source, settings.load().cache_dir)
+    port = free_port()
+    command = [sys.executable, "-m", "benchmarks.tutorial_server", str(folder)]
+    command += ["--port", str(port)]
+    if config.prompt.template:
+        command += ["--template", config.prompt.template]
+    return HttpContender(Server(command, log, port=port), time.monotonic(), {"plain": "Plain"})
+
+
+class Offline:
+    """vLLM's engine alone, which `benchmarks.offline` runs in a process of its own."""
+
+    def __init__(self, model: str, log: Path) -> None:
+        self._log = log.open("w")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.offline", model],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> Self:
+        self._answer()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait(60)
+        self._log.close()
+
+    def run(self, **asked: Any) -> dict[str, float]:
+        """Seconds and tokens of so many requests. Raises RuntimeError with its log."""
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps(asked) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, float]:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                answer: dict[str, float] = json.loads(line)
+                return answer
+        raise RuntimeError(f"it has ended:\n{Path(self._log.name).read_text()[-3000:]}")

@@ -1,0 +1,338 @@
+"""The report of a run of the benchmark: Markdown, plots, and one HTML page with both.
+
+python -m benchmarks.report benchmarks/results/2026-01-31
+"""
+
+import gzip
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from markdown_it import MarkdownIt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Cell = dict[str, Any]
+
+NAMES = {
+    "service": "this service",
+    "vllm": "bare vLLM",
+    "offline": "offline engine",
+    "tutorial": "tutorial's server",
+}
+_COLOURS = {"service": "#0b7285", "vllm": "#e8590c", "offline": "#868e96", "tutorial": "#9c36b5"}
+_BUSY = 64  # concurrent requests, at which most targets are set
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; display: block; overflow-x: auto; font-size: 0.9rem }
+th, td { border: 1px solid #ccc; padding: 0.25rem 0.6rem; text-align: left }
+code { font-size: 0.85rem; overflow-wrap: anywhere }
+svg { max-width: 100%; height: auto }
+"""
+
+
+def cells(folder: Path) -> list[Cell]:
+    """What was measured so far, in the order of measuring."""
+    file = folder / "cells.jsonl"
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def write(folder: Path) -> Path:
+    """Write report.md, its plots and report.html into `folder`; returns the last."""
+    run = _Run(folder)
+    plots = dict(run.plots())
+    for name, figure in plots.items():
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
+    text = "\n".join(run.markdown(list(plots)))
+    (folder / "report.md").write_text(text)
+    body = MarkdownIt("commonmark").enable("table").render(text)
+    for name in plots:
+        svg = (folder / f"{name}.svg").read_text()
+        body = body.replace(f'<img src="{name}.svg" alt="{name}" />', svg[svg.index("<svg") :])
+    page = folder / "report.html"
+    page.write_text(
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Benchmark</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{_STYLE}</style>{body}</html>\n"
+    )
+    return page
+
+
+@dataclass(frozen=True)
+class _Ratio:
+    """A figure of ours over another's, round by round, and what it should be."""
+
+    figure: str
+    target: str
+    ratios: list[float]
+    good: Callable[[float], bool]
+
+    def row(self) -> str:
+        median = statistics.median(self.ratios)
+        met = "yes" if self.good(median) else "**no**"
+        return f"| {self.figure} | {self.target} | {_spread(self.ratios, 2)} | {met} |"
+
+
+class _Run:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.about: dict[str, Any] = json.loads((folder / "about.json").read_text())
+        self.cells = cells(folder)
+        self.levels = sorted({cell["concurrency"] for cell in self.cells})
+        self.busy = _BUSY if _BUSY in self.levels else self.levels[-1]
+
+    def select(self, contender: str, mode: str, concurrency: int) -> list[Cell]:
+        wanted = (contender, mode, concurrency)
+        found = [c for c in self.cells if (c["contender"], c["mode"], c["concurrency"]) == wanted]
+        return sorted(found, key=lambda cell: int(cell["round"]))
+
+    def records(self, cell: Cell) -> list[dict[str, Any]]:
+        """Each request of a cell."""
+        name = "{round}-{contender}-{mode}-{concurrency}".format_map(cell)
+        packed = (self.folder / "raw" / f"{name}.json.gz").read_bytes()
+        records: list[dict[str, Any]] = json.loads(gzip.decompress(packed))
+        return records
+
+    def series(self) -> Iterator[tuple[str, str]]:
+        """Contenders and modes, in the order of NAMES."""
+        for contender in NAMES:
+            for mode in ("plain", "stream"):
+                if any((c["contender"], c["mode"]) == (contender, mode) for c in self.cells):
+                    yield contender, mode
+
+    def markdown(self, plots: Sequence[str]) -> Iterator[str]:
+        about = self.about
+        machine = about["machine"]
+        yield f"# Benchmark of {about['settings']['model']}\n"
+        yield from self._summary()
+        hardware = [machine["cpu"], f"{machine['cores']} cores", f"{machine['memory_gb']} GB"]
+        yield f"- Machine: {', '.join(hardware + machine['gpu'])}, {machine['system']}"
+        yield "- Versions: " + ", ".join(f"{k} {v}" for k, v in about["versions"].items())
+        yield f"- Begun {about['date']}, with `{about['command']}`"
+        yield (
+            "- Figures are medians over rounds, then (least-most). In a round all contenders get "
+            "the same requests, one contender after the other.\n"
+        )
+        yield "## Targets\n"
+        yield "Ours over the other's, compared within each round.\n"
+        yield "| figure | target | measured | met |\n|---|---|---|---|"
+        yield from (ratio.row() for ratio in self._ratios() if ratio.ratios)
+        yield "\n## Everything\n"
+        yield (
+            "| | | at once | tokens/s | answer p50, s | p99, s | first token p50, s | p99, s "
+            "| between tokens p50, ms | p99, ms | API CPU, ms a request | ms a token | memory, MB |"
+        )
+        yield "|---" * 13 + "|"
+        for contender, mode in self.series():
+            for level in self.levels:
+                if found := self.select(contender, mode, level):
+                    yield self._row(contender, mode, level, found)
+        yield "\nAPI CPU and memory are of the process that answers HTTP, without the engine.\n"
+        starts = self._starts()
+        if starts:
+            yield "## Start\n\nSeconds from the command to the first token, caches warm.\n"
+            yield "| | seconds |\n|---|---|"
+            for contender, seconds in starts.items():
+                yield f"| {NAMES[contender]} | {_spread(seconds, 1)} |"
+        yield "\n## Pictures\n"
+        for name in plots:
+            yield f"![{name}]({name}.svg)\n"
+
+    def _summary(self) -> Iterator[str]:
+        """The answer for who has the tutorial's server and more users."""
+        level = self.busy
+        ours = self.select("service", "plain", level)
+        theirs = self.select("tutorial", "plain", level)
+        if not (ours and theirs):
+            return
+        waits = [r["seconds"] for cell in ours for r in self.records(cell)]
+        rate, their_rate = (statistics.median(map(_rate, side)) for side in (ours, theirs))
+        tokens = statistics.mean(c["tokens"] / c["requests"] for c in ours)
+        yield (
+            f"With {level} users at once this service makes {rate:.0f} tokens/s, the tutorial's "
+            f"server {their_rate:.0f}: {rate / their_rate:.0f} times as many. An answer of "
+            f"{tokens:.0f} tokens takes {_quantile(waits, 0.5):.1f} s; the tutorial's server, "
+            f"which answers one after the other, needs {level * tokens / their_rate:.0f} s for the "
+            "last of them.\n"
+        )
+
+    def _ratios(self) -> Iterator[_Ratio]:
+        def over(
+            other: str, level: int, figure: Callable[[Cell], float], mode: str = "plain"
+        ) -> list[float]:
+            theirs = {c["round"]: figure(c) for c in self.select(other, mode, level)}
+            ours = self.select("service", mode, level)
+            return [figure(c) / theirs[c["round"]] for c in ours if c["round"] in theirs]
+
+        def at_least(bound: float) -> tuple[str, Callable[[float], bool]]:
+            return f"at least {bound:g}", lambda ratio: ratio >= bound
+
+        def at_most(bound: float) -> tuple[str, Callable[[float], bool]]:
+            return f"at most {bound:g}", lambda ratio: ratio <= bound
+
+        def make(
+            figure: str, target: tuple[str, Callable[[float], bool]], ratios: list[float]
+        ) -> _Ratio:
+            return _Ratio(figure, target[0], ratios, target[1])
+
+        busy = self.busy
+        rate = f"tokens/s at {busy} over "
+        yield make(rate + NAMES["tutorial"], at_least(20), over("tutorial", busy, _rate))
+        for level in (level for level in self.levels if level >= busy):
+            name = f"tokens/s at {level} over the offline engine"
+            yield make(name, at_least(0.97), over("offline", level, _rate))
+        yield make(rate + NAMES["vllm"], at_least(1.4), over("vllm", busy, _rate))
+        name = f"API CPU per plain request over bare vLLM, at {busy}"
+        yield make(name, at_most(0.5), over("vllm", busy, _cpu_per_request))
+        name = f"API CPU per streamed token over bare vLLM, at {busy}"
+        yield make(name, at_most(0.6), over("vllm", busy, _cpu_per_token, "stream"))
+        name = f"time to first token, p99 at {busy}, over bare vLLM"
+
+        def first(cell: Cell) -> float:
+            return _quantile([r["arrivals"][0] for r in self.records(cell)], 0.99)
+
+        yield make(name, at_most(1), over("vllm", busy, first, "stream"))
+        starts = self._starts()
+        both = zip(starts.get("service", []), starts.get("vllm", []), strict=False)
+        name = "warm start to first token over bare vLLM"
+        yield make(name, at_most(0.8), [a / b for a, b in both])
+
+    def _starts(self) -> dict[str, list[float]]:
+        """Seconds to the first token of each start, by contender."""
+        starts: dict[str, dict[int, float]] = {}
+        for cell in self.cells:
+            if seconds := cell.get("first_token_seconds"):
+                starts.setdefault(cell["contender"], {}).setdefault(cell["round"], seconds)
+        return {name: list(by_round.values()) for name, by_round in starts.items()}
+
+    def _row(self, contender: str, mode: str, level: int, found: list[Cell]) -> str:
+        columns = [_spread([_rate(cell) for cell in found], 0)]
+        if contender == "offline":
+            columns += [""] * 9
+        else:
+            records = [record for cell in found for record in self.records(cell)]
+            waits = [record["seconds"] for record in records]
+            columns += [f"{_quantile(waits, q):.2f}" for q in (0.5, 0.99)]
+            if mode == "stream":
+                first = [r["arrivals"][0] for r in records if r.get("arrivals")]
+                gaps = [b - a for r in records for a, b in pairwise(r.get("arrivals", []))]
+                columns += [f"{_quantile(first, q):.2f}" for q in (0.5, 0.99)]
+                columns += [f"{_quantile(gaps, q) * 1000:.0f}" for q in (0.5, 0.99)]
+            else:
+                columns += [""] * 4
+            if contender == "tutorial":  # its CPU is the model's
+                columns += ["", ""]
+            else:
+                columns.append(_spread([_cpu_per_request(cell) for cell in found], 1))
+                columns.append(_spread([_cpu_per_token(cell) for cell in found], 3))
+            columns.append(f"{statistics.median(cell['resident_mb'] for cell in found):.0f}")
+        return f"| {NAMES[contender]} | {mode} | {level} | {' | '.join(columns)} |"
+
+    def plots(self) -> Iterator[tuple[str, Figure]]:
+        """By name; each is drawn from the same cells as the tables."""
+        figure, axes = _axes("concurrent requests", "tokens/s", "Throughput")
+        self._lines(axes, lambda cells: [statistics.median(map(_rate, cells))])
+        yield "throughput", figure
+        figure, axes = _axes("concurrent requests", "seconds", "Time of an answer, p50 and p99")
+        self._lines(axes, lambda cells: self._quantiles(cells, (0.5, 0.99)), skip=("offline",))
+        yield "latency", figure
+        figure, axes = _axes("seconds", "share of answers", f"Time of an answer at {self.busy}")
+        for contender, mode in self.series():
+            if found := self.select(contender, mode, self.busy):
+                if contender in ("service", "vllm"):
+                    waits = [r["seconds"] for cell in found for r in self.records(cell)]
+                    at = [i / 100 for i in range(101)]
+                    axes.plot([_quantile(waits, q) for q in at], at, **_line(contender, mode))
+        axes.legend()
+        yield "latency-cdf", figure
+        figure, axes = _axes("concurrent requests", "seconds", "Time to first token, p50 and p99")
+
+        def first(cells: list[Cell]) -> list[float]:
+            found = [r["arrivals"][0] for c in cells for r in self.records(c)]
+            return [_quantile(found, q) for q in (0.5, 0.99)]
+
+        self._lines(axes, first, modes=("stream",))
+        yield "first-token", figure
+        figure, axes = _axes("concurrent requests", "milliseconds", "API process CPU a request")
+        self._lines(
+            axes,
+            lambda cells: [statistics.median(map(_cpu_per_request, cells))],
+            skip=("offline", "tutorial"),
+        )
+        yield "cpu", figure
+
+    def _quantiles(self, found: list[Cell], at: Iterable[float]) -> list[float]:
+        waits = [record["seconds"] for cell in found for record in self.records(cell)]
+        return [_quantile(waits, q) for q in at]
+
+    def _lines(
+        self,
+        axes: Axes,
+        values: Callable[[list[Cell]], list[float]],
+        skip: Sequence[str] = (),
+        modes: Sequence[str] = ("plain", "stream"),
+    ) -> None:
+        for contender, mode in self.series():
+            if contender in skip or mode not in modes:
+                continue
+            at = [level for level in self.levels if self.select(contender, mode, level)]
+            rows = [values(self.select(contender, mode, level)) for level in at]
+            for number, column in enumerate(zip(*rows, strict=True)):
+                line = _line(contender, mode)
+                if number:
+                    line |= {"label": None, "alpha": 0.45}
+                axes.plot(at, column, marker="o", markersize=3, **line)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(self.levels, [str(level) for level in self.levels])
+        axes.set_ylim(bottom=0)
+        axes.legend()
+
+
+def _axes(x: str, y: str, title: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
+    axes.set(xlabel=x, ylabel=y, title=title)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _line(contender: str, mode: str) -> dict[str, Any]:
+    label = NAMES[contender] + (", streamed" if mode == "stream" else "")
+    style = "--" if mode == "stream" else "-"
+    return {"label": label, "color": _COLOURS[contender], "linestyle": style}
+
+
+def _rate(cell: Cell) -> float:
+    return float(cell["tokens"] / cell["seconds"])
+
+
+def _cpu_per_request(cell: Cell) -> float:
+    return float(cell["cpu_seconds"] / cell["requests"] * 1000)
+
+
+def _cpu_per_token(cell: Cell) -> float:
+    return float(cell["cpu_seconds"] / cell["tokens"] * 1000)
+
+
+def _quantile(values: Sequence[float], at: float) -> float:
+    """The smallest value that at least this share does not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(at * len(ordered)) - 1)]
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+if __name__ == "__main__":
+    print(write(Path(sys.argv[1])))

