@@ -40,8 +40,8 @@ lint: $(TESTED) ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(BENCHED) ## Compare POST / with vLLM's own route (ARGS="--rounds 3")
-	$(BIN)/python -m benchmarks.compare $(ARGS)
+bench: $(BENCHED) ## Measure it beside the tutorial's server and vLLM (MODEL=name, ARGS="--rounds 3")
+	$(BIN)/python -m benchmarks.run $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 COMPILE := $(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate pyproject.toml
 CPU := --extra cpu --excludes requirements/cpu-excludes.txt

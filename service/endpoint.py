@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Lifespan, Receive, Scope, Send
 from vllm.engine.protocol import EngineClient
+from vllm.envs import enable_envs_cache
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from service import connection, progress, prompting, settings
@@ -85,6 +86,11 @@ class ServiceState:
             cache_per_key=config.settings.cache_per_key,
         )
 
+    async def create(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """POST / as an ASGI application."""
+        response = await self.contract.create(Request(scope, receive, send))
+        await response(scope, receive, send)
+
     @property
     def engine_dead(self) -> bool:
         """Whether the engine has ended under us."""
@@ -155,6 +161,7 @@ def _lifespan(inner: Lifespan[FastAPI]) -> Lifespan[FastAPI]:
             app.state.server,
         )
         watching = asyncio.create_task(watch.run())  # signals are handled from here on
+        enable_envs_cache()  # vLLM asks for its variables some forty times a request
         await asyncio.to_thread(progress.hand_over)
         async with inner(app) as state:
             yield state
@@ -208,8 +215,8 @@ async def _create(request: Request) -> Response:
 
 
 async def _answer(scope: Scope, receive: Receive, send: Send) -> None:
-    response = await _create(Request(scope, receive, send))
-    await response(scope, receive, send)
+    state: ServiceState = scope["app"].state.service
+    await state.create(scope, receive, send)
 
 
 async def _live() -> JSONResponse:

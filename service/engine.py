@@ -142,7 +142,12 @@ class Engine:
         answer: list[int] = []
         begun = False
         try:
-            sampling = SamplingParams(**params, output_kind=kind, detokenize=stepwise)
+            sampling = SamplingParams(
+                **params,
+                output_kind=kind,
+                detokenize=stepwise,
+                skip_clone=True,  # it is this request's alone
+            )
             outputs = self._client.generate(
                 tokens_input(token_ids, cache_salt=cache_salt), sampling, request_id
             )

@@ -54,6 +54,7 @@ class ServiceState(Protocol):
     @property
     def body_timeout(self) -> float: ...
 
+    create: ASGIApp  # POST /
     body_bytes: int  # of all bodies that are held now
 
     @property
@@ -219,6 +220,29 @@ class Body:
             return await receive()
 
         await self.app(scope, read, send)
+
+
+class Shortcut:
+    """Innermost: takes POST / to its handler past layers of vLLM's that it has no use for.
+
+    They are CORS, which matters to browsers alone, HTTP metrics beside ours, and the router.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (
+            scope["type"] == "http"
+            and scope["path"] == "/"
+            and scope["method"] == "POST"
+            and not scope.get("root_path")
+            and not any(name == b"origin" for name, _ in scope["headers"])
+        ):
+            state: ServiceState = scope["app"].state.service
+            await state.create(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
 
 
 class _Held:

@@ -36,7 +36,9 @@ PLUGINS = (
     ("vllm.endpoint_plugins", "chat_service"),
 )
 # The first is innermost.
-MIDDLEWARE = [f"service.guard.{name}" for name in ("Body", "ApiKey", "CleanErrors", "Observe")]
+MIDDLEWARE = [
+    f"service.guard.{name}" for name in ("Shortcut", "Body", "ApiKey", "CleanErrors", "Observe")
+]
 
 # vLLM arguments that another key or setting decides here.
 _OWNED = {
@@ -237,6 +239,8 @@ def _prepare_environment(folder: RunFolder, settings: Settings) -> None:
         # As vLLM's own command line sets it.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_NO_USAGE_STATS": "1",
+        # Prompts are encoded one at a time: handing them to a pool of threads costs more.
+        "TOKENIZERS_PARALLELISM": "false",
         # Longer than the longest Retry-After: who comes back meets no closed connection.
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",
         # vLLM allows 16,384 and 1,024; the routes that its own limits do not reach have ours.

@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Protocol
 
 import psutil
@@ -21,8 +21,7 @@ from service.settings import Settings
 
 _logger = logging.getLogger("service")
 
-_INTERVAL = 0.2  # seconds; how soon the end of the engine is noticed
-_LOOK_EVERY = 1.0
+_LOOK_EVERY = 1.0  # seconds
 
 
 class Engine(Protocol):
@@ -79,29 +78,38 @@ class Watch:
         loop.add_signal_handler(signal.SIGTERM, self._on_sigterm)
         loop.add_signal_handler(signal.SIGINT, self._stop)
         self._engines = _engine_processes()
-        looked = loop.time()
-        failed = False
-        while self.health.phase is not Phase.FAILED:
-            try:
-                self._folder.beat()
-                # With several API processes, vLLM tells only their parent that the engine is dead.
-                dead = self.engine.errored or any(not _runs(engine) for engine in self._engines)
-                if dead and not self._stopping:
-                    self._fail("the engine process has ended")
-                elif loop.time() - looked >= _LOOK_EVERY:
-                    looked = loop.time()
+        with ExitStack() as stack:
+            # With several API processes, vLLM tells only their parent that the engine is dead.
+            for engine in self._engines:
+                descriptor = os.pidfd_open(engine.pid)  # readable when the process has ended
+                stack.callback(os.close, descriptor)
+                loop.add_reader(descriptor, self._on_engine_end)
+                stack.callback(loop.remove_reader, descriptor)
+            failed = False
+            while self.health.phase is not Phase.FAILED:
+                try:
+                    self._folder.beat()
+                    if self.engine.errored:
+                        self._on_engine_end()
                     self._look()
-                failed = False
-            except Exception:  # such as no file descriptor left for a look at /proc
-                if not failed:
-                    _logger.exception("looking at the engine failed; it is tried again")
-                failed = True
-            await asyncio.sleep(_INTERVAL)
+                    failed = False
+                except Exception:  # such as no file descriptor left for a look at /proc
+                    if not failed:
+                        _logger.exception("looking at the engine failed; it is tried again")
+                    failed = True
+                await asyncio.sleep(_LOOK_EVERY)
+
+    def _on_engine_end(self) -> None:
+        if not self._stopping and self.health.phase is not Phase.FAILED:
+            self._fail("the engine process has ended")
 
     def _look(self) -> None:
         if self.keys:
             self.keys.reload()
-        if self._question is None or self._question.done():
+        since_progress = time.monotonic() - Progress.last
+        if since_progress < _LOOK_EVERY:
+            self.health.answered()  # a question would cost more
+        elif self._question is None or self._question.done():
             if self._question and not self._question.cancelled():
                 if self._question.exception() is None:
                     self.health.answered()
@@ -111,7 +119,7 @@ class Watch:
             if cpu_seconds is None or cpu_seconds - self._cpu_seconds > _LOOK_EVERY / 20:
                 self.health.computed()
             self._cpu_seconds = cpu_seconds or 0.0
-        if time.monotonic() - Progress.last < 2 * _LOOK_EVERY:
+        if since_progress < 2 * _LOOK_EVERY:
             self._folder.mark_progress()
         before, self._progress = self._progress, self._folder.progress()
         if not self.admission.running or before != self._progress:
@@ -195,10 +203,3 @@ def _engine_processes() -> list[psutil.Process]:
             if "EngineCore" in " ".join(process.cmdline()):
                 engines.append(process)
     return engines
-
-
-def _runs(process: psutil.Process) -> bool:
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
