@@ -47,6 +47,8 @@ MODES = {
 # Answers after which the tutorials' server has shown its speed, which is the same at any load.
 _TUTORIAL_ANSWERS = 6
 _WARM_UP = 4
+# Requests of a cell: two for each user, but so many at least, and no more than needed beyond.
+_FEWEST, _MOST = 6, 256
 
 
 def main() -> None:
@@ -135,7 +137,7 @@ class Benchmark:
             for key in cells:
                 *_, mode, concurrency = key
                 seed = f"{turn}-{mode}-{concurrency}"
-                requests = max(6, 2 * concurrency)
+                requests = max(_FEWEST, min(2 * concurrency, _MOST), concurrency)
                 cell = dict(zip(("round", "contender", "mode", "concurrency"), key, strict=True))
                 cell |= self._load(contender, mode, concurrency, seed, requests, key)
                 with self.cells_file.open("a") as file:

@@ -49,6 +49,9 @@ def check(
             (".".join(map(str, path)), value, origins.place(path))
             for path, value in _leaves(config.model_dump(exclude_unset=True))
         ]
+        if args.distributed_executor_backend == launch.CPU_EXECUTOR:
+            key = "engine.distributed_executor_backend"
+            rows.append((key, launch.CPU_EXECUTOR, "faster on a CPU"))
         model = weights.present(config.source, settings.cache_dir)
         tokenizer = (
             weights.present(config.tokenizer, settings.cache_dir, weights=False)

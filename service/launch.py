@@ -40,6 +40,12 @@ MIDDLEWARE = [
     f"service.guard.{name}" for name in ("Shortcut", "Body", "ApiKey", "CleanErrors", "Observe")
 ]
 
+# For one worker on a CPU vLLM starts a process beside the engine's, so as to bind its threads to
+# all cores but one; and the engine spins on that one while it waits for it. In the engine's own
+# process, threads on all cores make twice as many tokens on 2 cores, and the server starts a
+# process less. By its full name, because vLLM replaces "uni" on CPUs.
+CPU_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+
 # vLLM arguments that another key or setting decides here.
 _OWNED = {
     "model": "source",
@@ -90,6 +96,7 @@ def run(
         _prepare_environment(folder, settings)
         _load_plugins()
         args = arguments(config, origins, settings)
+        _work_around_vllm()
         folder.set_phase(Phase.DOWNLOADING)
         report = functools.partial(folder.set_phase, Phase.DOWNLOADING)
         fetch_files(args, config, settings, report)
@@ -112,6 +119,7 @@ def prepared(
         _prepare_environment(folder, settings)
         _load_plugins()
         args = arguments(config, origins, settings)
+        _work_around_vllm()
         yield args, folder
 
 
@@ -171,7 +179,8 @@ def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argp
         args.disable_uvicorn_access_log = True
     if "use_tqdm_on_load" not in given:
         args.use_tqdm_on_load = settings.verbose
-    _suit_cpu(args, given)
+    if "distributed_executor_backend" not in given and _is_one_cpu(args):
+        args.distributed_executor_backend = CPU_EXECUTOR
     return args
 
 
@@ -276,25 +285,26 @@ def _load_plugins() -> None:
             ) from e
 
 
-def _suit_cpu(args: argparse.Namespace, given: set[str]) -> None:
-    """What makes vLLM 0.32 faster on CPUs; nothing that was `given` is changed.
-
-    Measured in docs/performance.md.
-    """
+def _is_one_cpu(args: argparse.Namespace) -> bool:
+    """Whether one worker runs on a CPU with one memory, whose threads nobody wants bound."""
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        return
-    # It cannot load its ahead-of-time compiled model again, and compiles at every start; its older
-    # cache works (15 s instead of 56 s for the embedded model on 2 cores).
-    os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
-    workers = (args.tensor_parallel_size, args.pipeline_parallel_size, args.data_parallel_size)
-    if "distributed_executor_backend" not in given and set(workers) == {1}:
-        # vLLM runs the model in a process beside the engine's, so as to bind its threads to all
-        # cores but one; and the engine spins on that one while it waits for it. In the engine's
-        # own process, threads on all cores make twice as many tokens on 2 cores, and the server
-        # starts a process less. By its full name, because "uni" is replaced on CPUs.
-        args.distributed_executor_backend = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+    sizes = (args.tensor_parallel_size, args.pipeline_parallel_size, args.data_parallel_size)
+    return (
+        bool(current_platform.is_cpu())
+        and set(sizes) == {1}
+        and len([*Path("/sys/devices/system/node").glob("node[0-9]*")]) <= 1
+        and os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind") == "nobind"
+    )
+
+
+def _work_around_vllm() -> None:
+    """vLLM 0.32 on CPU cannot load its ahead-of-time compiled model again, and compiles at every
+    start; its older cache works (15 s instead of 56 s for the embedded model on 2 cores)."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
 
 
 def _launch(args: argparse.Namespace, listener: socket.socket | None) -> None:

@@ -33,6 +33,9 @@ def arguments(tmp_path: Path, engine: str) -> object:
         ("allowed_origins: [a, b]", "allowed_origins", ["a", "b"]),
         ("middleware: [a.b, c.d]", "middleware", ["a.b", "c.d", *launch.MIDDLEWARE]),
         ("hf_overrides: {vocab_size: 7}", "hf_overrides", {"vocab_size": 7}),
+        ("dtype: bfloat16", "distributed_executor_backend", launch.CPU_EXECUTOR),
+        ("distributed_executor_backend: mp", "distributed_executor_backend", "mp"),
+        ("tensor_parallel_size: 2", "distributed_executor_backend", None),
     ],
 )
 def test_values_are_read_as_vllm_reads_them(
