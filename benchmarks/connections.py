@@ -158,7 +158,7 @@ async def _measure(server: Server) -> dict[str, Any]:
                 costs["idle"][level].append(await cost(port, api))
             costs["queued"][level].append(await cost_queued(port, api, level))
             print(level, {kind: costs[kind][level][-1] for kind in costs}, flush=True)
-    return {"memory_mb": held, "cpu_ms_per_request": costs}
+    return {"open": OPEN, "running": RUNNING, "memory_mb": held, "cpu_ms_per_request": costs}
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """vLLM's engine without a server, as the measure of what it can do: one JSON line in, one out.
 
-    python -m benchmarks.offline MODEL
+    python -m benchmarks.offline MODEL [key.path=value ...]
 
 It runs with the model's YAML as `serve` does, in the same environment. A line names `seed`,
 `prompt_tokens`, `answer_tokens`, `requests` and `concurrency`; the answer has `seconds` and
@@ -18,7 +18,7 @@ from service import check, launch, model_config, prompting, settings
 
 
 def main() -> None:
-    config, origins = model_config.load(sys.argv[1])
+    config, origins = model_config.load(sys.argv[1], sys.argv[2:])
     chosen = settings.load()
     with launch.prepared(config, origins, chosen) as (args, _):
         launch.fetch_files(args, config, chosen)

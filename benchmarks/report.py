@@ -143,6 +143,7 @@ class _Run:
             yield "| | seconds |\n|---|---|"
             for contender, seconds in starts.items():
                 yield f"| {NAMES[contender]} | {_spread(seconds, 1)} |"
+        yield from self._connections()
         yield "\n## Pictures\n"
         for name in plots:
             yield f"![{name}]({name}.svg)\n"
@@ -213,6 +214,24 @@ class _Run:
             if seconds := cell.get("first_token_seconds"):
                 starts.setdefault(cell["contender"], {}).setdefault(cell["round"], seconds)
         return {name: list(by_round.values()) for name, by_round in starts.items()}
+
+    def _connections(self) -> Iterator[str]:
+        """What `python -m benchmarks.connections --folder` has measured."""
+        file = self.folder / "connections.json"
+        if not file.exists():
+            return
+        measured = json.loads(file.read_text())
+        grown = measured["memory_mb"]["with_connections"] - measured["memory_mb"]["before"]
+        yield "\n## Connections\n"
+        yield (
+            f"With {measured['open']} connections of which {measured['running']} have a request "
+            f"running, the API process holds {grown:.0f} MB more (target: under 200).\n"
+        )
+        levels = list(next(iter(measured["cpu_ms_per_request"].values())))
+        yield f"| API CPU, ms a request, beside | {' | '.join(levels)} |"
+        yield "|---" * (len(levels) + 1) + "|"
+        for kind, costs in measured["cpu_ms_per_request"].items():
+            yield f"| {kind} | {' | '.join(_spread(costs[level], 2) for level in levels)} |"
 
     def _row(self, contender: str, mode: str, level: int, found: list[Cell]) -> str:
         columns = [_spread([_rate(cell) for cell in found], 0)]

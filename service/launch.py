@@ -36,9 +36,8 @@ PLUGINS = (
     ("vllm.endpoint_plugins", "chat_service"),
 )
 # The first is innermost.
-MIDDLEWARE = [
-    f"service.guard.{name}" for name in ("Shortcut", "Body", "ApiKey", "CleanErrors", "Observe")
-]
+MIDDLEWARE = [f"service.guard.{name}" for name in ("Body", "ApiKey", "CleanErrors", "Observe")]
+INNERMOST = "service.guard.Shortcut"  # the user's own stand between
 
 # For one worker on a CPU vLLM starts a process beside the engine's, so as to bind its threads to
 # all cores but one; and the engine spins on that one while it waits for it. In the engine's own
@@ -171,7 +170,7 @@ def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argp
     if "max_tokens" in sampling:  # its name in generation_config.json
         sampling["max_new_tokens"] = sampling.pop("max_tokens")
     args.override_generation_config = sampling
-    args.middleware = [*args.middleware, *MIDDLEWARE]
+    args.middleware = [INNERMOST, *args.middleware, *MIDDLEWARE]
     if "shutdown_timeout" not in given and api_servers(config) > 1:
         # vLLM's parent process kills its API processes at once, unless it is told to wait.
         args.shutdown_timeout = math.ceil(settings.drain_timeout) + 10

@@ -42,7 +42,7 @@ def environment() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def service(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path) -> Iterator[Server]:
     """One API process. Eager, because compiling is most of a start; README's test compiles."""
     log = tmp_path_factory.mktemp("service") / "log"
     with Server.service(log, "--set", "engine.enforce_eager=true") as server:

@@ -31,7 +31,11 @@ def arguments(tmp_path: Path, engine: str) -> object:
         ("quantization: null", "quantization", None),
         ("api_server_count: 2", "api_server_count", 2),
         ("allowed_origins: [a, b]", "allowed_origins", ["a", "b"]),
-        ("middleware: [a.b, c.d]", "middleware", ["a.b", "c.d", *launch.MIDDLEWARE]),
+        (
+            "middleware: [a.b, c.d]",
+            "middleware",
+            [launch.INNERMOST, "a.b", "c.d", *launch.MIDDLEWARE],
+        ),
         ("hf_overrides: {vocab_size: 7}", "hf_overrides", {"vocab_size": 7}),
         ("dtype: bfloat16", "distributed_executor_backend", launch.CPU_EXECUTOR),
         ("distributed_executor_backend: mp", "distributed_executor_backend", "mp"),
