@@ -189,7 +189,8 @@ class Benchmark:
             if record["tokens"] is None:
                 record["tokens"] = self._count(record.pop("text"))
         compressed = json.dumps(records, separators=(",", ":")).encode()
-        raw.with_suffix(".json.gz").write_bytes(gzip.compress(compressed, mtime=0))
+        if key:
+            raw.with_suffix(".json.gz").write_bytes(gzip.compress(compressed, mtime=0))
         raw.unlink()
         ends = [record["start"] + record["seconds"] for record in records]
         figures = {
