@@ -15,7 +15,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Lifespan, Receive, Scope, Send
 from vllm.engine.protocol import EngineClient
 from vllm.envs import enable_envs_cache
-from vllm.v1.metrics.loggers import StatLoggerBase
 
 from service import connection, progress, prompting, settings
 from service.admission import Admission
@@ -29,7 +28,7 @@ from service.keys import Keys
 from service.model_config import ModelConfig
 from service.request_record import RequestRecord
 from service.settings import ApiProcessConfig
-from service.watch import Progress, Watch
+from service.watch import Watch
 
 # vLLM's routes that make the engine generate; they pass our queue. A route that is not in this
 # version of vLLM's app ends the start.
@@ -184,29 +183,6 @@ def _guard_routes(app: FastAPI, service: ServiceState) -> None:
             guarded.add(route.path)
     if missing := GENERATING - guarded:
         raise LaunchError(f"vLLM's app lacks {', '.join(sorted(missing))}: not the pinned version")
-
-
-class ProgressLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM is not typed for us
-    """vLLM's StatLogger protocol: notes that the engine makes tokens or fills its cache."""
-
-    def __init__(self, vllm_config: object, engine_index: int = 0) -> None:
-        self._usage = -1.0
-
-    def record(
-        self,
-        scheduler_stats: Any,
-        iteration_stats: Any,
-        mm_cache_stats: object = None,
-        engine_idx: int = 0,
-    ) -> None:
-        usage = self._usage if scheduler_stats is None else scheduler_stats.kv_cache_usage
-        tokens = iteration_stats is not None and iteration_stats.num_generation_tokens
-        if tokens or usage != self._usage:
-            self._usage = usage
-            Progress.made()
-
-    def log_engine_initialized(self) -> None:
-        """Nothing to say."""
 
 
 async def _create(request: Request) -> Response:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # Group and name of our entry points.
 PLUGINS = (
     ("vllm.general_plugins", "chat_service_models"),
-    ("vllm.stat_logger_plugins", "chat_service_progress"),
+    ("vllm.stat_logger_plugins", "chat_service_statistics"),
     ("vllm.endpoint_plugins", "chat_service"),
 )
 # The first is innermost.
