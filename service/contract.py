@@ -1,10 +1,11 @@
 """`POST /`: the tutorials' wire contract, from the body's bytes to the answer's."""
 
+import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, Protocol
 
@@ -116,6 +117,8 @@ class _Generation:
     prompt_tokens: int
     chunks: AsyncGenerator[Chunk, None]
     deadline: float | None
+    # Its place at the engine, while its chunks are taken.
+    held: AbstractAsyncContextManager[object]
 
 
 class Contract:
@@ -152,8 +155,11 @@ class Contract:
                 if not asked.stream:
                     answer = await self._answer(generation, record)
                 else:
-                    # Refusals of the engine still get their own HTTP status this way.
-                    first = await anext(generation.chunks)
+                    async with AsyncExitStack() as stack:
+                        await stack.enter_async_context(generation.held)
+                        # Refusals of the engine still get their own HTTP status this way.
+                        first = await anext(generation.chunks)
+                        generation.held = stack.pop_all()
             if asked.stream:
                 frames = self._events(generation, first, record)
                 return EventStream(frames, generation, self.endings)
@@ -196,20 +202,21 @@ class Contract:
             echo=self.config.prompt.echo,
             cache_salt=record.client.name if self.cache_per_key else None,
         )
-        chunks = self._admitted(record.client, chunks)
-        return _Generation(asked, params, len(token_ids), chunks, deadline)
+        held = self._admitted(record.client, chunks)
+        return _Generation(asked, params, len(token_ids), chunks, deadline, held)
 
+    @asynccontextmanager
     async def _admitted(
         self, client: Client, chunks: AsyncGenerator[Chunk, None]
-    ) -> AsyncGenerator[Chunk, None]:
-        """The engine's chunks, begun when the queue lets them and not before."""
+    ) -> AsyncIterator[None]:
+        """The engine's chunks may begin when the queue lets them; closed, they are aborted."""
         async with self.admission.slot(client), aclosing(chunks):
-            async for chunk in chunks:
-                yield chunk
+            yield
 
     async def _answer(self, generation: _Generation, record: RequestRecord) -> bytes:
-        # To its end: a generator that is dropped makes vLLM abort a request that has finished.
-        (chunk,) = [chunk async for chunk in generation.chunks]
+        async with generation.held:
+            # To its end: a generator that is dropped makes vLLM abort a request that has finished.
+            (chunk,) = [chunk async for chunk in generation.chunks]
         began = time.perf_counter()
         body = self._body(generation, chunk.text, chunk, record)
         record.layer_seconds += time.perf_counter() - began
@@ -291,12 +298,16 @@ class EventStream(Response):
         self.endings = endings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # A task of its own: resumed for each token, without all the layers that wait around it.
+        await asyncio.create_task(self._send(scope, receive, send))
+
+    async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         last = b""
         try:
             async with (
                 self.endings.watch(receive, self.generation.deadline),
-                aclosing(self.generation.chunks),
+                self.generation.held,
                 aclosing(self.frames) as frames,
             ):
                 await send(start)
@@ -349,12 +360,15 @@ def _unexpected(record: RequestRecord) -> RequestError:
     return RequestError(f"internal error; the server's log has more under request {record.id}")
 
 
+_encode = json.JSONEncoder(ensure_ascii=False).encode
+
+
 def _delta(text: str) -> bytes:
-    return b"data: " + _json({"delta": text}) + b"\n\n"
+    return f'data: {{"delta": {_encode(text)}}}\n\n'.encode()
 
 
 def _json(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode()
+    return _encode(value).encode()
 
 
 # FastAPI cannot derive this: the handler reads the body itself, whatever its Content-Type.
