@@ -3,8 +3,8 @@
     python -m benchmarks.connections [--folder benchmarks/results/2026-01-31]
 
 First 2,000 connections of which 256 have a request running; then the cost of a request beside 1 to
-10,000 idle connections, and with 1 to 10,000 requests in the queue. Needs as many file descriptors
-(`ulimit -n 20000`).
+10,000 idle connections, and while 1 to 10,000 requests stand in the queue. Needs as many file
+descriptors (`ulimit -n 20000`).
 """
 
 import argparse
@@ -28,8 +28,8 @@ RUNNING = 256
 OPEN = 2000
 LEVELS = (1, 100, 1000, 10_000)
 ROUNDS = 3
-REQUESTS = 256  # measured at a time
-_AT_ONCE = 16
+REQUESTS = 1024  # measured at a time
+AT_ONCE = 64
 # One token: the engine does little, and what a request costs beside its tokens is seen.
 _SHORT = {"prompt": "hi", "max_new_tokens": 1}
 _LONG = {"prompt": "Count from one to a thousand.", "max_new_tokens": 400, "temperature": 1}
@@ -65,9 +65,12 @@ class Connection:
 
 
 @asynccontextmanager
-async def connections(port: int, count: int) -> AsyncIterator[list[Connection]]:
+async def connections(
+    port: int, api: psutil.Process, count: int
+) -> AsyncIterator[list[Connection]]:
     """So many open connections, on each of which something was asked once."""
     opened = []
+    before = api.num_fds()
     try:
         for _ in range(count):
             connection = await Connection.open(port)
@@ -78,49 +81,54 @@ async def connections(port: int, count: int) -> AsyncIterator[list[Connection]]:
     finally:
         for connection in opened:
             connection.close()
-        await asyncio.sleep(1)
+        while api.num_fds() > before:
+            await asyncio.sleep(0.2)
+        spent = 0.0
+        while _cpu(api) - spent > 0.02:  # its work on them is none of the next figure's
+            spent = _cpu(api)
+            await asyncio.sleep(0.5)
 
 
-async def cost(port: int, api: psutil.Process) -> float:
-    """CPU milliseconds of the API process per short request."""
-    async with connections(port, _AT_ONCE) as clients:
+async def cost(port: int, api: psutil.Process, clients: int) -> float:
+    """CPU milliseconds of the API process per short request, with so many closed loops.
 
-        async def ask(connection: Connection) -> None:
-            for _ in range(REQUESTS // _AT_ONCE):
-                connection.send(_SHORT)
-                assert await connection.answer() == 200
+    What they are beyond RUNNING stands in the queue all the time.
+    """
+    answered = 0
 
-        before = _cpu(api)
-        await asyncio.gather(*map(ask, clients))
-        return (_cpu(api) - before) / REQUESTS * 1000
-
-
-async def cost_queued(port: int, api: psutil.Process, queued: int) -> float:
-    """The same while at least so many others stand in the queue behind them."""
-    async with (
-        connections(port, RUNNING) as busy,
-        connections(port, REQUESTS) as measured,
-        connections(port, queued) as behind,
-    ):
-        for connection in busy:
-            connection.send(_LONG)
-        await _until(port, "service_running_sequences", RUNNING)
-        for connection in (*measured, *behind):
+    async def ask(connection: Connection) -> None:
+        nonlocal answered
+        while True:
             connection.send(_SHORT)
-        await _until(port, "service_waiting_sequences", REQUESTS + queued)
-        before = _cpu(api)
-        for connection in busy:  # their clients leave, and it is the next ones' turn
-            connection.close()
-        statuses = await asyncio.gather(*(connection.answer() for connection in measured))
-        assert set(statuses) == {200}, statuses
-        return (_cpu(api) - before) / REQUESTS * 1000
+            assert await connection.answer() == 200
+            answered += 1
+
+    async def until(count: int) -> None:
+        while answered < count:
+            await asyncio.sleep(0.05)
+            for loop in loops:
+                if loop.done():
+                    loop.result()
+
+    async with connections(port, api, clients) as opened:
+        loops = [asyncio.create_task(ask(connection)) for connection in opened]
+        await _until(port, "service_waiting_sequences", clients - RUNNING - AT_ONCE)
+        await until(answered + RUNNING)  # those that met a shorter queue are through
+        before, answered = _cpu(api), 0
+        await until(REQUESTS)
+        spent = (_cpu(api) - before) / answered * 1000
+        for loop in loops:
+            loop.cancel()
+        return spent
 
 
-async def _until(port: int, gauge: str, value: int) -> None:
-    async with httpx.AsyncClient(trust_env=False) as client:
+async def _until(port: int, gauge: str, value: float) -> None:
+    """Return when this metric of the server has reached so much."""
+    async with httpx.AsyncClient(trust_env=False, timeout=120) as client:
         while True:
             text = (await client.get(f"http://127.0.0.1:{port}/metrics")).text
-            if f"\n{gauge} {value}.0\n" in text:
+            (line,) = (line for line in text.splitlines() if line.startswith(f"{gauge} "))
+            if float(line.split()[1]) >= value:
                 return
             await asyncio.sleep(0.2)
 
@@ -128,7 +136,7 @@ async def _until(port: int, gauge: str, value: int) -> None:
 async def memory(port: int, api: psutil.Process) -> dict[str, float]:
     """MB of the API process before, and with OPEN connections of which RUNNING have a request."""
     before = api.memory_info().rss
-    async with connections(port, OPEN) as opened:
+    async with connections(port, api, OPEN) as opened:
         asking = opened[:RUNNING]
         for connection in asking:
             connection.send(_LONG)
@@ -146,7 +154,7 @@ def _cpu(process: psutil.Process) -> float:
 async def _measure(server: Server) -> dict[str, Any]:
     port = int(server.url.rpartition(":")[2])
     api = server.api_process()
-    await cost(port, api)  # warm
+    await cost(port, api, AT_ONCE)  # warm
     held = await memory(port, api)
     print(f"{OPEN} connections, {RUNNING} running: {held}", flush=True)
     costs: dict[str, dict[int, list[float]]] = {
@@ -154,9 +162,9 @@ async def _measure(server: Server) -> dict[str, Any]:
     }
     for _ in range(ROUNDS):
         for level in LEVELS:
-            async with connections(port, level):
-                costs["idle"][level].append(await cost(port, api))
-            costs["queued"][level].append(await cost_queued(port, api, level))
+            async with connections(port, api, level):
+                costs["idle"][level].append(await cost(port, api, AT_ONCE))
+            costs["queued"][level].append(await cost(port, api, RUNNING + level))
             print(level, {kind: costs[kind][level][-1] for kind in costs}, flush=True)
     return {"open": OPEN, "running": RUNNING, "memory_mb": held, "cpu_ms_per_request": costs}
 
@@ -165,12 +173,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--folder", type=Path, help="of a run of the benchmark, to add this to")
     asked = parser.parse_args()
-    needed = 2 * (LEVELS[-1] + RUNNING + REQUESTS)
+    needed = LEVELS[-1] + 1000
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    if hard != resource.RLIM_INFINITY and hard < needed // 2 + 100:
+    if hard != resource.RLIM_INFINITY and hard < needed:
         raise SystemExit(f"error: at most {hard} files may be open; ulimit -n {needed}")
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    env = {"SERVICE_MAX_WAITING": str(2 * LEVELS[-1]), "SERVICE_QUEUE_TIMEOUT": "600"}
+    env = {
+        "SERVICE_MAX_CONNECTIONS": str(needed),
+        "SERVICE_MAX_WAITING": str(needed),
+        "SERVICE_QUEUE_TIMEOUT": "600",
+    }
     with (
         tempfile.TemporaryDirectory() as folder,
         Server.service(

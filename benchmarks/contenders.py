@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,6 +14,8 @@ import psutil
 
 from benchmarks.server import Server, free_port
 from service import model_config, settings, weights
+
+_CHAT = {"plain": "Chat", "stream": "ChatStream"}
 
 
 class HttpContender:
@@ -68,26 +70,43 @@ class HttpContender:
         return resident / 2**20
 
 
-def service(model: str, log: Path) -> HttpContender:
+def service(model: str, sets: Sequence[str], log: Path) -> HttpContender:
     """`chat-service serve`, as it comes."""
     began = time.monotonic()
     users = {"plain": "Plain", "stream": "Stream"}
     first = {"prompt": "hi", "max_new_tokens": 4}
-    return HttpContender(Server.service(log, model), began, users, ("/", first))
+    return HttpContender(_serve(model, sets, log), began, users, ("/", first))
 
 
-def bare_vllm(model: str, log: Path) -> HttpContender:
+def chat(model: str, sets: Sequence[str], log: Path) -> HttpContender:
+    """The same server by vLLM's own chat route; for models that bare vLLM cannot load."""
+    began = time.monotonic()
+    config, _ = model_config.load(model, sets)
+    return HttpContender(_serve(model, sets, log), began, _CHAT, _first_chat(config.name))
+
+
+def _serve(model: str, sets: Sequence[str], log: Path) -> Server:
+    return Server.service(log, model, *(word for each in sets for word in ("--set", each)))
+
+
+def _first_chat(name: str) -> tuple[str, dict[str, object]]:
+    messages = [{"role": "user", "content": "hi"}]
+    return "/v1/chat/completions", {"model": name, "messages": messages, "max_tokens": 4}
+
+
+def bare_vllm(model: str, sets: Sequence[str], log: Path) -> HttpContender:
     """vLLM's own server as its documentation starts it, on the model's files."""
-    config, _ = model_config.load(model)
+    config, _ = model_config.load(model, sets)
     port = free_port()
+    loads = config.engine.get("load_format") != "dummy"
     arguments: dict[str, object] = {
-        "model": weights.fetch(config.source, settings.load().cache_dir),
+        "model": weights.fetch(config.source, settings.load().cache_dir, weights=loads),
         "served-model-name": config.name,
         "host": "127.0.0.1",
         "port": port,
     }
     # What its user must give; the rest is vLLM's to choose.
-    for name in ("dtype", "max_model_len", "kv_cache_memory_bytes"):
+    for name in ("dtype", "max_model_len", "kv_cache_memory_bytes", "load_format"):
         if name in config.engine:
             arguments[name.replace("_", "-")] = config.engine[name]
     if config.prompt.template:
@@ -96,17 +115,12 @@ def bare_vllm(model: str, log: Path) -> HttpContender:
     for name, value in arguments.items():
         command += [f"--{name}", str(value)]
     began = time.monotonic()
-    users = {"plain": "Chat", "stream": "ChatStream"}
-    messages = [{"role": "user", "content": "hi"}]
-    first = {"model": config.name, "messages": messages, "max_tokens": 4}
-    return HttpContender(
-        Server(command, log, port=port), began, users, ("/v1/chat/completions", first)
-    )
+    return HttpContender(Server(command, log, port=port), began, _CHAT, _first_chat(config.name))
 
 
-def tutorial(model: str, log: Path) -> HttpContender:
+def tutorial(model: str, sets: Sequence[str], log: Path) -> HttpContender:
     """The tutorials' server, which streams nothing."""
-    config, _ = model_config.load(model)
+    config, _ = model_config.load(model, sets)
     folder = weights.fetch(config.source, settings.load().cache_dir)
     port = free_port()
     command = [sys.executable, "-m", "benchmarks.tutorial_server", str(folder)]
@@ -119,10 +133,10 @@ def tutorial(model: str, log: Path) -> HttpContender:
 class Offline:
     """vLLM's engine alone, which `benchmarks.offline` runs in a process of its own."""
 
-    def __init__(self, model: str, log: Path) -> None:
+    def __init__(self, model: str, sets: Sequence[str], log: Path) -> None:
         self._log = log.open("w")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.offline", model],
+            [sys.executable, "-m", "benchmarks.offline", model, *sets],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

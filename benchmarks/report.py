@@ -22,11 +22,18 @@ Cell = dict[str, Any]
 
 NAMES = {
     "service": "this service",
+    "chat": "its /v1 chat route",
     "vllm": "bare vLLM",
     "offline": "offline engine",
     "tutorial": "tutorial's server",
 }
-_COLOURS = {"service": "#0b7285", "vllm": "#e8590c", "offline": "#868e96", "tutorial": "#9c36b5"}
+_COLOURS = {
+    "service": "#0b7285",
+    "chat": "#66a80f",
+    "vllm": "#e8590c",
+    "offline": "#868e96",
+    "tutorial": "#9c36b5",
+}
 _BUSY = 64  # concurrent requests, at which most targets are set
 
 _STYLE = """

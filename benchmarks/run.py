@@ -18,7 +18,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,18 +32,21 @@ from service import model_config, settings, weights
 
 Key = tuple[int, str, str, int]  # round, contender, mode, concurrency
 
-CONTENDERS: dict[str, Callable[[str, Path], HttpContender | Offline]] = {
+CONTENDERS: dict[str, Callable[[str, Sequence[str], Path], HttpContender | Offline]] = {
     "service": contenders.service,
+    "chat": contenders.chat,
     "vllm": contenders.bare_vllm,
     "offline": Offline,
     "tutorial": contenders.tutorial,
 }
 MODES = {
     "service": ("plain", "stream"),
+    "chat": ("plain", "stream"),
     "vllm": ("plain", "stream"),
     "offline": ("plain",),
     "tutorial": ("plain",),
 }
+_COMPARED = ["service", "vllm", "offline", "tutorial"]
 # Answers after which the tutorials' server has shown its speed, which is the same at any load.
 _TUTORIAL_ANSWERS = 6
 _WARM_UP = 4
@@ -57,7 +60,8 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct", help="catalogue name or file")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 64, 256])
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for all")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=_COMPARED)
     parser.add_argument("--prompt-tokens", type=int, default=lengths.prompt, help="median")
     parser.add_argument("--answer-tokens", type=int, default=lengths.answer, help="median")
     results = Path(__file__).parent / "results"
@@ -92,7 +96,7 @@ class Benchmark:
                 )
         else:
             about.write_text(json.dumps({"settings": chosen, **_machine()}, indent=1) + "\n")
-        config, _ = model_config.load(asked.model)
+        config, _ = model_config.load(asked.model, asked.set)
         self.model_name = config.name
         self._tokenizer: Any = None
 
@@ -131,7 +135,7 @@ class Benchmark:
 
     def _measure(self, turn: int, name: str, cells: list[Key], step: Callable[[str], None]) -> None:
         log = self.folder / "logs" / f"{turn}-{name}.log"
-        with CONTENDERS[name](self.asked.model, log) as contender:
+        with CONTENDERS[name](self.asked.model, self.asked.set, log) as contender:
             for mode in MODES[name]:
                 self._load(contender, mode, 2, f"warm-{turn}-{mode}", _WARM_UP)
             for key in cells:
@@ -209,7 +213,7 @@ class Benchmark:
         if self._tokenizer is None:
             from transformers import AutoTokenizer
 
-            config, _ = model_config.load(self.asked.model)
+            config, _ = model_config.load(self.asked.model, self.asked.set)
             folder = weights.fetch(config.source, settings.load().cache_dir)
             self._tokenizer = AutoTokenizer.from_pretrained(folder)
         return len(self._tokenizer.encode(text, add_special_tokens=False))

@@ -129,7 +129,8 @@ def fetch_files(
     report: Callable[[int], None] | None = None,
 ) -> None:
     """Fetch what is missing of the model and its tokenizer, and put both into `args`."""
-    model = weights.fetch(config.source, settings.cache_dir, report=report)
+    loads = args.load_format != "dummy"  # which makes random ones
+    model = weights.fetch(config.source, settings.cache_dir, report=report, weights=loads)
     tokenizer = model
     if config.tokenizer:
         tokenizer = weights.fetch(config.tokenizer, settings.cache_dir, weights=False)
