@@ -1,27 +1,44 @@
-# CPU: docker compose up. NVIDIA: docker compose build --build-arg EXTRA=cuda (see README.md).
-FROM python:3.11-slim-bookworm
-
-# torch.compile builds its CPU kernels with g++.
+# Two images: `docker build --target cpu .`, and `--target cuda` for NVIDIA (see README.md).
+FROM python:3.11-slim-bookworm AS base
+# torch.compile and Triton build kernels with a compiler, also at run time.
+# hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends g++ make \
+    && apt-get install --yes --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home chat \
-    && install --directory --owner chat /app /cache
-
-USER chat
+    && install --directory --owner chat /cache
 WORKDIR /app
-ARG EXTRA=cpu
+# The root may be read-only: what is written goes to the volume.
 ENV SERVICE_CACHE_DIR=/cache/models \
     MODELSCOPE_CACHE=/cache/modelscope \
     VLLM_CACHE_ROOT=/cache/vllm \
+    TRITON_CACHE_DIR=/cache/triton \
+    XDG_CACHE_HOME=/cache \
     PATH=/app/.venv/bin:$PATH
-# First what changes rarely: the dependencies.
-COPY --chown=chat Makefile pyproject.toml README.md LICENSE ./
-COPY --chown=chat requirements requirements
-COPY --chown=chat model_configs model_configs
-COPY --chown=chat service service
-RUN make install EXTRA=${EXTRA}
-
 EXPOSE 6006
 ENTRYPOINT ["chat-service"]
 CMD ["serve"]
+
+FROM base AS sources
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends make \
+    && rm -rf /var/lib/apt/lists/*
+COPY Makefile pyproject.toml README.md LICENSE ./
+COPY requirements requirements
+COPY model_configs model_configs
+COPY service service
+
+FROM sources AS installed-cuda
+RUN make install EXTRA=cuda
+
+FROM sources AS installed-cpu
+RUN make install EXTRA=cpu
+
+FROM base AS cuda
+COPY --from=installed-cuda /app /app
+USER chat
+
+FROM base AS cpu
+COPY --from=installed-cpu /app /app
+USER chat

@@ -81,11 +81,10 @@ async def connections(
     finally:
         for connection in opened:
             connection.close()
-        while api.num_fds() > before:
-            await asyncio.sleep(0.2)
         spent = 0.0
-        while _cpu(api) - spent > 0.02:  # its work on them is none of the next figure's
-            spent = _cpu(api)
+        # Its work on them is none of the next figure's.
+        while (now := _cpu(api)) - spent > 0.02 or api.num_fds() > before:
+            spent = now
             await asyncio.sleep(0.5)
 
 

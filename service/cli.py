@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from service.verify import Report
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+DEFAULT_URL = "http://127.0.0.1:6006"
 
 app = typer.Typer(
     help="Serve the models that the tutorials teach, the way their readers call them, on vLLM.",
@@ -37,6 +38,13 @@ Assignments = Annotated[
 ]
 Host = Annotated[str | None, typer.Option(help="Address to listen on [default: 127.0.0.1].")]
 Port = Annotated[int | None, typer.Option(help="Port to listen on [default: 6006].")]
+Url = Annotated[str, typer.Option(help="Address of the server.")]
+Key = Annotated[
+    str | None,
+    typer.Option(
+        envvar="SERVICE_API_KEY", show_envvar=True, help="The API key, if it asks for one."
+    ),
+]
 Verbose = Annotated[
     bool | None, typer.Option("--verbose", help="Show everything that vLLM and its libraries log.")
 ]
@@ -175,6 +183,55 @@ def verify(
     else:
         _print_report(report)
     raise SystemExit(3 if report.problems else 0)
+
+
+@app.command()
+def chat(
+    prompt: Annotated[
+        str | None, typer.Argument(help="One question [default: a conversation until Ctrl-D].")
+    ] = None,
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="New tokens at most.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the answers as JSON lines.")
+    ] = False,
+) -> None:
+    """Talk to a running server. Ctrl-C ends an answer, Ctrl-D the conversation.
+
+    Examples:
+
+        chat-service chat
+
+        chat-service chat "What is the capital of France?" --json
+    """
+    from service import terminal
+
+    given = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    options = {name: value for name, value in given.items() if value is not None}
+    terminal.chat(terminal.Remote(url, key), prompt, options, as_json=as_json)
+
+
+@app.command()
+def top(
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1,
+    count: Annotated[int | None, typer.Option(min=1, help="End after so many.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON line for each look.")] = False,
+) -> None:
+    """Show what a running server does: throughput, queue, time to first token, KV cache.
+
+    Examples:
+
+        chat-service top
+
+        chat-service top --count 1 --json
+    """
+    from service import terminal
+
+    terminal.top(terminal.Remote(url, key), interval, count, as_json=as_json)
 
 
 @app.command()

@@ -99,6 +99,7 @@ class Engine(Protocol):
         stream: bool,
         echo: bool,
         cache_salt: str | None,
+        trace_headers: dict[str, str] | None,
     ) -> AsyncGenerator[Chunk, None]:
         """Chunks as they come, or one whole; with `echo` the first begins with the prompt's text.
 
@@ -201,6 +202,7 @@ class Contract:
             stream=bool(asked.stream),
             echo=self.config.prompt.echo,
             cache_salt=record.client.name if self.cache_per_key else None,
+            trace_headers=record.trace_headers,
         )
         held = self._admitted(record.client, chunks)
         return _Generation(asked, params, len(token_ids), chunks, deadline, held)

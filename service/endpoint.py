@@ -16,7 +16,7 @@ from starlette.types import Lifespan, Receive, Scope, Send
 from vllm.engine.protocol import EngineClient
 from vllm.envs import enable_envs_cache
 
-from service import connection, progress, prompting, settings
+from service import connection, progress, prompting, settings, web
 from service.admission import Admission
 from service.admit import Admit
 from service.contract import OPENAPI, Contract
@@ -71,6 +71,7 @@ class ServiceState:
         self.keys: Keys | None = None
         if config.clients is not None:
             self.keys = Keys(config.clients, config.settings.api_key_file)
+        self.traces = vllm.observability_config.otlp_traces_endpoint is not None
         self.guarded_metrics = config.settings.metrics_key
         self.max_body_bytes = config.settings.max_body_bytes
         self.body_timeout = config.settings.body_timeout
@@ -118,6 +119,7 @@ class ChatService:
         create.app = _answer
         app.router.routes.insert(0, create)
         for path, handler, summary in (
+            ("/", _index, "The chat page for browsers; for programs, what there is"),
             ("/health", _health, "200 when the engine works, 503 when it is dead or stalled"),
             ("/ping", _health, "the same"),
             ("/health/live", _live, "200 as long as the process answers"),
@@ -193,6 +195,18 @@ async def _create(request: Request) -> Response:
 async def _answer(scope: Scope, receive: Receive, send: Send) -> None:
     state: ServiceState = scope["app"].state.service
     await state.create(scope, receive, send)
+
+
+async def _index(request: Request) -> Response:
+    service: ServiceState = request.app.state.service
+    model = service.config.model
+    return web.index(
+        request,
+        model=model.name,
+        style=model.prompt.style,
+        defaults=service.engine.defaults,
+        asks_for_key=service.keys is not None,
+    )
 
 
 async def _live() -> JSONResponse:

@@ -1,7 +1,6 @@
 """vLLM's engine as the contract needs it: prompts in, text out, its errors made ours."""
 
 import asyncio
-import copy
 import functools
 import logging
 import uuid
@@ -53,13 +52,14 @@ def chat_params(
 
 
 def _fast(tokenizer: Any) -> Any:
-    """The Rust tokenizer inside, for the loop alone, or None where there is none.
+    """The Rust tokenizer inside, or None where there is none.
 
-    What transformers does around it for each text costs half as much again.
+    What transformers does around it for each text costs half as much again. vLLM gives its threads
+    copies, and asks this one for the text of tokens alone.
     """
     if not isinstance(tokenizer, TokenizersBackend):
         return None
-    fast = copy.deepcopy(tokenizer.backend_tokenizer)
+    fast = tokenizer.backend_tokenizer
     fast.no_truncation()
     fast.no_padding()
     return fast
@@ -162,6 +162,7 @@ class Engine:
         stream: bool,
         echo: bool,
         cache_salt: str | None,
+        trace_headers: dict[str, str] | None = None,
     ) -> AsyncGenerator[Chunk, None]:
         kind = RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
         # Text is needed at every step only to send it or to look for stop strings.
@@ -177,7 +178,10 @@ class Engine:
                 skip_clone=True,  # it is this request's alone
             )
             outputs = self._client.generate(
-                tokens_input(token_ids, cache_salt=cache_salt), sampling, request_id
+                tokens_input(token_ids, cache_salt=cache_salt),
+                sampling,
+                request_id,
+                trace_headers=trace_headers,
             )
             async for output in outputs:
                 (completion,) = output.outputs

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import logs, metrics
+from service import logs, metrics, tracing
 from service.errors import (
     ENGINE_ENDED,
     BodyTooLarge,
@@ -55,6 +55,7 @@ class ServiceState(Protocol):
     def body_timeout(self) -> float: ...
 
     create: ASGIApp  # POST /
+    traces: bool
     body_bytes: int  # of all bodies that are held now
 
     @property
@@ -73,6 +74,9 @@ class Observe:
             return
         record = RequestRecord(_request_id(scope))
         record.attach(scope)
+        state: ServiceState = scope["app"].state.service
+        traced = state.traces and scope["path"] not in _QUIET
+        span = tracing.begin(scope, record) if traced else None
 
         async def observed(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -94,6 +98,8 @@ class Observe:
             metrics.REQUESTS.labels(route, record.status).inc()
             metrics.REQUEST_SECONDS.labels(route).observe(seconds)
             _add_vllm_usage(record, scope)
+            if span:
+                tracing.end(span, scope, record, route)
             logs.request(record, scope["method"], route, seconds, quiet=scope["path"] in _QUIET)
 
 
@@ -144,7 +150,7 @@ class CleanErrors:
 
 
 class ApiKey:
-    """Asks for an API key, when there are any, on every route but the health checks.
+    """Asks for an API key, when there are any, on every route but health checks and the page.
 
     Whose key it is goes on with the request. WebSockets are not served.
     """
@@ -161,7 +167,11 @@ class ApiKey:
             return
         state: ServiceState = scope["app"].state.service
         path = scope["path"]
-        open_to_all = path in _HEALTH or (path == "/metrics" and not state.guarded_metrics)
+        open_to_all = (
+            path in _HEALTH
+            or (path == "/" and scope["method"] == "GET")  # where a person enters the key
+            or (path == "/metrics" and not state.guarded_metrics)
+        )
         if state.keys and not open_to_all and not _is_preflight(scope):
             client = state.keys.client(_bearer(scope))
             if client is None:

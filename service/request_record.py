@@ -22,6 +22,8 @@ class RequestRecord:
     error: str | None = None  # RequestError.type
     client: Client = ANYONE
     layer_seconds: float = 0.0
+    # W3C trace context for the engine, where traces are on.
+    trace_headers: dict[str, str] | None = None
     # Local time, prompt and response, only when the setting asks for prompts in the log.
     exchange: tuple[str, str, str] | None = None
 

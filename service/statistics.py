@@ -1,6 +1,7 @@
 """What vLLM's engine tells of each of its steps: that it makes progress, and vLLM's own metrics."""
 
 import asyncio
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +11,7 @@ from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from service.watch import Progress
 
-# Metrics are this old at most, where another process is asked for them.
+# Steps are kept for so long, and so many of them.
 _MOST_SECONDS = 0.25
 _MOST_STEPS = 32
 
@@ -25,6 +26,8 @@ class Statistics(PrometheusStatLogger):  # type: ignore[misc]  # vLLM is not typ
     def __init__(self, vllm_config: Any, engine_indexes: list[int] | None = None) -> None:
         self._steps: list[tuple[Any, Any, Any, int]] = []
         self._usage = -1.0
+        # Where another process may be the one that is asked for our metrics, none may wait.
+        self._most_steps = 1 if "PROMETHEUS_MULTIPROC_DIR" in os.environ else _MOST_STEPS
         REGISTRY.register(_BeforeScrape(self))  # vLLM's come after it
         super().__init__(vllm_config, engine_indexes)
 
@@ -40,11 +43,11 @@ class Statistics(PrometheusStatLogger):  # type: ignore[misc]  # vLLM is not typ
         if tokens or usage != self._usage:
             self._usage = usage
             Progress.made()
-        if not self._steps:
-            asyncio.get_running_loop().call_later(_MOST_SECONDS, self.flush)
         self._steps.append((scheduler_stats, iteration_stats, mm_cache_stats, engine_idx))
-        if len(self._steps) >= _MOST_STEPS:
+        if len(self._steps) >= self._most_steps:
             self.flush()
+        elif len(self._steps) == 1:
+            asyncio.get_running_loop().call_later(_MOST_SECONDS, self.flush)
 
     def flush(self) -> None:
         """Record the steps that are not recorded yet."""

@@ -1,4 +1,4 @@
-"""Two API processes on one engine, with an API key and with prompts in the log."""
+"""Two API processes on one engine, with an API key, prompts in the log, and traces."""
 
 import asyncio
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.server import Server
 from tests.conftest import MODEL, hardening, logged
+from tests.otlp import Collector
 from tests.prometheus import scrape, series
 from tests.test_faults import EAGER, check_killed_engine
 
@@ -17,13 +18,25 @@ BEARER = {"authorization": f"Bearer {KEY}"}
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def collector() -> Iterator[Collector]:
+    with Collector() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("two")
     key_file = folder / "key"
     key_file.write_text(f"{KEY}\n")
-    env = {"SERVICE_API_KEY_FILE": str(key_file), "SERVICE_LOG_PROMPTS": "true"}
+    env = {
+        "SERVICE_API_KEY_FILE": str(key_file),
+        "SERVICE_LOG_PROMPTS": "true",
+        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+        "OTEL_BSP_SCHEDULE_DELAY": "200",  # ms
+    }
     both = ("--set", "engine.api_server_count=2")
-    with Server.service(folder / "log", *EAGER, *both, env=env) as server:
+    traces = ("--set", f"engine.otlp_traces_endpoint={collector.endpoint}")
+    with Server.service(folder / "log", *EAGER, *both, *traces, env=env) as server:
         yield server
 
 
@@ -76,6 +89,28 @@ def test_prompts_are_logged_as_the_tutorials_do_on_one_line(two: Server) -> None
     line = f'[{answer["time"]}] ", prompt:"Two\\nlines "quoted"\\x1b[31m", response:"'
     assert logged(two, f'{line}{answer["response"]!r}"\n')
     assert KEY not in two.log.read_text()
+
+
+def test_the_engines_span_is_in_ours_and_ours_in_the_clients(
+    two: Server, collector: Collector
+) -> None:
+    chat = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+    bodies = {
+        "/": {"prompt": "hi", "max_new_tokens": 4},
+        "/v1/chat/completions": chat,
+    }
+    for number, (route, body) in enumerate(bodies.items(), 1):
+        trace, client = f"{number:032x}", f"{number:016x}"
+        headers = {**BEARER, "traceparent": f"00-{trace}-{client}-01", "x-request-id": "traced"}
+        answer = httpx.post(f"{two.url}{route}", json=body, headers=headers, timeout=60)
+        assert answer.status_code == 200
+        spans = {span.name: span for span in collector.of(trace, 2)}
+        ours, engines = spans[f"POST {route}"], spans["llm_request"]
+        assert (ours.parent, engines.parent) == (client, ours.id)
+        assert ours.attributes["http.response.status_code"] == 200
+        assert ours.attributes["gen_ai.request.id"] == "traced"
+        for name in ("gen_ai.usage.prompt_tokens", "gen_ai.usage.completion_tokens"):
+            assert ours.attributes[name] == engines.attributes[name] > 0
 
 
 @hardening(20)

@@ -1,0 +1,200 @@
+"""A running server from the terminal: `chat-service chat` and `chat-service top`."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from service.errors import ServiceError
+
+# Shown in this order; what it is for a machine, and for people.
+_ROWS = {
+    "requests_per_second": ("answered", "{:.1f} requests/s"),
+    "refused_per_second": ("refused", "{:.1f} requests/s"),
+    "errors_per_second": ("5xx", "{:.1f} requests/s"),
+    "running": ("running", "{:.0f} sequences"),
+    "waiting": ("waiting", "{:.0f} sequences"),
+    "prompt_tokens_per_second": ("tokens in", "{:.0f} /s"),
+    "generation_tokens_per_second": ("tokens out", "{:.0f} /s"),
+    "ttft_p50": ("first token, p50", "{:.3f} s"),
+    "ttft_p99": ("first token, p99", "{:.3f} s"),
+    "kv_cache_usage": ("KV cache", "{:.0%}"),
+}
+
+Metrics = dict[str, dict[tuple[tuple[str, str], ...], float]]
+
+
+class Remote:
+    """One server, by its address, with the API key it may ask for."""
+
+    def __init__(self, url: str, key: str | None) -> None:
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        self.url = url.rstrip("/")
+        self._client = httpx.Client(base_url=self.url, headers=headers, timeout=30, trust_env=False)
+
+    def answer(
+        self, prompt: str, history: list[Any], options: dict[str, Any]
+    ) -> Iterator[str | dict[str, Any]]:
+        """New text as it comes; last the whole answer. Raises ServiceError."""
+        body = {"prompt": prompt, "history": history, "stream": True, "details": True, **options}
+        try:
+            with self._client.stream("POST", "/", json=body, timeout=None) as response:
+                if response.status_code != 200:
+                    response.read()
+                    raise ServiceError(_reason(response))
+                for line in response.iter_lines():
+                    if not line.startswith("data: "):
+                        continue
+                    event = json.loads(line.removeprefix("data: "))
+                    if "error" in event:
+                        raise ServiceError(event["error"]["message"])
+                    yield event.get("delta", event)
+        except httpx.HTTPError as e:
+            raise ServiceError(f"{self.url}: {e}; is the server running? (--url)") from None
+
+    def metrics(self) -> Metrics:
+        """Every sample by its name and labels. Raises ServiceError."""
+        try:
+            response = self._client.get("/metrics")
+        except httpx.HTTPError as e:
+            raise ServiceError(f"{self.url}: {e}; is the server running? (--url)") from None
+        if response.status_code != 200:
+            raise ServiceError(_reason(response))
+        found: Metrics = {}
+        for family in text_string_to_metric_families(response.text):
+            for sample in family.samples:
+                labels = tuple(sorted(sample.labels.items()))
+                found.setdefault(sample.name, {})[labels] = sample.value
+        return found
+
+
+def _reason(response: httpx.Response) -> str:
+    try:
+        message = str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        message = response.reason_phrase
+    retry = response.headers.get("retry-after")
+    return f"{response.status_code}: {message}" + (f"; again in {retry} s" if retry else "")
+
+
+def chat(remote: Remote, prompt: str | None, options: dict[str, Any], *, as_json: bool) -> None:
+    """Answer one prompt, or what is typed until the input ends. Raises ServiceError for the one."""
+    if prompt is not None:
+        _turn(remote, prompt, [], options, as_json)
+        return
+    asked = "> " if sys.stdin.isatty() else ""
+    history: list[Any] = []
+    while True:
+        try:
+            print(asked, end="", file=sys.stderr, flush=True)
+            line = input()
+        except EOFError:
+            return
+        if not line.strip():
+            continue
+        try:
+            history = _turn(remote, line, history, options, as_json)
+        except KeyboardInterrupt:  # ends this answer, which the engine notices
+            print()
+        except ServiceError as e:
+            if not asked:
+                raise
+            print(f"error: {e}", file=sys.stderr)
+
+
+def _turn(
+    remote: Remote, prompt: str, history: list[Any], options: dict[str, Any], as_json: bool
+) -> list[Any]:
+    for part in remote.answer(prompt, history, options):
+        if isinstance(part, str):
+            if not as_json:
+                print(part, end="", flush=True)
+        else:
+            print(json.dumps(part, ensure_ascii=False) if as_json else "", flush=True)
+            history = part["history"]
+    return history
+
+
+def top(remote: Remote, interval: float, count: int | None, *, as_json: bool) -> None:
+    """Show what the server does, `count` times or until Ctrl-C. Raises ServiceError."""
+    before = remote.metrics()
+    began = time.monotonic()
+    with Live(console=Console(), auto_refresh=False, screen=False) as live:
+        while count is None or count > 0:
+            time.sleep(interval)
+            now, after = time.monotonic(), remote.metrics()
+            figures = compare(before, after, now - began)
+            if as_json:
+                print(json.dumps(figures), flush=True)
+            else:
+                live.update(_table(remote.url, figures), refresh=True)
+            before, began = after, now
+            count = None if count is None else count - 1
+
+
+def compare(before: Metrics, after: Metrics, seconds: float) -> dict[str, float | None]:
+    """Rates and quantiles between two looks; None: nothing was measured in between."""
+
+    def rate(name: str, **labels: str) -> float:
+        return (_sum(after, name, labels) - _sum(before, name, labels)) / seconds
+
+    errors = {status for labels in after.get("service_requests_total", {}) for _, status in labels}
+    return {
+        "requests_per_second": rate("service_requests_total"),
+        "refused_per_second": rate("service_refused_requests_total"),
+        "errors_per_second": sum(
+            rate("service_requests_total", status=status)
+            for status in errors
+            if status.startswith("5")
+        ),
+        "running": _sum(after, "vllm:num_requests_running", {}),
+        "waiting": _sum(after, "service_waiting_sequences", {}),
+        "prompt_tokens_per_second": rate("vllm:prompt_tokens_total"),
+        "generation_tokens_per_second": rate("vllm:generation_tokens_total"),
+        "ttft_p50": _quantile(before, after, "vllm:time_to_first_token_seconds", 0.5),
+        "ttft_p99": _quantile(before, after, "vllm:time_to_first_token_seconds", 0.99),
+        "kv_cache_usage": _sum(after, "vllm:kv_cache_usage_perc", {}),
+    }
+
+
+def _sum(metrics: Metrics, name: str, labels: dict[str, str]) -> float:
+    wanted = labels.items()
+    return sum(value for at, value in metrics.get(name, {}).items() if wanted <= dict(at).items())
+
+
+def _quantile(before: Metrics, after: Metrics, name: str, q: float) -> float | None:
+    """As Prometheus's histogram_quantile: linear within a bucket."""
+    buckets: dict[float, float] = {}
+    for labels, value in after.get(f"{name}_bucket", {}).items():
+        bound = float(dict(labels)["le"])
+        earlier = before.get(f"{name}_bucket", {}).get(labels, 0.0)
+        buckets[bound] = buckets.get(bound, 0.0) + value - earlier
+    bounds = sorted(buckets)
+    if not bounds or not buckets[bounds[-1]]:
+        return None
+    rank = q * buckets[bounds[-1]]
+    below, low = 0.0, 0.0
+    for bound in bounds:
+        if buckets[bound] >= rank:
+            if bound == float("inf"):
+                return low
+            return low + (bound - low) * (rank - below) / (buckets[bound] - below)
+        below, low = buckets[bound], bound
+    return low
+
+
+def _table(url: str, figures: dict[str, float | None]) -> Table:
+    table = Table(box=None, pad_edge=False, title=url, title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right", min_width=18)
+    for key, (name, form) in _ROWS.items():
+        value = figures[key]
+        table.add_row(name, "-" if value is None else form.format(value))
+    return table

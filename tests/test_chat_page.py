@@ -1,0 +1,176 @@
+"""The chat page in a real Chromium; its server has a key, runs one request, and queues none."""
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from benchmarks.server import Server
+from tests.conftest import LOOPBACK, MODEL, logged
+
+KEY = {"authorization": "Bearer secret"}
+LONG = {"prompt": "Count from one to a thousand.", "temperature": 2, "max_new_tokens": 1500}
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path) -> Iterator[Server]:
+    with Server.service(
+        tmp_path_factory.mktemp("page") / "log",
+        *("--set", "engine.enforce_eager=true", "--set", "engine.max_num_seqs=1"),
+        env={"SERVICE_API_KEY": "secret", "SERVICE_MAX_WAITING": "0"},
+    ) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as profile:
+        flags = [*FLAGS, f"--crash-dumps-dir={profile}"]
+        chromium = shutil.which("chromium")
+        with playwright.chromium.launch(executable_path=chromium, args=flags) as browser:
+            yield browser
+
+
+@pytest.fixture
+def page(server: Server, browser: Browser) -> Iterator[Page]:
+    """The page with the key entered; whatever it complains about, or asks elsewhere, fails."""
+    page = browser.new_page(locale="en-US", viewport={"width": 900, "height": 700})
+    complaints: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda told: complaints.append(told.text) if told.type == "error" else None)
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(server.url)
+    page.get_by_label("API key").fill("secret")
+    yield page
+    page.close()
+    # Chromium itself logs answers such as 429.
+    assert [text for text in complaints if "status of 4" not in text] == []
+    assert all(url.startswith((server.url, "data:")) for url in requests)
+
+
+def ask(page: Page, prompt: str) -> None:
+    page.locator("#prompt").fill(prompt)
+    page.keyboard.press("Enter")
+
+
+def test_an_answer_streams_and_a_second_turn_knows_the_first(page: Page) -> None:
+    expect(page.locator("h1")).to_have_text(MODEL)
+    page.get_by_text("Sampling").click()
+    page.get_by_label("temperature").fill("0")
+    ask(page, "What is the capital of France?")
+    answer = page.locator(".model .text").first
+    expect(answer).to_contain_text("Paris", timeout=30_000)
+    note = page.locator(".model .note").first
+    expect(note).to_contain_text("tokens/s")
+    expect(page.locator("#send")).to_have_text("Send", timeout=30_000)
+    with page.expect_request(lambda request: request.method == "POST") as asked:
+        ask(page, "And of Italy?")
+    body = json.loads(asked.value.post_data or "")
+    assert body["history"] == [["What is the capital of France?", answer.inner_text()]]
+    assert body["temperature"] == 0
+    expect(page.locator(".model .text").nth(1)).to_contain_text("Rome", timeout=30_000)
+
+
+def test_the_models_own_sampling_is_shown_and_what_is_asked_can_be_copied(
+    page: Page, server: Server
+) -> None:
+    index = LOOPBACK.get(server.url).json()
+    assert index["routes"]["/"] == ["GET", "POST"]
+    for name, value in index["sampling"].items():
+        assert float(page.locator(f"#{name}").get_attribute("placeholder") or "") == value
+    page.evaluate("navigator.clipboard.writeText = (text) => { window.copied = text; }")
+    ask(page, "It's me")
+    page.get_by_role("button", name="Copy as curl").click()
+    expect(page.get_by_role("button", name="Copied")).to_be_visible()
+    copied = page.evaluate("window.copied")
+    assert copied.startswith(f"curl -N -X POST {server.url}/ -H 'Authorization: Bearer YOUR_KEY'")
+    assert '"prompt":"It\'\\\'\'s me"' in copied
+    expect(page.locator("#send")).to_have_text("Send", timeout=60_000)
+
+
+def test_stop_ends_the_request_in_the_engine(page: Page, server: Server) -> None:
+    page.get_by_text("Sampling").click()
+    page.get_by_label("temperature").fill("2")
+    page.get_by_label("max_new_tokens").fill("1500")
+    ask(page, "Count from one to a thousand.")
+    expect(page.locator(".model .note")).to_contain_text("tokens/s", timeout=30_000)
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator(".model .note")).to_contain_text("stopped")
+    assert page.locator(".model .text").inner_text()
+    assert logged(server, "status=499")
+    # The only place at the engine is free again.
+    answer = httpx.post(
+        server.url, json={"prompt": "hi", "max_new_tokens": 1}, headers=KEY, timeout=30
+    )
+    assert answer.status_code == 200
+
+
+def test_a_full_server_and_a_wrong_key_are_told(page: Page, server: Server) -> None:
+    page.get_by_label("API key").fill("wrong")
+    ask(page, "hi")
+    expect(page.locator(".model .error")).to_contain_text("401: send an API key")
+    page.get_by_label("API key").fill("secret")
+    with httpx.Client(timeout=60) as client:
+        with client.stream(
+            "POST", server.url, json={**LONG, "stream": True}, headers=KEY
+        ) as response:
+            chunks = response.iter_bytes()  # given up, it would close the connection
+            next(chunks)
+            ask(page, "hi")
+            told = page.locator(".model .error").nth(1)
+            expect(told).to_contain_text("The server is full. Try again in")
+    ended = time.monotonic() + 10
+    while httpx.post(server.url, json={"prompt": "hi"}, headers=KEY).status_code == 429:
+        assert time.monotonic() < ended
+        time.sleep(0.2)
+
+
+def test_what_a_user_or_a_model_writes_is_text(page: Page) -> None:
+    ask(page, "<img src=x onerror=\"document.title='broken'\"><b>bold</b>")
+    expect(page.locator(".user .text")).to_contain_text("<b>bold</b>")
+    assert page.locator("#turns img, #turns b").count() == 0
+    expect(page.locator("#send")).to_have_text("Send", timeout=60_000)
+    assert page.title() == MODEL
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_in_china_reads_it(browser: Browser, server: Server, scheme: str) -> None:
+    context = browser.new_context(
+        locale="zh-CN",
+        viewport={"width": 360, "height": 640},
+        color_scheme="dark" if scheme == "dark" else "light",
+    )
+    page = context.new_page()
+    page.goto(server.url)
+    expect(page.get_by_role("button", name="发送")).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
+    page.get_by_role("button", name="English").click()
+    expect(page.get_by_role("button", name="Send")).to_be_visible()
+    context.close()
+
+
+def test_the_page_is_small_and_allows_nothing_from_elsewhere(server: Server) -> None:
+    answer = LOOPBACK.get(server.url, headers={"accept": "text/html,*/*"})
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert len(answer.content) < 60_000
+    policy = answer.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "unsafe" not in policy

@@ -1,0 +1,79 @@
+"""`chat-service chat` and `chat-service top` on a running server."""
+
+import json
+import subprocess
+import sys
+
+from benchmarks.server import Server, free_port
+from service import terminal
+
+
+def run(*words: str, typed: str = "") -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "service", *words],
+        input=typed,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_one_question_is_answered_on_stdout(service: Server) -> None:
+    ask = ("chat", "What is the capital of France?", "--url", service.url, "--temperature", "0")
+    done = run(*ask)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Paris" in done.stdout
+    answer = json.loads(run(*ask, "--json").stdout)
+    assert answer["response"] == done.stdout.removesuffix("\n")
+    assert answer["details"]["finish_reason"] == "stop"
+
+
+def test_a_conversation_remembers_and_outlives_a_refusal(service: Server) -> None:
+    typed = "What is the capital of France?\n\nAnd of Italy?\n"
+    done = run("chat", "--url", service.url, "--temperature", "0", "--json", typed=typed)
+    assert done.returncode == 0, done.stderr
+    first, second = map(json.loads, done.stdout.splitlines())
+    assert second["history"][0] == ["What is the capital of France?", first["response"]]
+    assert "Rome" in second["response"]
+    refused = run("chat", "hi", "--url", service.url, "--temperature", "9")
+    assert refused.returncode == 1 and refused.stdout == ""
+    assert refused.stderr.startswith("error: 422: temperature should be less than or equal to 2")
+
+
+def test_top_shows_what_the_server_does(service: Server) -> None:
+    done = run("top", "--url", service.url, "--interval", "0.2", "--count", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    first, _ = map(json.loads, done.stdout.splitlines())
+    assert first["requests_per_second"] >= 0 and first["kv_cache_usage"] == 0
+    shown = run("top", "--url", service.url, "--interval", "0.2", "--count", "1")
+    assert "KV cache" in shown.stdout and "tokens out" in shown.stdout
+
+
+def test_a_server_that_is_not_there_is_told_in_one_line() -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    for command in (("top",), ("chat", "hi")):
+        done = run(*command, "--url", url)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith(f"error: {url}: ") and done.stderr.count("\n") == 1
+
+
+def test_rates_and_quantiles_are_of_the_time_between_two_looks() -> None:
+    def metrics(answered: int, failed: int, *counts: int) -> terminal.Metrics:
+        name = "vllm:time_to_first_token_seconds_bucket"
+        return {
+            "service_requests_total": {
+                (("route", "/"), ("status", "200")): answered,
+                (("route", "/"), ("status", "503")): failed,
+            },
+            name: {
+                (("le", bound),): count
+                for bound, count in zip(("0.1", "0.2", "+Inf"), counts, strict=True)
+            },
+        }
+
+    figures = terminal.compare(metrics(10, 1, 100, 100, 100), metrics(30, 5, 100, 110, 120), 2)
+    assert figures["requests_per_second"] == 12
+    assert figures["errors_per_second"] == 2
+    assert figures["ttft_p50"] == 0.2
+    assert figures["ttft_p99"] == 0.2  # as far as the buckets tell
+    assert figures["generation_tokens_per_second"] == 0
