@@ -5,7 +5,7 @@ FROM python:3.11-slim-bookworm AS base
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --create-home chat \
+    && useradd --create-home --uid 1000 chat \
     && install --directory --owner chat /cache
 WORKDIR /app
 # The root may be read-only: what is written goes to the volume.
@@ -37,8 +37,8 @@ RUN make install EXTRA=cpu
 
 FROM base AS cuda
 COPY --from=installed-cuda /app /app
-USER chat
+USER 1000
 
 FROM base AS cpu
 COPY --from=installed-cpu /app /app
-USER chat
+USER 1000

@@ -25,7 +25,7 @@ INSTALLED := .venv/installed-$(EXTRA)
 TESTED := .venv/installed-test
 BENCHED := .venv/installed-bench
 
-.PHONY: install serve test lint bench lock help
+.PHONY: install serve test lint bench lock audit help
 
 install: $(INSTALLED) ## Make .venv and install the service (EXTRA=cpu or cuda)
 
@@ -50,6 +50,10 @@ lock: $(TESTED) ## Pin the newest versions that fit pyproject.toml in requiremen
 	$(COMPILE) $(CPU) -c requirements/cpu.txt --extra test -o requirements/test.txt
 	$(COMPILE) $(CPU) -c requirements/cpu.txt --extra bench -o requirements/bench.txt
 	env -u UV_FIND_LINKS $(COMPILE) --extra cuda -o requirements/cuda.txt
+
+audit: $(INSTALLED) ## Write sbom.json of what is installed, and report known vulnerabilities
+	$(BIN)/uv tool run --quiet --from cyclonedx-bom cyclonedx-py environment .venv -o sbom.json
+	$(BIN)/uv tool run --quiet pip-audit --no-deps --disable-pip -r requirements/$(EXTRA).txt
 
 help: ## List the commands
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16

@@ -55,8 +55,14 @@ class Crosscheck:
     def aiperf(self, *, stream: bool) -> float:
         """Tokens/s of POST / by aiperf, which counts the tokens itself."""
         greedy = {"temperature": 0, "repetition_penalty": 1, "stream": stream}
+        # aiperf insists on messages; POST / takes no notice of keys that it does not know.
         bodies = [
-            {"prompt": asked.prompt, "max_new_tokens": asked.max_tokens, **greedy}
+            {
+                "prompt": asked.prompt,
+                "max_new_tokens": asked.max_tokens,
+                "messages": [{"role": "user", "content": asked.prompt}],
+                **greedy,
+            }
             for asked in self.asked
         ]
         field = "delta" if stream else "response"

@@ -129,7 +129,9 @@ def _default(value: object) -> str:
 def test_compose_serves_with_a_volume_and_a_healthcheck() -> None:
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
     chat = compose["services"]["chat"]
-    assert chat["ports"] == ["127.0.0.1:6006:6006"]
+    assert chat["ports"] == ["${PUBLISH:-127.0.0.1}:6006:6006"]
+    others = [s for name, s in compose["services"].items() if name != "chat"]
+    assert all(port.startswith("127.0.0.1:") for s in others for port in s["ports"])
     assert chat["volumes"] == ["cache:/cache"]
     (probe,) = (part for part in chat["healthcheck"]["test"] if "urlopen" in part)
     assert "/health/ready" in probe

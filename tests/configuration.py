@@ -1,0 +1,78 @@
+"""docs/configuration.md, made from the schemas: `python -m tests.configuration`."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from service.contract import ContractRequest
+from service.model_config import ModelConfig
+from service.settings import PREFIX, Settings
+
+PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
+
+
+def page() -> str:
+    """The whole page."""
+    return "\n".join(
+        [
+            "# Configuration reference",
+            "",
+            "Made from the schemas by `python -m tests.configuration`; do not edit it.",
+            "",
+            "## A model's YAML",
+            "",
+            "One value for one run: `--set key.path=value`. Other keys are errors.",
+            "",
+            "| key | default | meaning |",
+            "|---|---|---|",
+            *_rows(ModelConfig, ""),
+            "",
+            "## The service's environment",
+            "",
+            "| variable | default | meaning |",
+            "|---|---|---|",
+            *(
+                _row(f"{PREFIX}{name.upper()}", field)
+                for name, field in Settings.model_fields.items()
+            ),
+            "",
+            "## The body of `POST /`",
+            "",
+            "Other keys are ignored. What is not given comes from the YAML, then from the model's",
+            "generation_config.json.",
+            "",
+            "| key | default | meaning |",
+            "|---|---|---|",
+            *_rows(ContractRequest, ""),
+            "",
+        ]
+    )
+
+
+def _rows(section: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield _row(prefix + name, field)
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from _rows(inner, f"{prefix}{name}.")
+
+
+def _row(name: str, field: FieldInfo) -> str:
+    default: Any = field.default
+    if field.is_required():
+        shown = "required"
+    elif field.default_factory is not None or default in (None, ""):
+        shown = ""
+    else:
+        text = str(default).lower() if isinstance(default, bool) else str(default)
+        shown = f"`{text.replace(str(Path.home()), '~')}`"
+    meaning = re.sub(r"\s+", " ", field.description or "")
+    return f"| `{name}` | {shown} | {meaning} |"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,73 @@
+"""What the pages say exists, and what is made from the schemas is as they are."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests import configuration
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_to_a_file_and_its_heading(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if re.match(r"https?:", target):
+            continue
+        name, _, heading = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists(), f"{page.name}: {target}"
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.M)
+            anchors = [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
+            assert heading in anchors, f"{page.name}: {target}"
+
+
+def test_the_configuration_page_is_made_from_the_schemas() -> None:
+    text = configuration.PAGE.read_text(encoding="utf-8")
+    assert text == configuration.page(), "run `python -m tests.configuration`"
+
+
+def test_every_command_of_the_pages_exists() -> None:
+    commands = subprocess.run(
+        [sys.executable, "-m", "service", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    makefile = (ROOT / "Makefile").read_text()
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
+            for name in re.findall(r"chat-service ([a-z]+)", block):
+                assert re.search(rf"\b{name}\b", commands), f"{page.name}: chat-service {name}"
+            for verb in re.findall(r"(?:^|\s)make ([a-z]+)", block):
+                assert re.search(rf"^{verb}:", makefile, re.M), f"{page.name}: make {verb}"
+            for module in re.findall(r"python -m ([\w.]+)", block):
+                path = ROOT / module.replace(".", "/")
+                assert path.exists() or path.with_suffix(".py").exists(), f"{page.name}: {module}"
+
+
+def test_the_chinese_readme_has_the_same_commands() -> None:
+    def blocks(name: str) -> list[str]:
+        return re.findall(r"```bash\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.S)
+
+    chinese = blocks("README.zh.md")
+    assert len(chinese) > 5
+    assert set(chinese) <= set(blocks("README.md"))
+
+
+def test_the_manifests_and_compose_give_the_service_time_to_drain() -> None:
+    manifests = yaml.safe_load_all((ROOT / "kubernetes" / "chat-service.yaml").read_text())
+    pod = next(m for m in manifests if m["kind"] == "Deployment")["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    env = {each["name"]: each.get("value") for each in container["env"]}
+    pre_stop = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    # The supervisor ends the rest 20 s after SERVICE_DRAIN_TIMEOUT.
+    needed = pre_stop + int(env["SERVICE_DRAIN_TIMEOUT"]) + 20
+    assert pod["terminationGracePeriodSeconds"] > needed
+    assert container["livenessProbe"]["httpGet"]["path"] == "/health/live"
+    assert container["startupProbe"]["httpGet"]["path"] == "/health/ready"
+    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    assert compose["services"]["chat"]["stop_grace_period"] == "55s"
