@@ -34,7 +34,7 @@ class Settings(BaseSettings):
     )
     api_key: SecretStr | None = Field(
         None,
-        description="When set, all but probes and the page ask for it as a Bearer (docs/security.md).",
+        description="When set, all routes but probes and the page ask for it as a Bearer.",
     )
     api_key_file: Path | None = Field(
         None,
