@@ -93,6 +93,7 @@ def check(
         ),
     ] = None,
     assignments: Assignments = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     verbose: Verbose = None,
 ) -> None:
     """Validate a model's YAML against vLLM without loading weights; say where each value is from.
@@ -118,6 +119,11 @@ def check(
         concurrent=concurrent,
         context=context,
     )
+    if as_json:
+        columns = ("key", "value", "from")
+        rows = [dict(zip(columns, map(str, row), strict=True)) for row in report.rows]
+        print(json.dumps({"model": config.name, **asdict(report), "rows": rows}))
+        raise SystemExit(1 if report.problems else 0)
     _print_table(("key", "value", "from"), report.rows)
     for line in report.fit:
         print(line)
@@ -235,7 +241,9 @@ def top(
 
 
 @app.command()
-def models() -> None:
+def models(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
+) -> None:
     """List the catalogue.
 
     Example:
@@ -248,7 +256,11 @@ def models() -> None:
         source = config.source
         where = source.modelscope or source.path or source.embedded
         rows.append((name, config.prompt.style, where, config.description))
-    _print_table(("model", "style", "source", "description"), rows)
+    columns = ("model", "style", "source", "description")
+    if as_json:
+        print(json.dumps([dict(zip(columns, row, strict=True)) for row in rows]))
+    else:
+        _print_table(columns, rows)
 
 
 def _print_report(report: "Report") -> None:

@@ -1,5 +1,6 @@
 """chat-service as its user types it: data on stdout, one line on stderr for a mistake."""
 
+import json
 import os
 import re
 import socket
@@ -27,7 +28,7 @@ def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
 def test_help_shows_each_command_with_an_example() -> None:
     overview = run("--help")
     assert overview.returncode == 0
-    for command in ("serve", "check", "download", "models"):
+    for command in ("serve", "check", "download", "models", "verify", "chat", "top"):
         assert command in overview.stdout
         text = run(command, "--help").stdout
         assert f"chat-service {command}" in text
@@ -39,6 +40,8 @@ def test_models_is_a_table_with_a_line_for_each() -> None:
     head, *lines = done.stdout.splitlines()
     assert re.split(r"\s{2,}", head.strip()) == ["model", "style", "source", "description"]
     assert [line.split()[0] for line in lines] == list(model_config.catalogue())
+    listed = json.loads(run("models", "--json").stdout)
+    assert [entry["model"] for entry in listed] == list(model_config.catalogue())
 
 
 def test_check_says_where_each_value_is_from(embedded_model: Path) -> None:
@@ -57,10 +60,14 @@ def test_check_ends_with_1_when_it_does_not_fit(embedded_model: Path) -> None:
     fits = run("check", "--memory", "24GiB", "--concurrent", "40", "--context", "1024")
     assert fits.returncode == 0, fits.stderr
     assert re.search(r"^memory: 24\.0 GiB: weights 0\.3, .* KV cache 1\.0 GiB", fits.stdout, re.M)
-    done = run("check", "--memory", "24GiB", "--concurrent", "60", "--context", "1024")
+    asked = ("--memory", "24GiB", "--concurrent", "60", "--context", "1024")
+    done = run("check", *asked, "--json")
     assert done.returncode == 1, done.stderr
-    *_, problem = done.stdout.splitlines()
-    assert problem.startswith("problem: does not fit: 60 x 1,024 tokens need 0.32 GiB more")
+    report = json.loads(done.stdout)
+    (problem,) = report["problems"]
+    assert problem.startswith("does not fit: 60 x 1,024 tokens need 0.32 GiB more")
+    lengths = [row["value"] for row in report["rows"] if row["key"] == "engine.max_model_len"]
+    assert lengths == ["2048"]
 
 
 def test_check_works_before_anything_is_downloaded(tmp_path: Path) -> None:
