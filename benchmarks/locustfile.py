@@ -13,6 +13,7 @@ asks R times a second on average, by a Poisson process, and does not wait for an
 import json
 import random
 import time
+from abc import abstractmethod
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from itertools import pairwise
@@ -83,17 +84,17 @@ class _Client(FastHttpUser):
     path: ClassVar[str]
     streams: ClassVar[bool]
 
+    @abstractmethod
     def body(self, asked: workload.Ask) -> dict[str, object]:
         """The request's JSON."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tokens(self, last: bytes) -> int | None:
         """How many tokens an answer has, by its only or last object; None: it does not say."""
-        raise NotImplementedError
 
+    @abstractmethod
     def brings_text(self, event: bytes) -> bool:
         """Whether a streamed event carries a part of the answer."""
-        raise NotImplementedError
 
     @task
     def ask(self) -> None:

@@ -3,9 +3,10 @@
 import gzip
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
 from typing import Any, Self
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
@@ -21,7 +22,7 @@ class Span:
 
 
 class Collector:
-    """Listens on loopback while it is entered."""
+    """Keeps the spans that come to its endpoint on loopback."""
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
@@ -64,15 +65,10 @@ class Collector:
 
         return Handler
 
-    def __enter__(self) -> Self:
+    @contextmanager
+    def listening(self) -> Iterator[Self]:
+        """While the body runs."""
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+        yield self
         self._server.shutdown()
         self._server.server_close()

@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,20 @@ def program(name: str) -> str:
 def scrape(service: Server, folder: Path, key: str | None = None) -> dict[str, float]:
     """Every sample that Prometheus has after its first scrape, by its labels as sorted JSON."""
     folder.mkdir()
-    config = folder / "prometheus.yml"
     target = {"targets": [service.url.removeprefix("http://")]}
     # JSON is YAML.
     job: dict[str, Any] = {"job_name": "service", "static_configs": [target]}
     if key:
         job["authorization"] = {"credentials": key}
     document = {"global": {"scrape_interval": "1s"}, "scrape_configs": [job]}
+    with running(document, folder) as url:
+        return _first_samples(f"{url}/api/v1/query")
+
+
+@contextmanager
+def running(document: dict[str, Any], folder: Path) -> Iterator[str]:
+    """The address of a Prometheus with this configuration, which may not listen yet."""
+    config = folder / "prometheus.yml"
     config.write_text(json.dumps(document))
     port = free_port()
     command = [
@@ -41,7 +50,7 @@ def scrape(service: Server, folder: Path, key: str | None = None) -> dict[str, f
     with (folder / "log").open("wb") as log:
         prometheus = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        return _first_samples(f"http://127.0.0.1:{port}/api/v1/query")
+        yield f"http://127.0.0.1:{port}"
     finally:
         prometheus.terminate()
         prometheus.wait()

@@ -39,9 +39,11 @@ def server(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path) -> It
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not installed (Debian's package chromium has it)")
     with sync_playwright() as playwright, tempfile.TemporaryDirectory() as profile:
         flags = [*FLAGS, f"--crash-dumps-dir={profile}"]
-        chromium = shutil.which("chromium")
         with playwright.chromium.launch(executable_path=chromium, args=flags) as browser:
             yield browser
 

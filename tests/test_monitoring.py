@@ -14,10 +14,10 @@ import httpx
 import pytest
 import yaml
 
-from benchmarks.server import Server, free_port
+from benchmarks.server import Server
 from monitoring import dashboard
 from tests.conftest import MODEL
-from tests.prometheus import program
+from tests.prometheus import program, running
 from tests.test_overload import LONG, RUNS, client_of, wait_for
 
 ROOT = Path(__file__).parents[1]
@@ -136,28 +136,14 @@ def prometheus(service: Server, tmp_path_factory: pytest.TempPathFactory) -> Ite
     config["rule_files"] = [str(MONITORING / name) for name in config["rule_files"]]
     target = service.url.removeprefix("http://")
     config["scrape_configs"][0]["static_configs"] = [{"targets": [target]}]
-    file = folder / "prometheus.yml"
-    file.write_text(yaml.safe_dump(config))
-    port = free_port()
-    command = [
-        program("prometheus"),
-        f"--config.file={file}",
-        f"--storage.tsdb.path={folder / 'data'}",
-        f"--web.listen-address=127.0.0.1:{port}",
-    ]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
-        running = Prometheus(f"http://127.0.0.1:{port}")
-        running.wait_until_it_has_scraped()
+    with running(config, folder) as url:
+        prometheus = Prometheus(url)
+        prometheus.wait_until_it_has_scraped()
         for _ in range(2):  # a rate needs a second look, also at what the first round began
             asyncio.run(a_little_of_everything(service))
             wait_for(service, RUNS, 0)
             time.sleep(2)
-        yield running
-    finally:
-        process.terminate()
-        process.wait()
+        yield prometheus
 
 
 async def a_little_of_everything(service: Server) -> None:

@@ -19,7 +19,7 @@ BEARER = {"authorization": f"Bearer {KEY}"}
 
 @pytest.fixture(scope="module")
 def collector() -> Iterator[Collector]:
-    with Collector() as collector:
+    with Collector().listening() as collector:
         yield collector
 
 
