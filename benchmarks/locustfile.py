@@ -40,6 +40,13 @@ def _add_options(parser: ArgumentParser) -> None:
     ours.add_argument("--arrival-rate", type=float, default=0, help="per second and user; 0: wait")
     ours.add_argument("--requests", type=int, default=0, help="in all per process; 0: no limit")
     ours.add_argument("--answers", type=int, default=0, help="end after so many; 0: no limit")
+    ours.add_argument(
+        "--api-key",
+        default="",
+        env_var="SERVICE_API_KEY",
+        is_secret=True,
+        help="if it asks for one",
+    )
     ours.add_argument("--raw", default="", help="write a JSON line for each request to this file")
 
 
@@ -89,7 +96,7 @@ class _Client(FastHttpUser):
         """The request's JSON."""
 
     @abstractmethod
-    def tokens(self, last: bytes) -> int | None:
+    def tokens(self, answer: dict[str, Any]) -> int | None:
         """How many tokens an answer has, by its only or last object; None: it does not say."""
 
     @abstractmethod
@@ -114,19 +121,25 @@ class _Client(FastHttpUser):
     def _send(self, asked: workload.Ask) -> None:
         began = time.perf_counter()
         arrivals: list[float] = []
+        key = self.environment.parsed_options.api_key
         with self.client.post(
-            self.path, json=self.body(asked), stream=True, catch_response=True
+            self.path,
+            json=self.body(asked),
+            headers={"authorization": f"Bearer {key}"} if key else {},
+            stream=True,
+            catch_response=True,
         ) as response:
             record: dict[str, Any] = {"start": response.request_meta["start_time"]}
-            if response.status_code == 200:
-                last = self._read(response, began, arrivals)
-                record["tokens"] = self.tokens(last)
-                if record["tokens"] is None:
-                    record["text"] = json.loads(last)["response"]
-                response.success()
+            ended = {} if response.status_code == 200 else {"error": response.status_code}
+            ended = ended or json.loads(self._read(response, began, arrivals))
+            if error := ended.get("error"):  # a stream may end with one
+                record["error"] = str(error)
+                response.failure(record["error"])
             else:
-                record["error"] = str(response.status_code)
-                response.failure(f"status {response.status_code}")
+                record["tokens"] = self.tokens(ended)
+                if record["tokens"] is None:
+                    record["text"] = ended["response"]
+                response.success()
             record["seconds"] = time.perf_counter() - began
             response.request_meta["response_time"] = record["seconds"] * 1000
         if arrivals:
@@ -183,8 +196,8 @@ class Plain(_Client):
             "stream": self.streams,
         }
 
-    def tokens(self, last: bytes) -> int | None:
-        details = json.loads(last).get("details")
+    def tokens(self, answer: dict[str, Any]) -> int | None:
+        details = answer.get("details")
         return details and int(details["completion_tokens"])
 
     def brings_text(self, event: bytes) -> bool:
@@ -215,8 +228,8 @@ class Chat(_Client):
         }
         return body | ({"stream_options": {"include_usage": True}} if self.streams else {})
 
-    def tokens(self, last: bytes) -> int | None:
-        return int(json.loads(last)["usage"]["completion_tokens"])
+    def tokens(self, answer: dict[str, Any]) -> int | None:
+        return int(answer["usage"]["completion_tokens"])
 
     def brings_text(self, event: bytes) -> bool:
         return b'"content":""' not in event and b'"choices":[]' not in event

@@ -30,7 +30,11 @@ app = typer.Typer(
 
 Model = Annotated[
     str,
-    typer.Argument(help="A name from `chat-service models`, or a YAML file.", metavar="MODEL|FILE"),
+    typer.Argument(
+        help="A name from `chat-service models`, or a YAML file.",
+        metavar="MODEL|FILE",
+        autocompletion=lambda: list(model_config.catalogue()),
+    ),
 ]
 Assignments = Annotated[
     list[str] | None,

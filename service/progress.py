@@ -13,6 +13,7 @@ import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from service import web
 from service.errors import Unavailable, refusal_body
 from service.health import Phase
 from service.run_folder import RunFolder
@@ -22,7 +23,10 @@ _RETRY_AFTER = 5
 
 
 class ProgressServer:
-    """Answers health checks with the phase of the start, and everything else with 503."""
+    """Answers health checks with the phase of the start, and everything else with 503.
+
+    A browser gets the chat page with it, which shows the phase and waits.
+    """
 
     def __init__(
         self,
@@ -119,7 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         phase, percent = self.server.folder.phase()
-        headers = {}
+        headers = {"content-type": "application/json"}
         path = self.path.partition("?")[0]
         if path == "/health/live":
             status, body = 200, json.dumps({"status": "alive"}).encode()
@@ -129,6 +133,9 @@ class _Handler(BaseHTTPRequestHandler):
                 told["percent"] = percent
             status = 503
             body = json.dumps({**told, "instance": self.server.instance}).encode()
+        elif path == "/" and self.command == "GET" and web.wants_page(self.headers.get("accept")):
+            status, body = 503, web.PAGE.encode()  # which asks again until the model answers
+            headers = {**web.HEADERS, "content-type": "text/html; charset=utf-8"}
         else:
             error = Unavailable(f"the model is not ready yet: {phase}", retry_after=_RETRY_AFTER)
             status, body = error.status, refusal_body(error, uuid.uuid4().hex)
@@ -138,7 +145,6 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {
             **headers,
             "date": self.date_time_string(),
-            "content-type": "application/json",
             "content-length": str(len(body)),
             "connection": "close",
         }.items():

@@ -1,6 +1,7 @@
 """The chat page in a real Chromium; its server has a key, runs one request, and queues none."""
 
 import json
+import re
 import shutil
 import tempfile
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Error, Page, expect, sync_playwright
 
 from benchmarks.server import Server
 from tests.conftest import LOOPBACK, MODEL, logged
@@ -28,13 +29,20 @@ FLAGS = [
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path) -> Iterator[Server]:
-    with Server.service(
+def starting(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path) -> Iterator[Server]:
+    server = Server.service(
         tmp_path_factory.mktemp("page") / "log",
         *("--set", "engine.enforce_eager=true", "--set", "engine.max_num_seqs=1"),
         env={"SERVICE_API_KEY": "secret", "SERVICE_MAX_WAITING": "0"},
-    ) as server:
-        yield server
+    )
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def server(starting: Server) -> Server:
+    starting.wait_until_ready()
+    return starting
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +72,25 @@ def page(server: Server, browser: Browser) -> Iterator[Page]:
     # Chromium itself logs answers such as 429.
     assert [text for text in complaints if "status of 4" not in text] == []
     assert all(url.startswith((server.url, "data:")) for url in requests)
+
+
+def test_opened_while_the_model_loads_it_waits(starting: Server, browser: Browser) -> None:
+    page = browser.new_page(locale="en-US")
+    deadline = time.monotonic() + 20
+    while not page.url.startswith(starting.url):
+        try:
+            opened = page.goto(starting.url)
+        except Error:  # nothing listens in the first second
+            assert time.monotonic() < deadline
+            continue
+        assert opened and opened.status == 503
+        assert opened.headers["content-security-policy"].startswith("default-src 'none'")
+    expect(page.locator("h1")).to_have_text(re.compile(f"{MODEL}: (starting|loading|warming)"))
+    expect(page.locator("#send")).to_be_disabled()
+    expect(page.locator("h1")).to_have_text(MODEL, timeout=120_000)
+    expect(page.locator("#send")).to_be_enabled()
+    expect(page.get_by_label("API key")).to_be_visible()
+    page.close()
 
 
 def ask(page: Page, prompt: str) -> None:

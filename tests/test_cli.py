@@ -34,6 +34,14 @@ def test_help_shows_each_command_with_an_example() -> None:
         assert f"chat-service {command}" in text
 
 
+def test_the_shell_completes_the_names_of_models() -> None:
+    asked = {"COMP_WORDS": "chat-service serve q", "COMP_CWORD": "2"}
+    command = [str(Path(sys.executable).with_name("chat-service"))]
+    env = {**os.environ, **asked, "_CHAT_SERVICE_COMPLETE": "complete_bash"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.stdout.split() == ["qwen2-7b-instruct"]
+
+
 def test_models_is_a_table_with_a_line_for_each() -> None:
     done = run("models")
     assert done.returncode == 0

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-_PAGE = files(__name__).joinpath("chat.html").read_text(encoding="utf-8")
+PAGE = files(__name__).joinpath("chat.html").read_text(encoding="utf-8")
 # What the model's defaults are called in a request.
 _SAMPLING = {
     "max_tokens": "max_new_tokens",
@@ -20,12 +20,12 @@ _SAMPLING = {
 
 def _hash(tag: str) -> str:
     """The CSP source of the page's only element of this kind."""
-    (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", _PAGE, re.S)
+    (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", PAGE, re.S)
     digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return f"'sha256-{digest}'"
 
 
-_HEADERS = {
+HEADERS = {
     "content-security-policy": (
         f"default-src 'none'; script-src {_hash('script')}; style-src {_hash('style')}; "
         "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
@@ -38,12 +38,17 @@ _HEADERS = {
 }
 
 
+def wants_page(accept: str | None) -> bool:
+    """Whether an Accept header is a browser's that opens the address."""
+    return "text/html" in (accept or "")
+
+
 def index(
     request: Request, *, model: str, style: str, defaults: dict[str, object], asks_for_key: bool
 ) -> Response:
     """The chat page, or an object with the model, its sampling defaults, and the routes."""
-    if "text/html" in request.headers.get("accept", ""):
-        return HTMLResponse(_PAGE, headers=_HEADERS)
+    if wants_page(request.headers.get("accept")):
+        return HTMLResponse(PAGE, headers=HEADERS)
     app: Starlette = request.app
     routes: dict[str, set[str]] = {}
     for route in app.routes:
