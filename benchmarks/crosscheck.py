@@ -4,8 +4,10 @@
 
 Our locustfile and aiperf (github.com/ai-dynamo/aiperf) send the same bodies to `POST /`; our
 locustfile and vLLM's `bench serve` ask /v1/chat/completions. uv fetches aiperf, and what vLLM's
-benchmark imports beside vLLM, into environments of their own. On a CPU the engine leaves one core to them: threads that wait for each
-other, with another program on the core of one, would measure that program.
+benchmark imports beside vLLM, into environments of their own.
+
+On a CPU the engine leaves them one core. Its threads wait for each other: with another program on
+the core of one, that program would be measured.
 """
 
 import argparse
@@ -86,7 +88,8 @@ class Crosscheck:
             for asked in self.asked
         ]
         field = "delta" if stream else "response"
-        command = [_UV, "tool", "run", "aiperf", "profile", "--ui", "none", "--model", MODEL, "--url", self.server.url]
+        command = [_UV, "tool", "run", "aiperf", "profile", "--ui", "none"]
+        command += ["--model", MODEL, "--url", self.server.url]
         command += ["--endpoint", "/", "--endpoint-type", "raw"]
         command += ["--extra-inputs", f"response_field:{field}"]
         command += ["--custom-dataset-type", "raw-payload", "--input-file", self._write(bodies)]

@@ -14,7 +14,6 @@ import json
 import random
 import time
 from abc import abstractmethod
-from argparse import ArgumentParser
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import IO, Any, ClassVar
 
 import gevent
 from locust import events, task
+from locust.argument_parser import LocustArgumentParser
 from locust.contrib.fasthttp import FastHttpUser
 from locust.env import Environment
 from locust.exception import StopUser
@@ -30,7 +30,7 @@ from benchmarks import workload
 
 
 @events.init_command_line_parser.add_listener
-def _add_options(parser: ArgumentParser) -> None:
+def _add_options(parser: LocustArgumentParser) -> None:
     lengths = workload.Lengths()
     ours = parser.add_argument_group("Requests")
     ours.add_argument("--model-name", default="smollm2-135m-instruct", help="that /v1 is asked for")
@@ -40,12 +40,8 @@ def _add_options(parser: ArgumentParser) -> None:
     ours.add_argument("--arrival-rate", type=float, default=0, help="per second and user; 0: wait")
     ours.add_argument("--requests", type=int, default=0, help="in all per process; 0: no limit")
     ours.add_argument("--answers", type=int, default=0, help="end after so many; 0: no limit")
-    ours.add_argument(
-        "--api-key",
-        default="",
-        env_var="SERVICE_API_KEY",
-        is_secret=True,
-        help="if it asks for one",
+    parser.add_argument(
+        "--api-key", default="", env_var="SERVICE_API_KEY", is_secret=True, help="if one is asked"
     )
     ours.add_argument("--raw", default="", help="write a JSON line for each request to this file")
 

@@ -54,7 +54,8 @@ def test_a_run_goes_on_where_it_was_cut_off_and_is_reported(tmp_path: Path) -> N
     def run(*more: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "benchmarks.run", "--folder", str(folder)]
         command += ["--rounds", "1", "--concurrency", "2", "--answer-tokens", "4"]
-        command += ["--contenders", "service", "offline", "tutorial", *more]
+        command += ["--contenders", "service", "offline", "tutorial"]
+        command += ["--set", "engine.enforce_eager=true", *more]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
 
     done = run()
