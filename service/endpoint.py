@@ -19,7 +19,8 @@ from vllm.envs import enable_envs_cache
 from service import connection, progress, prompting, settings, web
 from service.admission import Admission
 from service.admit import Admit
-from service.contract import OPENAPI, Contract
+from service.contract import Contract
+from service.contract_request import OPENAPI
 from service.ending import Endings
 from service.engine import Engine
 from service.errors import ConfigError, LaunchError, RequestError

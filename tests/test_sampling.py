@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from service import sampling
-from service.contract import ContractRequest
+from service.contract_request import ContractRequest
 from service.errors import PromptTooLong
 from service.model_config import MaxLength
 
