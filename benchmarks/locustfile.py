@@ -15,6 +15,7 @@ import random
 import time
 from abc import abstractmethod
 from collections.abc import Iterator
+from http.client import HTTPException
 from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, ClassVar
@@ -126,8 +127,12 @@ class _Client(FastHttpUser):
             catch_response=True,
         ) as response:
             record: dict[str, Any] = {"start": response.request_meta["start_time"]}
-            ended = {} if response.status_code == 200 else {"error": response.status_code}
-            ended = ended or json.loads(self._read(response, began, arrivals))
+            ended: dict[str, Any] = {"error": response.status_code}
+            if response.status_code == 200:
+                try:
+                    ended = json.loads(self._read(response, began, arrivals))
+                except (OSError, ValueError, HTTPException) as e:  # it broke off
+                    ended = {"error": repr(e)}
             if error := ended.get("error"):  # a stream may end with one
                 record["error"] = str(error)
                 response.failure(record["error"])

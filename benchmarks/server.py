@@ -24,6 +24,11 @@ def free_port() -> int:
         return port
 
 
+def _environment() -> dict[str, str]:
+    """This one, less the keys: who asks the servers has none."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("SERVICE_API_KEY")}
+
+
 class Server:
     """One server process and its children; its output goes to `log`."""
 
@@ -45,7 +50,7 @@ class Server:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, **(env or {})},
+                env={**_environment(), **(env or {})},
                 start_new_session=True,
             )
 

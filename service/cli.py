@@ -227,7 +227,9 @@ def chat(
 def top(
     url: Url = DEFAULT_URL,
     key: Key = None,
-    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1,
+    interval: Annotated[
+        float, typer.Option(min=0.1, max=3600, help="Seconds between two looks.")
+    ] = 1,
     count: Annotated[int | None, typer.Option(min=1, help="End after so many.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON line for each look.")] = False,
 ) -> None:

@@ -10,7 +10,13 @@ from typing import Any, ClassVar
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from service.errors import HeadersTooLarge, HeadersTooSlow, RequestError, refusal_body
+from service.errors import (
+    HeadersTooLarge,
+    HeadersTooSlow,
+    MalformedBody,
+    RequestError,
+    refusal_body,
+)
 from service.settings import Settings
 
 _MOST_HEADERS = 128
@@ -87,6 +93,9 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._unparsed_bytes = 0
         self._expect_no_headers()
+        if self.parser.should_upgrade() and self._has_body():
+            # The parser takes it for another protocol, and what follows for the next request.
+            self._refuse(MalformedBody("a request with `Upgrade` can have no body here"))
         if len(self._cycles) >= _MOST_AHEAD:
             self._refuse(HeadersTooLarge(f"at most {_MOST_AHEAD} requests may be sent ahead"))
         if not self._refused:
@@ -121,6 +130,10 @@ class GuardedProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         if not self._refused:
             super().send_400_response(msg)
+
+    def _has_body(self) -> bool:
+        headers = dict(self.headers)
+        return b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
 
     def _expect_no_headers(self) -> None:
         self._cancel(self._header_timer)

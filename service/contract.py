@@ -260,6 +260,7 @@ class EventStream(Response):
     async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         last = b""
+        started = False
         try:
             async with (
                 self.endings.watch(receive, self.generation.deadline),
@@ -267,12 +268,16 @@ class EventStream(Response):
                 aclosing(self.frames) as frames,
             ):
                 await send(start)
+                started = True
                 async for frame in frames:
                     await send({"type": "http.response.body", "body": frame, "more_body": True})
         except RequestError as e:
             record = RequestRecord.of(scope)
             record.status, record.error = e.status, e.type
             if isinstance(e, ClientGone):
+                return
+            if not started:
+                await refusal(e, record.id)(scope, receive, send)
                 return
             last = b"data: " + refusal_body(e, record.id) + b"\n\n"
         await send({"type": "http.response.body", "body": last})

@@ -12,6 +12,7 @@ from fastapi.routing import APIRoute
 from starlette.datastructures import State
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 from starlette.types import Lifespan, Receive, Scope, Send
 from vllm.engine.protocol import EngineClient
 from vllm.envs import enable_envs_cache
@@ -47,6 +48,8 @@ GENERATING = frozenset(
 )
 # Not for clients: they change the engine that everybody uses.
 _OFF = frozenset({"/scale_elastic_ep", "/is_scaling_elastic_ep"})
+# Where vLLM's scale-out routes are off, as here, it has routes in their place that say so.
+_DISABLED = "disabled_scale_out"
 # So many times what runs may wait, when the setting does not say.
 _WAITING_FACTOR = 4
 
@@ -118,7 +121,6 @@ class ChatService:
         create = app.router.routes.pop()
         assert isinstance(create, APIRoute)
         create.app = _answer
-        app.router.routes.insert(0, create)
         for path, handler, summary in (
             ("/", _index, "The chat page for browsers; for programs, what there is"),
             ("/health", _health, "200 when the engine works, 503 when it is dead or stalled"),
@@ -130,6 +132,8 @@ class ChatService:
             # Before vLLM's own /health, which is in the app already.
             app.add_api_route(path, handler, methods=["GET"], summary=summary)
             app.router.routes.insert(0, app.router.routes.pop())
+        app.router.routes.insert(0, Route("/", _index, methods=["HEAD"], include_in_schema=False))
+        app.router.routes.insert(0, create)
         app.router.lifespan_context = _lifespan(app.router.lifespan_context)
 
     async def init_state(
@@ -174,9 +178,12 @@ def _lifespan(inner: Lifespan[FastAPI]) -> Lifespan[FastAPI]:
 
 def _guard_routes(app: FastAPI, service: ServiceState) -> None:
     """Put vLLM's generating routes behind the queue, and take off what is not for clients."""
-    if not app.state.args.enable_elastic_ep:
-        kept = [route for route in app.routes if getattr(route, "path", None) not in _OFF]
-        app.router.routes[:] = kept
+    off = _OFF if not app.state.args.enable_elastic_ep else frozenset()
+    app.router.routes[:] = [
+        route
+        for route in app.routes
+        if getattr(route, "path", None) not in off and getattr(route, "name", None) != _DISABLED
+    ]
     guarded = set()
     for route in app.routes:
         if isinstance(route, APIRoute) and route.path in GENERATING:

@@ -65,6 +65,12 @@ def _fast(tokenizer: Any) -> Any:
     return fast
 
 
+def _control_tokens(tokenizer: Any) -> set[str]:
+    """Text that the tokenizer would make one token of that is no text, named or only added."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+
+
 class Engine:
     """vLLM's AsyncLLM as `contract.Engine`: its objects and errors become ours here."""
 
@@ -77,6 +83,7 @@ class Engine:
         self._renderer = client.renderer
         self._tokenizer = client.renderer.get_tokenizer()
         self._fast = _fast(self._tokenizer)
+        self._control_tokens = _control_tokens(self._tokenizer)
         online = state.online_renderer
         self._chat = chat_params(
             online.chat_template,
@@ -119,7 +126,7 @@ class Engine:
     async def _render(self, prompt: list[Message] | str) -> Any:
         renderer = self._renderer
         if isinstance(prompt, str):
-            if any(token in prompt for token in self._tokenizer.all_special_tokens):
+            if any(token in prompt for token in self._control_tokens):
                 # Text, also when it spells a control token.
                 encode = functools.partial(
                     self._tokenizer.encode, prompt, split_special_tokens=True

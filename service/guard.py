@@ -169,7 +169,7 @@ class ApiKey:
         path = scope["path"]
         open_to_all = (
             path in _HEALTH
-            or (path == "/" and scope["method"] == "GET")  # where a person enters the key
+            or (path == "/" and scope["method"] in ("GET", "HEAD"))  # where a person enters the key
             or (path == "/metrics" and not state.guarded_metrics)
         )
         if state.keys and not open_to_all and not _is_preflight(scope):

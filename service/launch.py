@@ -66,6 +66,8 @@ _REFUSED = {
     "headless": "it serves no HTTP",
     "grpc": "it serves no HTTP",
     "grpc_port": "it serves no HTTP",
+    "enable_scale_out": "its routes would go past the queue",
+    "tokens_only": "its routes would go past the queue",
     "uds": "the service listens on an address and a port",
     "config": "the model's YAML is the configuration",
     "help": "see `chat-service serve --help`",
@@ -248,6 +250,8 @@ def _prepare_environment(folder: RunFolder, settings: Settings) -> None:
         # As vLLM's own command line sets it.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_NO_USAGE_STATS": "1",
+        # Seconds; the end of the server waits so long for a collector that does not answer.
+        "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT": "2",
         # Prompts are encoded one at a time: handing them to a pool of threads costs more.
         "TOKENIZERS_PARALLELISM": "false",
         # Longer than the longest Retry-After: who comes back meets no closed connection.

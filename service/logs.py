@@ -155,6 +155,7 @@ def configuration(folder: RunFolder, *, verbose: bool) -> dict[str, Any]:
             "vllm": {"level": "INFO"},
             "service": {"level": "DEBUG" if verbose else "INFO"},
             "uvicorn": {"level": "INFO"},
+            "opentelemetry": {"level": "ERROR"},  # its warnings repeat a client's headers
         },
     }
 

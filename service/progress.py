@@ -133,7 +133,11 @@ class _Handler(BaseHTTPRequestHandler):
                 told["percent"] = percent
             status = 503
             body = json.dumps({**told, "instance": self.server.instance}).encode()
-        elif path == "/" and self.command == "GET" and web.wants_page(self.headers.get("accept")):
+        elif (
+            path == "/"
+            and self.command in ("GET", "HEAD")
+            and web.wants_page(self.headers.get("accept"))
+        ):
             status, body = 503, web.PAGE.encode()  # which asks again until the model answers
             headers = {**web.HEADERS, "content-type": "text/html; charset=utf-8"}
         else:

@@ -48,6 +48,8 @@ def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
     clients = settings.clients()
     if os.environ.get("VLLM_SERVER_DEV_MODE", "0") != "0":
         raise ConfigError("VLLM_SERVER_DEV_MODE opens routes that change the engine: unset it")
+    if os.environ.get("VLLM_ENABLE_COHERE_API", "0") != "0":
+        raise ConfigError("VLLM_ENABLE_COHERE_API opens routes that go past the queue: unset it")
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # connections are files
     several = launch.api_servers(config) > 1

@@ -1,9 +1,11 @@
 """A running server from the terminal: `chat-service chat` and `chat-service top`."""
 
 import json
+import ssl
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import httpx
@@ -28,6 +30,9 @@ _ROWS = {
     "kv_cache_usage": ("KV cache", "{:.0%}"),
 }
 
+# Routes that are asked to look at the server.
+_PROBES = ("/metrics", "/health", "/ping")
+
 Metrics = dict[str, dict[tuple[tuple[str, str], ...], float]]
 
 
@@ -37,14 +42,47 @@ class Remote:
     def __init__(self, url: str, key: str | None) -> None:
         headers = {"authorization": f"Bearer {key}"} if key else {}
         self.url = url.rstrip("/")
-        self._client = httpx.Client(base_url=self.url, headers=headers, timeout=30, trust_env=False)
+        with self._explained():
+            self._client = httpx.Client(
+                base_url=self.url,
+                headers=headers,
+                timeout=30,
+                trust_env=False,  # no proxy
+                verify=ssl.create_default_context(),  # which reads SSL_CERT_FILE
+            )
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn what goes wrong into a ServiceError: no server there, or not this one."""
+        try:
+            yield
+        except (httpx.HTTPError, httpx.InvalidURL) as e:
+            if "CERTIFICATE_VERIFY_FAILED" in str(e):
+                raise ServiceError(
+                    f"{self.url}: its certificate is not trusted; name it in SSL_CERT_FILE"
+                ) from None
+            raise ServiceError(f"{self.url}: {e}; is the server running? (--url)") from None
+        except UnicodeError as e:
+            raise ServiceError(f"this cannot be sent: {e.reason}") from None  # type: ignore[attr-defined]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ServiceError(
+                f"{self.url}: this is not the answer of chat-service (--url)"
+            ) from None
+
+    def remembers(self) -> bool:
+        """Whether its model has turns, and does not only complete text. Raises ServiceError."""
+        with self._explained():
+            response = self._client.get("/", headers={"accept": "application/json"})
+            if response.status_code != 200:
+                raise ServiceError(_reason(response))
+            return bool(response.json()["style"] == "chat")
 
     def answer(
         self, prompt: str, history: list[Any], options: dict[str, Any]
     ) -> Iterator[str | dict[str, Any]]:
         """New text as it comes; last the whole answer. Raises ServiceError."""
         body = {"prompt": prompt, "history": history, "stream": True, "details": True, **options}
-        try:
+        with self._explained():
             with self._client.stream("POST", "/", json=body, timeout=None) as response:
                 if response.status_code != 200:
                     response.read()
@@ -55,23 +93,25 @@ class Remote:
                     event = json.loads(line.removeprefix("data: "))
                     if "error" in event:
                         raise ServiceError(event["error"]["message"])
-                    yield event.get("delta", event)
-        except httpx.HTTPError as e:
-            raise ServiceError(f"{self.url}: {e}; is the server running? (--url)") from None
+                    if "delta" not in event:
+                        yield {"response": event["response"], "history": event["history"], **event}
+                        return
+                    yield event["delta"]
+            raise ServiceError(f"{self.url}: the answer broke off")
 
     def metrics(self) -> Metrics:
         """Every sample by its name and labels. Raises ServiceError."""
-        try:
-            response = self._client.get("/metrics")
-        except httpx.HTTPError as e:
-            raise ServiceError(f"{self.url}: {e}; is the server running? (--url)") from None
-        if response.status_code != 200:
-            raise ServiceError(_reason(response))
         found: Metrics = {}
-        for family in text_string_to_metric_families(response.text):
-            for sample in family.samples:
-                labels = tuple(sorted(sample.labels.items()))
-                found.setdefault(sample.name, {})[labels] = sample.value
+        with self._explained():
+            response = self._client.get("/metrics")
+            if response.status_code != 200:
+                raise ServiceError(_reason(response))
+            for family in text_string_to_metric_families(response.text):
+                for sample in family.samples:
+                    labels = tuple(sorted(sample.labels.items()))
+                    found.setdefault(sample.name, {})[labels] = sample.value
+            if "service_requests_in_flight" not in found:
+                raise ValueError
         return found
 
 
@@ -90,6 +130,7 @@ def chat(remote: Remote, prompt: str | None, options: dict[str, Any], *, as_json
         _turn(remote, prompt, [], options, as_json)
         return
     asked = "> " if sys.stdin.isatty() else ""
+    remembers = remote.remembers()
     history: list[Any] = []
     while True:
         try:
@@ -100,7 +141,8 @@ def chat(remote: Remote, prompt: str | None, options: dict[str, Any], *, as_json
         if not line.strip():
             continue
         try:
-            history = _turn(remote, line, history, options, as_json)
+            turns = _turn(remote, line, history, options, as_json)
+            history = turns if remembers else []
         except KeyboardInterrupt:  # ends this answer, which the engine notices
             print()
         except ServiceError as e:
@@ -126,15 +168,20 @@ def top(remote: Remote, interval: float, count: int | None, *, as_json: bool) ->
     """Show what the server does, `count` times or until Ctrl-C. Raises ServiceError."""
     before = remote.metrics()
     began = time.monotonic()
-    with Live(console=Console(), auto_refresh=False, screen=False) as live:
+    console = Console()
+    with (
+        Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live
+    ):
         while count is None or count > 0:
             time.sleep(interval)
             now, after = time.monotonic(), remote.metrics()
             figures = compare(before, after, now - began)
             if as_json:
                 print(json.dumps(figures), flush=True)
-            else:
+            elif live:
                 live.update(_table(remote.url, figures), refresh=True)
+            else:
+                console.print(_table(remote.url, figures))
             before, began = after, now
             count = None if count is None else count - 1
 
@@ -142,31 +189,37 @@ def top(remote: Remote, interval: float, count: int | None, *, as_json: bool) ->
 def compare(before: Metrics, after: Metrics, seconds: float) -> dict[str, float | None]:
     """Rates and quantiles between two looks; None: nothing was measured in between."""
 
-    def rate(name: str, **labels: str) -> float:
-        return (_sum(after, name, labels) - _sum(before, name, labels)) / seconds
+    def rate(name: str, status: str = "") -> float:
+        return _increase(before, after, name, status) / seconds
 
-    errors = {status for labels in after.get("service_requests_total", {}) for _, status in labels}
     return {
         "requests_per_second": rate("service_requests_total"),
         "refused_per_second": rate("service_refused_requests_total"),
-        "errors_per_second": sum(
-            rate("service_requests_total", status=status)
-            for status in errors
-            if status.startswith("5")
-        ),
-        "running": _sum(after, "vllm:num_requests_running", {}),
-        "waiting": _sum(after, "service_waiting_sequences", {}),
+        "errors_per_second": rate("service_requests_total", status="5"),
+        "running": _sum(after, "vllm:num_requests_running"),
+        "waiting": _sum(after, "service_waiting_sequences"),
         "prompt_tokens_per_second": rate("vllm:prompt_tokens_total"),
         "generation_tokens_per_second": rate("vllm:generation_tokens_total"),
         "ttft_p50": _quantile(before, after, "vllm:time_to_first_token_seconds", 0.5),
         "ttft_p99": _quantile(before, after, "vllm:time_to_first_token_seconds", 0.99),
-        "kv_cache_usage": _sum(after, "vllm:kv_cache_usage_perc", {}),
+        "kv_cache_usage": _sum(after, "vllm:kv_cache_usage_perc"),
     }
 
 
-def _sum(metrics: Metrics, name: str, labels: dict[str, str]) -> float:
-    wanted = labels.items()
-    return sum(value for at, value in metrics.get(name, {}).items() if wanted <= dict(at).items())
+def _sum(metrics: Metrics, name: str) -> float:
+    return sum(metrics.get(name, {}).values())
+
+
+def _increase(before: Metrics, after: Metrics, name: str, status: str = "") -> float:
+    """Of a counter, over all labels but probes'; `status` is how it begins."""
+    increase = 0.0
+    for labels, value in after.get(name, {}).items():
+        of = dict(labels)
+        if of.get("route", "").startswith(_PROBES) or not of.get("status", "").startswith(status):
+            continue
+        earlier = before.get(name, {}).get(labels, 0.0)
+        increase += value - earlier if value >= earlier else value  # it has been started again
+    return increase
 
 
 def _quantile(before: Metrics, after: Metrics, name: str, q: float) -> float | None:
@@ -175,7 +228,7 @@ def _quantile(before: Metrics, after: Metrics, name: str, q: float) -> float | N
     for labels, value in after.get(f"{name}_bucket", {}).items():
         bound = float(dict(labels)["le"])
         earlier = before.get(f"{name}_bucket", {}).get(labels, 0.0)
-        buckets[bound] = buckets.get(bound, 0.0) + value - earlier
+        buckets[bound] = buckets.get(bound, 0.0) + value - (earlier if value >= earlier else 0.0)
     bounds = sorted(buckets)
     if not bounds or not buckets[bounds[-1]]:
         return None

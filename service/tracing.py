@@ -29,7 +29,7 @@ def begin(scope: Scope, record: RequestRecord) -> trace.Span:
 
 
 def end(span: trace.Span, scope: Scope, record: RequestRecord, route: str) -> None:
-    """End the request's span, with what its log line says, by OpenTelemetry's names."""
+    """End the request's span, with what its log line says, by the names in vLLM's own spans."""
     span.update_name(f"{scope['method']} {route}")
     attributes = {
         "http.request.method": scope["method"],

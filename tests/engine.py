@@ -20,6 +20,13 @@ PROMPTS = [
     for length in (5, 17, 150)
 ]
 TOKENS = 24
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_USE_AOT_COMPILE": "0",
+    # Two engines on two cores would share one of them.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
 
 
 @dataclass(frozen=True)
@@ -35,13 +42,7 @@ class Answer:
 def engine(folder: Path, **arguments: Any) -> Iterator[Any]:
     """vLLM's LLM. It changes the environment of its process, which is put back."""
     saved = dict(os.environ)
-    os.environ |= {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_USE_AOT_COMPILE": "0",
-        # Two engines on two cores would share one of them.
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-    }
+    os.environ |= ENVIRONMENT
     from vllm import LLM
 
     llm = LLM(
@@ -89,9 +90,14 @@ def ask(llm: Any, prompts: Sequence[list[int]] = PROMPTS, lora: str | None = Non
 
 
 if __name__ == "__main__":
+    from vllm.envs import enable_envs_cache
+
+    os.environ |= ENVIRONMENT | {"VLLM_WORKER_MULTIPROC_METHOD": "fork"}
     arguments = json.loads(sys.argv[1])
     answers = {}
     for checkpoint in sys.argv[2:]:
+        # Workers inherit what is imported here. vLLM changes the variable on a CPU, after this.
+        enable_envs_cache()
         with engine(Path(checkpoint), **arguments) as llm:
             answers[checkpoint] = [asdict(answer) for answer in ask(llm)]
     print(json.dumps(answers))

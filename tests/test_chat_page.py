@@ -120,7 +120,7 @@ def test_the_models_own_sampling_is_shown_and_what_is_asked_can_be_copied(
     page: Page, server: Server
 ) -> None:
     index = LOOPBACK.get(server.url).json()
-    assert index["routes"]["/"] == ["GET", "POST"]
+    assert index["routes"]["/"] == ["GET", "HEAD", "POST"]
     for name, value in index["sampling"].items():
         assert float(page.locator(f"#{name}").get_attribute("placeholder") or "") == value
     page.evaluate("navigator.clipboard.writeText = (text) => { window.copied = text; }")
@@ -148,6 +148,20 @@ def test_stop_ends_the_request_in_the_engine(page: Page, server: Server) -> None
         server.url, json={"prompt": "hi", "max_new_tokens": 1}, headers=KEY, timeout=30
     )
     assert answer.status_code == 200
+
+
+def test_a_new_chat_forgets_the_answer_that_was_being_written(page: Page) -> None:
+    page.get_by_text("Sampling").click()
+    page.get_by_label("temperature").fill("2")
+    ask(page, "Count from one to a thousand.")
+    expect(page.locator(".model .note")).to_contain_text("tokens/s", timeout=30_000)
+    page.get_by_role("button", name="New chat").click()
+    expect(page.locator("#send")).to_have_text("Send")
+    page.get_by_label("max_new_tokens").fill("1")
+    with page.expect_request(lambda request: request.method == "POST") as asked:
+        ask(page, "hi")
+    assert "history" not in json.loads(asked.value.post_data or "")
+    expect(page.locator(".model .note")).to_contain_text("cut off", timeout=30_000)
 
 
 def test_a_full_server_and_a_wrong_key_are_told(page: Page, server: Server) -> None:

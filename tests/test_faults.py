@@ -150,36 +150,32 @@ def test_a_killed_engine_answers_everyone_and_ends(tmp_path: Path) -> None:
 
 
 @hardening(21)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("seconds", [3, 11])
-def test_a_stop_while_loading_ends_at_once(
-    tmp_path: Path, number: signal.Signals, seconds: float
-) -> None:
-    log = tmp_path / "log"
-    server = Server.service(log, *EAGER)
+def test_a_stop_while_loading_ends_at_once(tmp_path: Path, seconds: float) -> None:
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    servers = {number: Server.service(tmp_path / number.name, *EAGER) for number in numbers}
     time.sleep(seconds)
-    children = processes(server)
-    began = time.monotonic()
-    server.process.send_signal(number)
-    check_gone(server, children, 0)
-    assert time.monotonic() - began < 5
+    for number, server in servers.items():
+        children = processes(server)
+        began = time.monotonic()
+        server.process.send_signal(number)
+        check_gone(server, children, 0)
+        assert time.monotonic() - began < 5
 
 
 @hardening(20)
 def test_a_killed_supervisor_or_server_leaves_nothing_behind(tmp_path: Path) -> None:
-    for victim in ("supervisor", "server"):
-        server = Server.service(tmp_path / victim, *EAGER)
-        deadline = time.monotonic() + 60
-        while not processes(server, "EngineCore"):
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        children = processes(server)
-        if victim == "supervisor":
-            server.process.kill()
-            check_gone(server, children, -signal.SIGKILL)
-        else:
-            parent = processes(server, "EngineCore")[0].parent()
-            assert parent is not None
-            parent.kill()
-            check_gone(server, children, 1)
-            assert "was killed by SIGKILL" in server.log.read_text()
+    victims = ("supervisor", "server")
+    servers = {victim: Server.service(tmp_path / victim, *EAGER) for victim in victims}
+    deadline = time.monotonic() + 60
+    while not all(processes(server, "EngineCore") for server in servers.values()):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    children = {victim: processes(server) for victim, server in servers.items()}
+    servers["supervisor"].process.kill()
+    check_gone(servers["supervisor"], children["supervisor"], -signal.SIGKILL)
+    parent = processes(servers["server"], "EngineCore")[0].parent()
+    assert parent is not None
+    parent.kill()
+    check_gone(servers["server"], children["server"], 1)
+    assert "was killed by SIGKILL" in servers["server"].log.read_text()

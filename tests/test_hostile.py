@@ -4,8 +4,10 @@ import asyncio
 import json
 import math
 import re
+import socket
 import subprocess
 import sys
+import time
 from typing import Any
 
 import httpx
@@ -335,6 +337,34 @@ def test_dangerous_routes_are_off(http: httpx.Client) -> None:
     for route in ("/scale_elastic_ep", "/sleep", "/wake_up", "/reset_prefix_cache", "/pause",
                   "/collective_rpc", "/server_info", "/v1/load_lora_adapter"):  # fmt: skip
         check_refusal(http.post(route, json={}), 404, 405)
+
+
+@hardening(12)
+def test_routes_that_are_off_are_not_there(http: httpx.Client) -> None:
+    routes = http.get("/", headers={"accept": "application/json"}).json()["routes"]
+    assert "/v1/chat/completions" in routes
+    assert not [route for route in routes if route.startswith("/inference") or "render" in route]
+    assert http.head("/").status_code == 200
+    assert "POST" in http.put("/", json={}).headers["allow"]
+
+
+@hardening(2)
+def test_a_body_after_an_upgrade_is_not_taken_for_a_request(service: Server) -> None:
+    port = int(service.url.rpartition(":")[2])
+    head = "POST / HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: h2c\r\n"
+    inner = "GET /version HTTP/1.1\r\nhost: a\r\n\r\n"
+    for framing, body in (
+        (f"content-length: {len(inner)}", inner),
+        ("transfer-encoding: chunked", f"{len(inner):x}\r\n{inner}\r\n0\r\n\r\n"),
+    ):
+        for pieces in ([head + framing + "\r\n\r\n" + body], [f"{head}{framing}\r\n\r\n", body]):
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as s:
+                for piece in pieces:
+                    s.sendall(piece.encode())
+                    time.sleep(0.2)
+                answer = b"".join(iter(lambda: s.recv(65536), b""))
+            assert answer.count(b"HTTP/1.1 ") == 1 and b"0.32.0" not in answer, answer
+            assert answer.startswith(b"HTTP/1.1 400 ") and b"Upgrade" in answer
 
 
 @hardening(12)

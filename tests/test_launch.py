@@ -58,6 +58,7 @@ def test_values_are_read_as_vllm_reads_them(
         ("enforce_eager: maybe", "maybe"),
         ("model: other", "given by source here"),
         ("api_key: secret", "given by SERVICE_API_KEY here"),
+        ("enable_scale_out: true", "cannot be set: its routes would go past the queue"),
         ("trust_remote_code: true", "cannot be set: remote code is never run"),
     ],
 )

@@ -87,7 +87,7 @@ def on_two_workers(folders: dict[str, Path]) -> dict[str, list[Answer]]:
     paths = [str(folders[name]) for name in OURS]
     done = subprocess.run(
         [sys.executable, "-m", "tests.engine", json.dumps({"tensor_parallel_size": 2}), *paths],
-        env={**os.environ, "VLLM_WORKER_MULTIPROC_METHOD": "fork", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=400,

@@ -78,7 +78,7 @@ def test_every_command_runs_and_answers_as_shown(clone: Path) -> None:
                 second_server = body
             elif language == "bash" and ":7000" in body:
                 with serving(second_server, 7000, clone):
-                    assert "Shakespeare" in run(["bash", "-ec", body], clone)
+                    assert "Rome" in run(["bash", "-ec", body], clone)
             elif language == "bash" and body not in RUN_BY_CI:
                 output = run(["bash", "-ec", body], clone)
                 assert output
@@ -135,6 +135,9 @@ def test_compose_serves_with_a_volume_and_a_healthcheck() -> None:
     assert chat["volumes"] == ["cache:/cache"]
     (probe,) = (part for part in chat["healthcheck"]["test"] if "urlopen" in part)
     assert "/health/ready" in probe
+    pinned = (ROOT / "requirements" / "bench.txt").read_text()
+    (locust,) = re.findall(r"^locust==(.*)$", pinned, re.M)
+    assert compose["services"]["locust"]["image"] == f"locustio/locust:{locust}"
     dockerfile = (ROOT / "Dockerfile").read_text()
     assert all(f"=/cache/{name}" in dockerfile for name in ("models", "modelscope", "vllm"))
     assert shutil.which("make")  # what the image installs with

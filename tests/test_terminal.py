@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from benchmarks.server import Server, free_port
 from service import terminal
@@ -44,7 +46,7 @@ def test_top_shows_what_the_server_does(service: Server) -> None:
     done = run("top", "--url", service.url, "--interval", "0.2", "--count", "2", "--json")
     assert done.returncode == 0, done.stderr
     first, _ = map(json.loads, done.stdout.splitlines())
-    assert first["requests_per_second"] >= 0 and first["kv_cache_usage"] == 0
+    assert first["requests_per_second"] == 0 and first["kv_cache_usage"] == 0
     shown = run("top", "--url", service.url, "--interval", "0.2", "--count", "1")
     assert "KV cache" in shown.stdout and "tokens out" in shown.stdout
 
@@ -55,6 +57,35 @@ def test_a_server_that_is_not_there_is_told_in_one_line() -> None:
         done = run(*command, "--url", url)
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr.startswith(f"error: {url}: ") and done.stderr.count("\n") == 1
+
+
+def test_a_server_of_another_kind_and_what_cannot_be_sent_are_told_in_one_line(
+    service: Server,
+) -> None:
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'<html>hi</html>\ndata: {"delta": "a piece"}\n\n')
+
+        do_POST = do_GET
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        for command in (("top",), ("chat", "hi"), ("chat",)):
+            done = run(*command, "--url", url, typed="hi\n")
+            assert done.returncode == 1, command
+            assert done.stderr.splitlines()[-1].startswith(f"error: {url}: "), done.stderr
+        server.shutdown()
+    for words in (
+        ("chat", "hi", "--url", "http://[::1"),
+        ("chat", "hi", "--url", service.url, "--key", "密钥"),
+        ("chat", "hi", "--url", service.url, "--temperature", "nan"),
+    ):
+        done = run(*words)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_rates_and_quantiles_are_of_the_time_between_two_looks() -> None:
@@ -77,3 +108,6 @@ def test_rates_and_quantiles_are_of_the_time_between_two_looks() -> None:
     assert figures["ttft_p50"] == 0.2
     assert figures["ttft_p99"] == 0.2  # as far as the buckets tell
     assert figures["generation_tokens_per_second"] == 0
+    restarted = terminal.compare(metrics(10, 1, 100, 100, 100), metrics(4, 0, 1, 2, 2), 2)
+    assert restarted["requests_per_second"] == 2 and restarted["errors_per_second"] == 0
+    assert restarted["ttft_p99"] == 0.198

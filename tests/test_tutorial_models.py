@@ -9,9 +9,10 @@ from typing import Any
 import httpx
 import pytest
 import sentencepiece
+from transformers import AutoTokenizer
 
 from benchmarks.server import Server
-from service import reference
+from service import engine, reference
 from tests import checkpoints
 
 Tutorial = tuple[Path, httpx.Client]  # the checkpoint, and a client of its server
@@ -187,6 +188,11 @@ def test_openelm_completes_the_text_and_max_length_counts_it(
     assert details["sampling"]["max_tokens"] == 384 - len(ids)
     refused = client.post("/", json={"prompt": prompt, "max_length": 3})
     assert (refused.status_code, refused.json()["error"]["param"]) == (422, "max_length")
+
+
+def test_every_token_that_is_no_text_counts_as_a_control_token(embedded_model: Path) -> None:
+    found = engine._control_tokens(AutoTokenizer.from_pretrained(embedded_model))
+    assert {"<|im_end|>", "<repo_name>", "<|endoftext|>"} <= found and "the" not in found
 
 
 def test_openelm_reads_a_control_token_as_text(openelm: Tutorial) -> None:

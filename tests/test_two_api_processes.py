@@ -113,6 +113,14 @@ def test_the_engines_span_is_in_ours_and_ours_in_the_clients(
             assert ours.attributes[name] == engines.attributes[name] > 0
 
 
+@hardening(25)
+def test_headers_of_a_trace_are_not_logged(two: Server) -> None:
+    headers = {"traceparent": f"00-{1:032x}-{1:016x}-01", "tracestate": "my prompt = secret words"}
+    assert httpx.get(f"{two.url}/v1/models", headers=headers).status_code == 401
+    assert logged(two, "route=/v1/models status=401")
+    assert "secret words" not in two.log.read_text()
+
+
 @hardening(20)
 def test_a_killed_engine_is_told_by_both(two: Server) -> None:
     check_killed_engine(two, BEARER)
