@@ -110,13 +110,13 @@ async def fill(
 ) -> list[asyncio.Task[httpx.Response]]:
     """Requests that run, or wait, until they are cancelled; all of them have come in."""
     endless = {"model": MODEL, "prompt": "Count", "max_tokens": 1900, "ignore_eos": True}
-    tasks = [
-        asyncio.create_task(client.post("/v1/completions", json=endless, headers=bearer("alice")))
-        for _ in range(count)
-    ]
+    tasks: list[asyncio.Task[httpx.Response]] = []
     running = min(count, RUNNING)
-    await asyncio.to_thread(wait_for, server, RUNS, running)
-    await asyncio.to_thread(wait_for, server, WAITS, count - running)
+    for name, more in ((RUNS, running), (WAITS, count - running)):  # those that run come first
+        for _ in range(more):
+            asked = client.post("/v1/completions", json=endless, headers=bearer("alice"))
+            tasks.append(asyncio.create_task(asked))
+        await asyncio.to_thread(wait_for, server, name, more)
     return tasks
 
 
