@@ -87,7 +87,8 @@ class Crosscheck:
             }
             for asked in self.asked
         ]
-        field = "delta" if stream else "response"
+        # The last event has no delta but the whole answer once more: a space is counted for it.
+        field = "delta || ' '" if stream else "response"
         command = [_UV, "tool", "run", "aiperf", "profile", "--ui", "none"]
         command += ["--model", MODEL, "--url", self.server.url]
         command += ["--endpoint", "/", "--endpoint-type", "raw"]
