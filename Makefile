@@ -33,7 +33,7 @@ serve: $(INSTALLED) ## Serve a model (MODEL=name or file, PORT=6006, ARGS="--set
 	@$(BIN)/python -m service serve $(MODEL) $(if $(PORT),--port $(PORT)) $(ARGS)
 
 test: $(TESTED) ## Run the tests (ARGS="-k name")
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 lint: $(TESTED) ## Check style and types
 	$(BIN)/ruff check .

@@ -11,6 +11,10 @@ import pytest
 from benchmarks.server import Server
 from service import model_config, settings, weights
 
+# Two files of tests run at once, and threads of an engine that wait for each other want cores of
+# their own.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 MODEL = "smollm2-135m-instruct"
 # A client for what is asked again and again: making one reads all certificates of the machine.
 LOOPBACK = httpx.Client(

@@ -1,7 +1,6 @@
 """The tutorials' architectures in vLLM, beside the reference, on tiny random checkpoints."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -87,7 +86,6 @@ def on_two_workers(folders: dict[str, Path]) -> dict[str, list[Answer]]:
     paths = [str(folders[name]) for name in OURS]
     done = subprocess.run(
         [sys.executable, "-m", "tests.engine", json.dumps({"tensor_parallel_size": 2}), *paths],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=400,

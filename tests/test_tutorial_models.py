@@ -16,8 +16,6 @@ from service import engine, reference
 from tests import checkpoints
 
 Tutorial = tuple[Path, httpx.Client]  # the checkpoint, and a client of its server
-# vLLM would bind all of them to the same core.
-SHARED_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 GREEDY = {"temperature": 0, "repetition_penalty": 1}
 
 
@@ -33,9 +31,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Tuto
                 name, folder, "engine.dtype=float32", "engine.enforce_eager=true"
             )
             sets = [word for argument in arguments for word in ("--set", argument)]
-            server = Server.service(
-                folder / "log", checkpoints.CATALOGUE[name], *sets, env=SHARED_CORES
-            )
+            server = Server.service(folder / "log", checkpoints.CATALOGUE[name], *sets)
             stack.callback(server.stop)
             client = httpx.Client(base_url=server.url, timeout=120, trust_env=False)
             servers[name] = folder, stack.enter_context(client)
