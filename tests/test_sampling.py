@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 
 from service import sampling
 from service.contract_request import ContractRequest
@@ -56,3 +57,27 @@ def test_a_prompt_that_leaves_no_room_is_refused(
     with pytest.raises(PromptTooLong) as error:
         max_tokens(rule, **values)
     assert error.value.param == param
+
+
+@pytest.mark.parametrize("others", [0.0, 0.4])
+def test_penalties_are_vllms_in_every_bit(others: float) -> None:
+    from vllm.model_executor.layers.utils import apply_penalties
+    from vllm.v1.sample.ops import penalties
+
+    from service.models import register, vllm_private
+
+    register()
+    assert penalties.apply_penalties is vllm_private.apply_penalties
+    rows, vocabulary, chance = 16, 500, torch.Generator().manual_seed(0)
+    logits = torch.randn(rows, vocabulary, generator=chance)
+    logits[:, 7] = -torch.inf  # forbidden, by a grammar for example
+    prompts, answers = (torch.randint(0, vocabulary, (rows, 40), generator=chance) for _ in "ab")
+    for row in range(rows):  # of all lengths, answers from none
+        prompts[row, 1 + 2 * row :] = answers[row, row:] = vocabulary
+    repetition = torch.linspace(0.5, 2, rows)
+    extra = torch.full((rows,), others)
+    asked = prompts, answers, extra, extra, repetition
+    ours, theirs = (
+        f(logits.clone(), *asked) for f in (vllm_private.apply_penalties, apply_penalties)
+    )
+    assert torch.equal(ours, theirs) and not torch.equal(ours, logits)

@@ -9,12 +9,13 @@ def register() -> None:
     from transformers import AutoConfig
     from vllm import ModelRegistry
     from vllm.model_executor.models.llama import LlamaForCausalLM
+    from vllm.platforms import current_platform
 
     from service.models.baichuan2 import Baichuan2Config, Baichuan2ForCausalLM
     from service.models.bluelm import BlueLMConfig, BlueLMForCausalLM
     from service.models.minicpm import MiniCPMConfig
     from service.models.openelm import OpenELMConfig, OpenELMForCausalLM
-    from service.models.vllm_private import assume_model_type
+    from service.models.vllm_private import assume_model_type, penalize_only_what_was_said
     from service.models.xverse import XverseConfig
     from service.tokenizers import register as register_tokenizers
 
@@ -34,3 +35,5 @@ def register() -> None:
         AutoConfig.register(config.model_type, config, exist_ok=True)
     assume_model_type("MiniCPMForCausalLM", MiniCPMConfig.model_type)
     register_tokenizers()
+    if current_platform.is_cpu():
+        penalize_only_what_was_said()
