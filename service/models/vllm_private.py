@@ -35,7 +35,7 @@ def apply_penalties(
     padded with the size of the vocabulary; the penalties are (sequences,).
     """
     if presence_penalties.any() or frequency_penalties.any():
-        return _of_vllm(
+        changed: torch.Tensor = _of_vllm(
             logits,
             prompt_tokens,
             output_tokens,
@@ -43,6 +43,7 @@ def apply_penalties(
             frequency_penalties,
             repetition_penalties,
         )
+        return changed
     said = torch.cat((prompt_tokens, output_tokens), 1)
     # Instead of the padding the first token again: what is written twice is the same.
     said = torch.where(said == logits.shape[1], said[:, :1], said)
