@@ -93,10 +93,13 @@ class Remote:
                     event = json.loads(line.removeprefix("data: "))
                     if "error" in event:
                         raise ServiceError(event["error"]["message"])
-                    if "delta" not in event:
-                        yield {"response": event["response"], "history": event["history"], **event}
-                        return
-                    yield event["delta"]
+                    if "delta" in event:
+                        yield event["delta"]
+                        continue
+                    if not {"response", "history"} <= event.keys():
+                        raise ValueError
+                    yield event
+                    return
             raise ServiceError(f"{self.url}: the answer broke off")
 
     def metrics(self) -> Metrics:

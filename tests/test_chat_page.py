@@ -130,6 +130,13 @@ def test_the_models_own_sampling_is_shown_and_what_is_asked_can_be_copied(
     copied = page.evaluate("window.copied")
     assert copied.startswith(f"curl -N -X POST {server.url}/ -H 'Authorization: Bearer YOUR_KEY'")
     assert '"prompt":"It\'\\\'\'s me"' in copied
+    # As over plain HTTP from another machine, where a page has no clipboard.
+    page.evaluate("delete Navigator.prototype.clipboard")
+    page.get_by_role("button", name="Copy as curl").click(timeout=30_000)
+    page.locator("#prompt").focus()
+    page.keyboard.press("Control+V")
+    expect(page.locator("#prompt")).to_have_value(copied)
+    page.locator("#prompt").fill("")
     expect(page.locator("#send")).to_have_text("Send", timeout=60_000)
 
 
@@ -178,6 +185,7 @@ def test_a_full_server_and_a_wrong_key_are_told(page: Page, server: Server) -> N
             ask(page, "hi")
             told = page.locator(".model .error").nth(1)
             expect(told).to_contain_text("The server is full. Try again in")
+            expect(page.locator("#prompt")).to_have_value("hi")
     deadline = time.monotonic() + 30
     one = {"prompt": "hi", "max_new_tokens": 1}
     while LOOPBACK.post(server.url, json=one, headers=KEY).status_code == 429:
