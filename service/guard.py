@@ -338,13 +338,14 @@ _VALIDATION = re.compile(
 )
 # What vLLM quotes is the name of a parameter, or what the client sent.
 _QUOTED = re.compile(r"(?<!\w)([`'\"])(.*?)\1(?!\w)", re.S)
-_NAME = re.compile(r"[a-z_.]{1,40}")
+_NAME = re.compile(r"[a-z_.]{1,40}|application/json")
 
 
 def _without_input(message: str) -> str:
     """A message of vLLM's less the value that it repeats."""
     if found := _VALIDATION.match(message):
         message = f"{found[1].removeprefix('body.')}: {found[3]}"
+    message = re.sub(r"^\d+ validation errors?:\s+", "", message)
     message = re.sub(r", value=.*\)$", ")", message, flags=re.S)
     message = _QUOTED.sub(
         lambda quoted: quoted[0] if _NAME.fullmatch(quoted[2]) else "...", message

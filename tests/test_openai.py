@@ -65,6 +65,13 @@ def test_completion_and_the_list_of_models(client: openai.OpenAI) -> None:
     assert "/" not in str(model.model_dump()["root"])  # no path of the server's machine
 
 
+def test_a_body_that_is_not_said_to_be_json_is_refused_with_what_to_say(http: httpx.Client) -> None:
+    answer = http.post("/v1/completions", content=b'{"prompt": "hi"}')
+    assert answer.status_code == 400
+    message = answer.json()["error"]["message"]
+    assert message.startswith("Unsupported Media Type: Only 'application/json' is allowed"), message
+
+
 def test_the_other_routes_are_there(http: httpx.Client) -> None:
     assert http.post("/tokenize", json={"prompt": "hi"}).json()["tokens"] == [6004]
     assert http.get("/health").status_code == 200

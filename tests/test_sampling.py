@@ -60,7 +60,8 @@ def test_a_prompt_that_leaves_no_room_is_refused(
 
 
 @pytest.mark.parametrize("others", [0.0, 0.4])
-def test_penalties_are_vllms_in_every_bit(others: float) -> None:
+@pytest.mark.parametrize("longest", [0, 40])
+def test_penalties_are_vllms_in_every_bit(others: float, longest: int) -> None:
     from vllm.model_executor.layers.utils import apply_penalties
     from vllm.v1.sample.ops import penalties
 
@@ -71,12 +72,14 @@ def test_penalties_are_vllms_in_every_bit(others: float) -> None:
     rows, vocabulary, chance = 16, 500, torch.Generator().manual_seed(0)
     logits = torch.randn(rows, vocabulary, generator=chance)
     logits[:, 7] = -torch.inf  # forbidden, by a grammar for example
-    prompts, answers = (torch.randint(0, vocabulary, (rows, 40), generator=chance) for _ in "ab")
-    for row in range(rows):  # of all lengths, answers from none
-        prompts[row, 1 + 2 * row :] = answers[row, row:] = vocabulary
-    repetition = torch.linspace(0.5, 2, rows)
-    extra = torch.full((rows,), others)
-    asked = prompts, answers, extra, extra, repetition
+    prompts = torch.randint(0, vocabulary, (rows, 40), generator=chance)
+    answers = torch.randint(0, vocabulary, (rows, longest), generator=chance)
+    for row in range(rows):  # of all lengths, from none
+        prompts[row, 2 * row :] = answers[row, row:] = vocabulary
+    prompts[5, 0] = vocabulary  # a token that the tokenizer has and the model has not
+    extra = torch.zeros(rows)
+    extra[3] = others
+    asked = prompts, answers, extra, extra, torch.linspace(0.01, 2, rows)
     ours, theirs = (
         f(logits.clone(), *asked) for f in (vllm_private.apply_penalties, apply_penalties)
     )

@@ -12,7 +12,7 @@ def assume_model_type(architecture: str, model_type: str) -> None:
     vllm_config._ARCHITECTURE_TO_MODEL_TYPE[architecture] = model_type
 
 
-def penalize_only_what_was_said() -> None:
+def penalize_only_what_was_seen() -> None:
     """Have vLLM's sampler use `apply_penalties`.
 
     vLLM's own goes over the whole vocabulary a dozen times for each sequence, which on a CPU is a
@@ -31,8 +31,9 @@ def apply_penalties(
 ) -> torch.Tensor:
     """As vllm.model_executor.layers.utils.apply_penalties, equal in every bit.
 
-    Changes `logits` (sequences, vocabulary) in place. The tokens are (sequences, most tokens),
-    padded with the size of the vocabulary; the penalties are (sequences,).
+    Changes `logits` (sequences, vocabulary), float32, in place. The tokens are (sequences, most
+    tokens), padded with the size of the vocabulary; the penalties are (sequences,). A batch with a
+    presence or frequency penalty is vLLM's.
     """
     if presence_penalties.any() or frequency_penalties.any():
         changed: torch.Tensor = _of_vllm(
@@ -44,9 +45,10 @@ def apply_penalties(
             repetition_penalties,
         )
         return changed
-    said = torch.cat((prompt_tokens, output_tokens), 1)
-    # Instead of the padding the first token again: what is written twice is the same.
-    said = torch.where(said == logits.shape[1], said[:, :1], said)
-    now = logits.gather(1, said)
-    penalty = repetition_penalties.unsqueeze(1)
-    return logits.scatter_(1, said, now * torch.where(now > 0, 1 / penalty, penalty))
+    seen = torch.cat((prompt_tokens, output_tokens), 1)
+    row, column = (seen < logits.shape[1]).nonzero(as_tuple=True)
+    token, penalty = seen[row, column], repetition_penalties[row]
+    before = logits[row, token]
+    # A token that was seen twice is written twice, with the same value.
+    logits[row, token] = before * torch.where(before > 0, 1 / penalty, penalty)
+    return logits
