@@ -4,12 +4,13 @@ import asyncio
 import functools
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 import jinja2
 from starlette.datastructures import State
 from transformers import TokenizersBackend
+from transformers.utils.chat_template_utils import render_jinja_template
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.inputs import tokens_input
@@ -27,6 +28,7 @@ from service.errors import (
     Unavailable,
 )
 from service.prompting import Message
+from service.tokenizers.literal import control_pattern
 
 _logger = logging.getLogger("service")
 
@@ -65,6 +67,36 @@ def _fast(tokenizer: Any) -> Any:
     return fast
 
 
+def _template(renderer: Any, chat: ChatParams) -> Callable[[list[Message]], str | None]:
+    """Short turns to text by the chat template alone; None: ask vLLM's renderer.
+
+    That one searches each message for pictures and tools, and the template for its options, which
+    takes longer than the template.
+    """
+    tokenizer = renderer.get_tokenizer()
+    control = control_pattern(tokenizer)
+    options = {k: v for k, v in chat.chat_template_kwargs.items() if k != "tokenize"}
+    options = {**tokenizer.special_tokens_map, **options}
+
+    def render(messages: list[Message]) -> str | None:
+        if control.search("\0".join(message["content"] for message in messages)):
+            return None
+        try:
+            (text,), _ = render_jinja_template([messages], chat_template=template, **options)
+        except Exception:  # the template's own; that one says which
+            return None
+        return str(text)
+
+    probe: Message = {"role": "user", "content": "maple"}
+    try:
+        template = tokenizer.get_chat_template(chat.chat_template)
+        (message,), rendered = renderer.render_messages([probe], chat)
+    except Exception:  # there is none, or it wants other turns
+        return lambda _: None
+    same = message["content"] == probe["content"] and rendered.get("prompt") == render([probe])
+    return render if same else lambda _: None
+
+
 def _control_tokens(tokenizer: Any) -> set[str]:
     """Text that the tokenizer would make one token of that is no text, named or only added."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
@@ -90,6 +122,7 @@ class Engine:
             online.chat_template_content_format,
             online.default_chat_template_kwargs,
         )
+        self._template = _template(client.renderer, self._chat) if self._fast else lambda _: None
 
     def stop_at(self, strings: Sequence[str], state: State) -> None:
         """End every answer at these, by token where one token says it.
@@ -146,11 +179,11 @@ class Engine:
         if sum(len(message["content"]) + 16 for message in prompt) > _INLINE_CHARACTERS:
             _, (rendered,) = await renderer.render_chat_async([prompt], self._chat, params)
             return rendered
-        _, text = renderer.render_messages(prompt, self._chat)
-        # Some tokenizers make ids of the messages themselves.
-        if "prompt" in text and (short := self._encode(text["prompt"], params)) is not None:
+        text = self._template(prompt)
+        if text is not None and (short := self._encode(text, params)) is not None:
             return short
-        (rendered,) = renderer.tokenize_prompts([text], params)
+        _, rendered = renderer.render_messages(prompt, self._chat)
+        (rendered,) = renderer.tokenize_prompts([rendered], params)
         return rendered
 
     def _encode(self, text: str, params: TokenizeParams) -> dict[str, list[int]] | None:

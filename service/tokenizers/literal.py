@@ -28,7 +28,7 @@ def literal(tokenizer: Any, *, begun: bool = False) -> Any:
     Conversations without such text are rendered exactly as before; the others to token ids. With
     `begun` all are, and begin as the tokenizer begins a text: with its bos.
     """
-    control = _control_pattern(tokenizer)
+    control = control_pattern(tokenizer)
 
     class Literal(tokenizer.__class__):  # type: ignore[misc]  # as vLLM derives its cached tokenizers
         def apply_chat_template(
@@ -64,7 +64,7 @@ def literal(tokenizer: Any, *, begun: bool = False) -> Any:
     return made
 
 
-def _control_pattern(tokenizer: Any) -> re.Pattern[str]:
+def control_pattern(tokenizer: Any) -> re.Pattern[str]:
     """Splits a text into control tokens and what is between them, keeping both."""
     tokens = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
     return re.compile(f"({'|'.join(re.escape(t) for t in sorted(tokens, key=len, reverse=True))})")
