@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from service.verify import Report
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-DEFAULT_URL = "http://127.0.0.1:6006"
 
 app = typer.Typer(
     help="Serve the models that the tutorials teach, the way their readers call them, on vLLM.",
@@ -42,7 +41,10 @@ Assignments = Annotated[
 ]
 Host = Annotated[str | None, typer.Option(help="Address to listen on [default: 127.0.0.1].")]
 Port = Annotated[int | None, typer.Option(help="Port to listen on [default: 6006].")]
-Url = Annotated[str, typer.Option(help="Address of the server.")]
+Url = Annotated[
+    str | None,
+    typer.Option(help="Of the server [default: where `serve` listens by its SERVICE_ variables]."),
+]
 Key = Annotated[
     str | None,
     typer.Option(
@@ -200,7 +202,7 @@ def chat(
     prompt: Annotated[
         str | None, typer.Argument(help="One question [default: a conversation until Ctrl-D].")
     ] = None,
-    url: Url = DEFAULT_URL,
+    url: Url = None,
     key: Key = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="New tokens at most.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
@@ -220,12 +222,13 @@ def chat(
 
     given = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     options = {name: value for name, value in given.items() if value is not None}
-    terminal.chat(terminal.Remote(url, key), prompt, options, as_json=as_json)
+    remote = terminal.Remote(url or settings.load().url(), key)
+    terminal.chat(remote, prompt, options, as_json=as_json)
 
 
 @app.command()
 def top(
-    url: Url = DEFAULT_URL,
+    url: Url = None,
     key: Key = None,
     interval: Annotated[
         float, typer.Option(min=0.1, max=3600, help="Seconds between two looks.")
@@ -243,7 +246,8 @@ def top(
     """
     from service import terminal
 
-    terminal.top(terminal.Remote(url, key), interval, count, as_json=as_json)
+    remote = terminal.Remote(url or settings.load().url(), key)
+    terminal.top(remote, interval, count, as_json=as_json)
 
 
 @app.command()

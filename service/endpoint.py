@@ -5,6 +5,7 @@ import math
 from argparse import Namespace
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI
@@ -108,6 +109,8 @@ class ChatService:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
+        app.title = "vllm-chat-service"
+        app.version = version(app.title)
         app.add_api_route(
             "/",
             _create,
@@ -117,10 +120,6 @@ class ChatService:
             openapi_extra=OPENAPI,
             response_class=Response,
         )
-        # FastAPI describes the route; what it does for a handler of its own kind costs time.
-        create = app.router.routes.pop()
-        assert isinstance(create, APIRoute)
-        create.app = _answer
         for path, handler, summary in (
             ("/", _index, "The chat page for browsers; for programs, what there is"),
             ("/health", _health, "200 when the engine works, 503 when it is dead or stalled"),
@@ -132,8 +131,10 @@ class ChatService:
             # Before vLLM's own /health, which is in the app already.
             app.add_api_route(path, handler, methods=["GET"], summary=summary)
             app.router.routes.insert(0, app.router.routes.pop())
-        app.router.routes.insert(0, Route("/", _index, methods=["HEAD"], include_in_schema=False))
-        app.router.routes.insert(0, create)
+        # FastAPI describes `/`. One route answers, so that 405 names all methods, and without what
+        # FastAPI does for a handler.
+        methods = ["GET", "HEAD", "POST"]
+        app.router.routes.insert(0, Route("/", _root, methods=methods, include_in_schema=False))
         app.router.lifespan_context = _lifespan(app.router.lifespan_context)
 
     async def init_state(
@@ -200,9 +201,8 @@ async def _create(request: Request) -> Response:
     return await state.contract.create(request)
 
 
-async def _answer(scope: Scope, receive: Receive, send: Send) -> None:
-    state: ServiceState = scope["app"].state.service
-    await state.create(scope, receive, send)
+async def _root(request: Request) -> Response:
+    return await (_create if request.method == "POST" else _index)(request)
 
 
 async def _index(request: Request) -> Response:

@@ -179,6 +179,8 @@ def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argp
         args.shutdown_timeout = math.ceil(settings.drain_timeout) + 10
     if "disable_uvicorn_access_log" not in given:
         args.disable_uvicorn_access_log = True
+    if "enable_offline_docs" not in given:
+        args.enable_offline_docs = True  # else /docs asks a CDN, which not every reader reaches
     if "use_tqdm_on_load" not in given:
         args.use_tqdm_on_load = settings.verbose
     if "distributed_executor_backend" not in given and _is_one_cpu(args):

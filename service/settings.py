@@ -73,6 +73,11 @@ class Settings(BaseSettings):
     )
     verbose: bool = Field(False, description="Show everything that vLLM and its libraries log.")
 
+    def url(self, *, tls: bool = False) -> str:
+        """Where a client on this machine finds the service."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http{'s' * tls}://{f'[{host}]' if ':' in host else host}:{self.port}"
+
     def clients(self) -> Mapping[str, Client] | None:
         """Hash of each API key to whose it is; None when no key is asked for.
 

@@ -265,8 +265,7 @@ class _Announcer(threading.Thread):
         self, config: ModelConfig, settings: Settings, instance: str, *, tls: bool, key: bool
     ) -> None:
         super().__init__(name="announcer", daemon=True)
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
-        self.url = f"http{'s' * tls}://{f'[{host}]' if ':' in host else host}:{settings.port}"
+        self.url = settings.url(tls=tls)
         self.model = config.name
         self.instance = instance
         self.key = key

@@ -41,7 +41,7 @@ class Remote:
 
     def __init__(self, url: str, key: str | None) -> None:
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        self.url = url.rstrip("/")
+        self.url = (url if "://" in url else f"http://{url}").rstrip("/")
         with self._explained():
             self._client = httpx.Client(
                 base_url=self.url,

@@ -253,7 +253,16 @@ def test_two_hundred_clients_each_get_their_own_answer(service: Server) -> None:
 
 def test_the_openapi_schema_describes_the_contract(http: httpx.Client) -> None:
     schema = http.get("/openapi.json").json()
+    assert schema["info"]["title"] == "vllm-chat-service"
     operation = schema["paths"]["/"]["post"]
     body = operation["requestBody"]["content"]["application/json"]["schema"]
     assert body["required"] == ["prompt"]
     assert {"400", "401", "422", "500", "503"} <= set(operation["responses"])
+
+
+def test_the_page_of_the_schema_needs_no_other_server(http: httpx.Client) -> None:
+    page = http.get("/docs").text
+    assets = re.findall(r'<script src="([^"]+)"|rel="stylesheet" href="([^"]+)"', page)
+    assert len(assets) == 2
+    for asset in map("".join, assets):
+        assert asset.startswith("/") and http.get(asset).status_code == 200

@@ -1,22 +1,27 @@
 """`chat-service chat` and `chat-service top` on a running server."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from benchmarks.server import Server, free_port
 from service import terminal
 
 
-def run(*words: str, typed: str = "") -> "subprocess.CompletedProcess[str]":
+def run(
+    *words: str, typed: str = "", environment: Mapping[str, str] | None = None
+) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-m", "service", *words],
         input=typed,
         capture_output=True,
         text=True,
         timeout=60,
+        env={**os.environ, **(environment or {})},
     )
 
 
@@ -49,6 +54,13 @@ def test_top_shows_what_the_server_does(service: Server) -> None:
     assert first["requests_per_second"] == 0 and first["kv_cache_usage"] == 0
     shown = run("top", "--url", service.url, "--interval", "0.2", "--count", "1")
     assert "KV cache" in shown.stdout and "tokens out" in shown.stdout
+
+
+def test_the_server_is_where_the_environment_says_that_it_listens(service: Server) -> None:
+    port = service.url.rpartition(":")[2]
+    words = ("top", "--interval", "0.2", "--count", "1")
+    assert run(*words, environment={"SERVICE_PORT": port}).stdout.startswith(service.url)
+    assert run(*words, "--url", f"127.0.0.1:{port}").stdout.startswith(service.url)
 
 
 def test_a_server_that_is_not_there_is_told_in_one_line() -> None:
