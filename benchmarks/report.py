@@ -143,7 +143,11 @@ class _Run:
             for level in self.levels:
                 if found := self.select(contender, mode, level):
                     yield self._row(contender, mode, level, found)
-        yield "\nAPI CPU and memory are of the process that answers HTTP, without the engine.\n"
+        yield (
+            "\nAPI CPU and memory are of the process that answers HTTP, without the engine. Of the "
+            "tutorial's server only the first answers are waited for, so the longest waits are not "
+            "here.\n"
+        )
         starts = self._starts()
         if starts:
             yield "## Start\n\nSeconds from the command to the first token, caches warm.\n"
@@ -169,8 +173,8 @@ class _Run:
             f"With {level} users at once this service makes {rate:.0f} tokens/s, the tutorial's "
             f"server {their_rate:.0f}: {rate / their_rate:.0f} times as many. An answer of "
             f"{tokens:.0f} tokens takes {_quantile(waits, 0.5):.1f} s; the tutorial's server, "
-            f"which answers one after the other, needs {level * tokens / their_rate:.0f} s for the "
-            "last of them.\n"
+            f"which answers one after the other, would be through with all {level} in "
+            f"{level * tokens / their_rate:.0f} s.\n"
         )
 
     def _ratios(self) -> Iterator[_Ratio]:
