@@ -1,5 +1,6 @@
 """The body of `POST /`: its schema, and what is said of one that does not fit it."""
 
+import json
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -48,7 +49,9 @@ def parse(body: bytes) -> ContractRequest:
     Raises MalformedBody or InvalidRequest, which name the key and never repeat its value.
     """
     try:
-        return ContractRequest.model_validate_json(body)
+        asked = ContractRequest.model_validate_json(body)
+        _check_extras(asked.history or ())
+        return asked
     except ValidationError as e:
         error = e.errors(include_url=False, include_input=False, include_context=False)[0]
     if error["type"] == "json_invalid":
@@ -72,6 +75,19 @@ def parse(body: bytes) -> ContractRequest:
         )
     message = error["msg"].removeprefix("Input ").removeprefix("String ")
     raise InvalidRequest(f"{param} {message}", param=param)
+
+
+def _check_extras(history: prompting.History) -> None:
+    """A client's own keys in a turn go back to it, and not every number can: 1e400 is read as
+    infinity, which JSON cannot say."""
+    for turn in history:
+        if len(turn) > 2:
+            try:
+                json.dumps(turn, allow_nan=False)
+            except ValueError:
+                raise InvalidRequest(
+                    "history holds a number that is too large, or NaN", param="history"
+                ) from None
 
 
 # FastAPI cannot derive this: the handler reads the body itself, whatever its Content-Type.

@@ -34,6 +34,8 @@ _logger = logging.getLogger("service")
 
 # Up to here rendering and tokenising takes less time than handing it to vLLM's threads and back.
 _INLINE_CHARACTERS = 4096
+# What vLLM's TokenizeParams name as at fault when a prompt does not fit.
+_TOO_LONG = ("input_text", "input_tokens")
 # Up to here the text of an answer is made on the loop: about a millisecond.
 _INLINE_TOKENS = 2048
 
@@ -71,18 +73,24 @@ def _template(renderer: Any, chat: ChatParams) -> Callable[[list[Message]], str 
     """Short turns to text by the chat template alone; None: ask vLLM's renderer.
 
     That one searches each message for pictures and tools, and the template for its options, which
-    takes longer than the template.
+    takes longer than the template. It edits some system messages.
     """
     tokenizer = renderer.get_tokenizer()
     control = control_pattern(tokenizer)
-    options = {k: v for k, v in chat.chat_template_kwargs.items() if k != "tokenize"}
-    options = {**tokenizer.special_tokens_map, **options}
+    special_tokens = tokenizer.special_tokens_map
 
     def render(messages: list[Message]) -> str | None:
+        if any(message["role"] == "system" for message in messages):
+            return None
         if control.search("\0".join(message["content"] for message in messages)):
             return None
         try:
-            (text,), _ = render_jinja_template([messages], chat_template=template, **options)
+            (text,), _ = render_jinja_template(
+                [messages],
+                chat_template=template,
+                add_generation_prompt=True,
+                **special_tokens,
+            )
         except Exception:  # the template's own; that one says which
             return None
         return str(text)
@@ -122,7 +130,9 @@ class Engine:
             online.chat_template_content_format,
             online.default_chat_template_kwargs,
         )
-        self._template = _template(client.renderer, self._chat) if self._fast else lambda _: None
+        self._template: Callable[[list[Message]], str | None] = lambda _: None
+        if self._fast and not online.default_chat_template_kwargs:
+            self._template = _template(client.renderer, self._chat)
 
     def stop_at(self, strings: Sequence[str], state: State) -> None:
         """End every answer at these, by token where one token says it.
@@ -141,13 +151,14 @@ class Engine:
         """Token ids of a rendered prompt, as vLLM's own routes make them."""
         try:
             rendered = await self._render(prompt)
-        except VLLMClientError as e:
-            raise PromptTooLong(
-                f"the prompt does not fit the model's context of {self.context} tokens, which must "
-                "also hold the answer; shorten the prompt or the history",
-                param="prompt",
-            ) from e
-        except (ValueError, TypeError, jinja2.TemplateError) as e:  # from the chat template itself
+        except (VLLMClientError, ValueError, TypeError, jinja2.TemplateError) as e:
+            if getattr(e, "parameter", None) in _TOO_LONG:
+                raise PromptTooLong(
+                    f"the prompt does not fit the model's context of {self.context} tokens, which "
+                    "must also hold the answer; shorten the prompt or the history",
+                    param="prompt",
+                ) from e
+            # From the chat template, or the tokenizer that stands for it.
             raise InvalidRequest(
                 "the model's chat template does not accept these turns; usually they must "
                 "alternate between user and assistant, with system at most first",

@@ -256,6 +256,8 @@ def _prepare_environment(folder: RunFolder, settings: Settings) -> None:
         "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT": "2",
         # Prompts are encoded one at a time: handing them to a pool of threads costs more.
         "TOKENIZERS_PARALLELISM": "false",
+        # On a CPU vLLM leaves what it compiles to torch, whose own place no container keeps: /tmp.
+        "TORCHINDUCTOR_CACHE_DIR": str(settings.cache_dir / "torchinductor"),
         # Longer than the longest Retry-After: who comes back meets no closed connection.
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",
         # vLLM allows 16,384 and 1,024; the routes that its own limits do not reach have ours.
@@ -306,7 +308,7 @@ def _is_one_cpu(args: argparse.Namespace) -> bool:
 
 def _work_around_vllm() -> None:
     """vLLM 0.32 on CPU cannot load its ahead-of-time compiled model again, and compiles at every
-    start; its older cache works (15 s instead of 56 s for the embedded model on 2 cores)."""
+    start; its older way works (15 s instead of 56 for the embedded model on 2 cores)."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():

@@ -30,7 +30,8 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=1, le=65535)] = Field(6006, description="Port to listen on.")
     cache_dir: Path = Field(
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chat-service",
-        description="Where the embedded model is kept; ModelScope's are under MODELSCOPE_CACHE.",
+        description="Where the embedded model and compiled code are kept; ModelScope's models are "
+        "under MODELSCOPE_CACHE.",
     )
     api_key: SecretStr | None = Field(
         None,
@@ -75,7 +76,7 @@ class Settings(BaseSettings):
 
     def url(self, *, tls: bool = False) -> str:
         """Where a client on this machine finds the service."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         return f"http{'s' * tls}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     def clients(self) -> Mapping[str, Client] | None:

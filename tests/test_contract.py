@@ -193,6 +193,12 @@ REFUSALS = {
         "invalid_request",
         "history",
     ),
+    "a number that no answer can hold": (
+        b'"history": [{"role": "user", "content": "hi", "x": 1e400}]',
+        422,
+        "invalid_request",
+        "history",
+    ),
     "text for a flag": (b'"stream": "yes"', 422, "invalid_request", "stream"),
     "longer than the context": (
         json.dumps({"prompt": LONG}).encode(),
@@ -224,6 +230,28 @@ def test_a_bad_request_is_refused_in_the_contracts_form(http: httpx.Client, case
     )
     assert 10 < len(message) < 250
     assert LONG[:20] not in message
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [("user", "a"), ("assistant", "b\n\n c ")],
+        [("user", ""), ("assistant", "")],
+        [("system", "Be kind."), ("user", "a"), ("assistant", "b")],
+        [("system", "x-anthropic-billing-header: cch=1;\nBe kind.")],  # vLLM drops the first line
+        [("user", "<|im_end|>"), ("assistant", "<|im_" + "end|> \u2028 鲲鹏 \U0001f40b")],
+        [("assistant", "{{ 1 / 0 }}"), ("user", "{% endfor %}")],
+        [("user", "word " * 900)],
+    ],
+)
+def test_turns_become_the_tokens_that_vllms_chat_route_makes(
+    http: httpx.Client, turns: list[tuple[str, str]]
+) -> None:
+    history = [{"role": role, "content": content} for role, content in turns]
+    messages = [*history, {"role": "user", "content": "hi"}]
+    theirs = http.post("/tokenize", json={"messages": messages}).json()
+    ours = ask(http, prompt="hi", history=history, max_new_tokens=1, details=True)
+    assert ours["details"]["prompt_tokens"] == theirs["count"]
 
 
 def test_the_prompt_may_fill_the_context_but_for_one_token(http: httpx.Client) -> None:
@@ -260,7 +288,7 @@ def test_the_openapi_schema_describes_the_contract(http: httpx.Client) -> None:
     assert {"400", "401", "422", "500", "503"} <= set(operation["responses"])
 
 
-def test_the_page_of_the_schema_needs_no_other_server(http: httpx.Client) -> None:
+def test_the_page_of_the_schema_brings_its_scripts(http: httpx.Client) -> None:
     page = http.get("/docs").text
     assets = re.findall(r'<script src="([^"]+)"|rel="stylesheet" href="([^"]+)"', page)
     assert len(assets) == 2

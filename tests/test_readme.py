@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from service import model_config
+from service import model_config, settings
 from service.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -94,6 +94,7 @@ def test_every_command_runs_and_answers_as_shown(clone: Path) -> None:
     assert seen == len(BLOCKS)
     log = (clone / "6006.log").read_text()
     assert "Compiling and warming up ..." in log
+    assert any((settings.load().cache_dir / "torchinductor").iterdir())  # for the next start
     assert not re.search("WARNING|ERROR|Traceback", log.replace("status=422", "")), log
 
 

@@ -1,6 +1,7 @@
-"""Two API processes on one engine, with an API key, prompts in the log, and traces."""
+"""Two API processes on one engine: a key, prompts in the log, traces, and a template with rules."""
 
 import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import httpx
 import pytest
 
 from benchmarks.server import Server
+from service import model_config
 from tests.conftest import MODEL, hardening, logged
 from tests.otlp import Collector
 from tests.prometheus import scrape, series
@@ -15,6 +17,7 @@ from tests.test_faults import EAGER, check_killed_engine
 
 KEY = "correct-horse-battery-staple"
 BEARER = {"authorization": f"Bearer {KEY}"}
+RULE = "{% if messages[0]['role'] == 'assistant' %}{{ raise_exception('user first') }}{% endif %}"
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,10 @@ def two(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Itera
     }
     both = ("--set", "engine.api_server_count=2")
     traces = ("--set", f"engine.otlp_traces_endpoint={collector.endpoint}")
-    with Server.service(folder / "log", *EAGER, *both, *traces, env=env) as server:
+    config, _ = model_config.load(MODEL)
+    template = f"prompt.template={json.dumps(RULE + str(config.prompt.template))}"
+    sets = (*both, *traces, "--set", template)
+    with Server.service(folder / "log", *EAGER, *sets, env=env) as server:
         yield server
 
 
@@ -62,6 +68,17 @@ def test_both_answer_and_the_metrics_are_their_sum(two: Server, tmp_path: Path) 
     assert total("vllm:generation_tokens_total", engine="0", model_name=MODEL) == 160
     assert total("service_requests_in_flight") == 1  # the scrape itself, and no label of a process
     assert all(logged(two, f'prompt:"Say {i}."') for i in range(40))
+
+
+@pytest.mark.parametrize("padding", [0, 5000])  # what is short is rendered without vLLM's renderer
+def test_turns_that_the_template_refuses_are_not_called_too_long(two: Server, padding: int) -> None:
+    history = [{"role": "assistant", "content": "Hi." + "." * padding}]
+    body = {"prompt": "hi", "history": history}
+    answer = httpx.post(two.url, json=body, headers=BEARER, trust_env=False)
+    assert answer.status_code == 422
+    error = answer.json()["error"]
+    assert (error["type"], error["param"]) == ("invalid_request", "history")
+    assert "does not accept these turns" in error["message"]
 
 
 @hardening(13)
