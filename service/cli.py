@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -54,6 +55,24 @@ Key = Annotated[
 Verbose = Annotated[
     bool | None, typer.Option("--verbose", help="Show everything that vLLM and its libraries log.")
 ]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(version("vllm-chat-service"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()

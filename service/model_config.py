@@ -196,7 +196,10 @@ def load(
 
 def nearest(name: str, valid: Iterable[str], prefix: str = "") -> str:
     """ "; did you mean X?" for the closest valid name, shown after `prefix`, or nothing."""
-    close = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.6)
+    names = list(valid)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
+    if name and not close:
+        close = [longer for longer in names if longer.startswith(str(name))]
     return f"; did you mean {prefix + close[0]!r}?" if close else ""
 
 

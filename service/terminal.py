@@ -123,6 +123,8 @@ def _reason(response: httpx.Response) -> str:
         message = str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
         message = response.reason_phrase
+    if response.status_code == 401:
+        message += " (--key, or SERVICE_API_KEY)"
     retry = response.headers.get("retry-after")
     return f"{response.status_code}: {message}" + (f"; again in {retry} s" if retry else "")
 

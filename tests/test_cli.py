@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ def test_help_shows_each_command_with_an_example() -> None:
         assert command in overview.stdout
         text = run(command, "--help").stdout
         assert f"chat-service {command}" in text
+    assert run("--version").stdout == f"{version('vllm-chat-service')}\n"
 
 
 def test_the_shell_completes_the_names_of_models() -> None:

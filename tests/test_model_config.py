@@ -105,5 +105,7 @@ def test_a_mistake_in_set_is_told(tmp_path: Path, assignment: str, message: str)
 def test_a_name_that_is_not_in_the_catalogue_gets_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'smollm2-135m-instruct'"):
         model_config.load("smollm2-135m")
+    with pytest.raises(ConfigError, match="did you mean 'qwen2-7b-instruct'"):
+        model_config.load("qwen2")
     with pytest.raises(ConfigError, match="No such file"):
         model_config.load(str(tmp_path / "none.yaml"))

@@ -14,6 +14,7 @@ from tests.conftest import MODEL, hardening, logged
 from tests.otlp import Collector
 from tests.prometheus import scrape, series
 from tests.test_faults import EAGER, check_killed_engine
+from tests.test_terminal import run
 
 KEY = "correct-horse-battery-staple"
 BEARER = {"authorization": f"Bearer {KEY}"}
@@ -92,6 +93,13 @@ def test_every_route_asks_for_the_key(two: Server, route: str, authorization: st
     assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
     body = answer.json()
     assert (body["response"], body["status"], body["error"]["type"]) == ("", 401, "unauthorized")
+
+
+def test_the_command_line_says_how_to_give_the_key(two: Server) -> None:
+    for command in (("top",), ("chat", "hi")):
+        done = run(*command, "--url", two.url)
+        assert done.returncode == 1 and "(--key, or SERVICE_API_KEY)" in done.stderr
+    assert run("chat", "hi", "--url", two.url, "--key", KEY).returncode == 0
 
 
 def test_health_needs_no_key(two: Server) -> None:
