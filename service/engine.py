@@ -190,10 +190,13 @@ class Engine:
         if sum(len(message["content"]) + 16 for message in prompt) > _INLINE_CHARACTERS:
             _, (rendered,) = await renderer.render_chat_async([prompt], self._chat, params)
             return rendered
-        text = self._template(prompt)
-        if text is not None and (short := self._encode(text, params)) is not None:
+        if (text := self._template(prompt)) is not None:
+            rendered = {"prompt": text}
+        else:
+            _, rendered = renderer.render_messages(prompt, self._chat)
+        # Some tokenizers make ids of the messages themselves.
+        if "prompt" in rendered and (short := self._encode(rendered["prompt"], params)) is not None:
             return short
-        _, rendered = renderer.render_messages(prompt, self._chat)
         (rendered,) = renderer.tokenize_prompts([rendered], params)
         return rendered
 
