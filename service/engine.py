@@ -69,7 +69,7 @@ def _fast(tokenizer: Any) -> Any:
     return fast
 
 
-def _template(renderer: Any, chat: ChatParams) -> Callable[[list[Message]], str | None]:
+def chat_template(renderer: Any, chat: ChatParams) -> Callable[[list[Message]], str | None]:
     """Short turns to text by the chat template alone; None: ask vLLM's renderer.
 
     That one searches each message for pictures and tools, and the template for its options, which
@@ -77,7 +77,8 @@ def _template(renderer: Any, chat: ChatParams) -> Callable[[list[Message]], str 
     """
     tokenizer = renderer.get_tokenizer()
     control = control_pattern(tokenizer)
-    special_tokens = tokenizer.special_tokens_map
+    variables = {**tokenizer.special_tokens_map, **chat.chat_template_kwargs}
+    del variables["tokenize"]
 
     def render(messages: list[Message]) -> str | None:
         if any(message["role"] == "system" for message in messages):
@@ -85,12 +86,7 @@ def _template(renderer: Any, chat: ChatParams) -> Callable[[list[Message]], str 
         if control.search("\0".join(message["content"] for message in messages)):
             return None
         try:
-            (text,), _ = render_jinja_template(
-                [messages],
-                chat_template=template,
-                add_generation_prompt=True,
-                **special_tokens,
-            )
+            (text,), _ = render_jinja_template([messages], chat_template=template, **variables)
         except Exception:  # the template's own; that one says which
             return None
         return str(text)
@@ -131,8 +127,8 @@ class Engine:
             online.default_chat_template_kwargs,
         )
         self._template: Callable[[list[Message]], str | None] = lambda _: None
-        if self._fast and not online.default_chat_template_kwargs:
-            self._template = _template(client.renderer, self._chat)
+        if self._fast is not None:
+            self._template = chat_template(client.renderer, self._chat)
 
     def stop_at(self, strings: Sequence[str], state: State) -> None:
         """End every answer at these, by token where one token says it.

@@ -7,10 +7,16 @@ from typing import Any
 import pytest
 import yaml
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from vllm import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import resolve_default_chat_template_kwargs
+from vllm.renderers import renderer_from_config
 
-from service import model_config, settings
+from service import launch, model_config, settings
 from service.check import Report
 from service.check import check as check_model
+from service.engine import chat_params, chat_template
+from service.model_config import ModelConfig, Origins
+from service.prompting import Message
 from tests import checkpoints
 from tests.conftest import MODEL
 
@@ -41,12 +47,46 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def check(folder: Path, tmp_path: Path, template: str | None, **keys: Any) -> Report:
+def load(
+    folder: Path, tmp_path: Path, template: str | None, **keys: Any
+) -> tuple[ModelConfig, Origins]:
     file = tmp_path / "tiny.yaml"
     prompt = {"template": template} if template else {"style": "completion"}
     content = {"name": "tiny", "source": {"path": str(folder)}, "prompt": prompt, **keys}
     file.write_text(yaml.safe_dump(content))
-    return check_model(*model_config.load(str(file)), settings.load(), memory=1 << 34)
+    return model_config.load(str(file))
+
+
+def check(folder: Path, tmp_path: Path, template: str | None, **keys: Any) -> Report:
+    loaded = load(folder, tmp_path, template, **keys)
+    return check_model(*loaded, settings.load(), memory=1 << 34)
+
+
+@pytest.mark.parametrize("variables", [None, {"enable_thinking": False}])
+def test_short_turns_take_no_more_than_the_template(
+    checkpoint: Path, tmp_path: Path, variables: dict[str, Any] | None
+) -> None:
+    """Whatever vLLM's server hands to each template; and the text is its renderer's."""
+    engine = {"tokenizer_mode": "literal", "default_chat_template_kwargs": variables}
+    text = SANE + "{{ enable_thinking is defined and not enable_thinking }}"
+    loaded = load(checkpoint, tmp_path, text, engine=engine)
+    with launch.prepared(*loaded, settings.load()) as (args, _):
+        launch.use_files(args, checkpoint, checkpoint)
+        renderer = renderer_from_config(AsyncEngineArgs.from_cli_args(args).create_engine_config())
+    chat = chat_params(text, "auto", resolve_default_chat_template_kwargs(args))
+    render = chat_template(renderer, chat)
+    turns: list[Message] = [
+        {"role": "user", "content": "one\n two"},
+        {"role": "assistant", "content": "三"},
+        {"role": "user", "content": ""},
+    ]
+    _, rendered = renderer.render_messages(turns, chat)
+    assert render(turns) == rendered["prompt"]
+    assert rendered["prompt"].endswith("True") is bool(variables)
+    # These go vLLM's way.
+    assert render([{"role": "system", "content": "Be kind."}, *turns]) is None
+    assert render([{"role": "user", "content": "a <|user|> b"}]) is None
+    renderer.shutdown()
 
 
 @pytest.mark.parametrize("mode", ["auto", "literal"])
