@@ -52,6 +52,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._unparsed_bytes = 0  # since headers were complete or a body grew
+        self._in_headers = False
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._refused = False
@@ -78,12 +79,13 @@ class GuardedProtocol(HttpToolsProtocol):
         super().data_received(data)
         if self._unparsed_bytes > _MOST_HEADER_BYTES:
             self._refuse_headers()
-        elif not self._cycles and self._header_timer is None:
-            self._expect_headers()  # it sent something, and began no request
+        elif self._header_timer is None and (self._in_headers or not self._cycles):
+            self._expect_headers()  # it sent a part of a request, or nothing of one
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._expect_headers()
+        self._in_headers = True
+        self._expect_no_headers()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         super().on_header(name, value)
@@ -92,6 +94,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._unparsed_bytes = 0
+        self._in_headers = False
         self._expect_no_headers()
         if self.parser.should_upgrade() and self._has_body():
             # The parser takes it for another protocol, and what follows for the next request.
@@ -140,9 +143,10 @@ class GuardedProtocol(HttpToolsProtocol):
         self._header_timer = None
 
     def _expect_headers(self) -> None:
-        self._cancel(self._header_timer)
-        error = HeadersTooSlow(f"the headers did not come within {self.header_timeout:g} s")
-        self._header_timer = self.loop.call_later(self.header_timeout, self._refuse, error)
+        self._header_timer = self.loop.call_later(self.header_timeout, self._refuse_slow_headers)
+
+    def _refuse_slow_headers(self) -> None:
+        self._refuse(HeadersTooSlow(f"the headers did not come within {self.header_timeout:g} s"))
 
     def _refuse_headers(self) -> None:
         self._refuse(

@@ -276,10 +276,9 @@ class _Held:
 
 async def _read(headers: Headers, receive: Receive, held: _Held) -> bytes:
     most = held.state.max_body_bytes
-    too_large = BodyTooLarge(f"the body is longer than the limit of {most} bytes")
     length = headers.get("content-length", "")
     if length.isdecimal() and int(length) > most:
-        raise too_large
+        raise _too_large(most)
     body = bytearray()
     while True:
         message = await receive()
@@ -287,10 +286,14 @@ async def _read(headers: Headers, receive: Receive, held: _Held) -> bytes:
             raise ClientGone("the client closed the connection")
         body += message.get("body", b"")
         if len(body) > most:
-            raise too_large
+            raise _too_large(most)
         held.add(len(message.get("body", b"")))
         if not message.get("more_body"):
             return bytes(body)
+
+
+def _too_large(most: int) -> RequestError:
+    return BodyTooLarge(f"the body is longer than the limit of {most} bytes")
 
 
 def _too_slow(seconds: float) -> RequestError:

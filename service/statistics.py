@@ -12,7 +12,7 @@ from vllm.v1.metrics.loggers import PrometheusStatLogger
 from service.watch import Progress
 
 # Steps are kept for so long, and so many of them.
-_MOST_SECONDS = 0.25
+_MOST_SECONDS = 1.0
 _MOST_STEPS = 32
 
 
