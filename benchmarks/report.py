@@ -3,11 +3,11 @@
 python -m benchmarks.report benchmarks/results/2026-01-31
 """
 
+import argparse
 import gzip
 import json
 import math
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -374,5 +374,14 @@ def _spread(values: Sequence[float], digits: int) -> str:
     return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the report of a run again.")
+    parser.add_argument("folder", type=Path, help="such as benchmarks/results/2026-01-31")
+    folder: Path = parser.parse_args().folder
+    if not (folder / "about.json").is_file():
+        parser.error(f"{folder} has no about.json: not the folder of a run")
+    print(write(folder))
+
+
 if __name__ == "__main__":
-    print(write(Path(sys.argv[1])))
+    main()
