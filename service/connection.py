@@ -60,6 +60,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=1)  # `pause_writing` tells of all that waits
         if (peer := transport.get_extra_info("socket")) is not None and self.client:
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # notices vanished clients
         self._expect_headers()
@@ -79,8 +80,8 @@ class GuardedProtocol(HttpToolsProtocol):
         super().data_received(data)
         if self._unparsed_bytes > _MOST_HEADER_BYTES:
             self._refuse_headers()
-        elif self._header_timer is None and (self._in_headers or not self._cycles):
-            self._expect_headers()  # it sent a part of a request, or nothing of one
+        elif not self._cycles and self._header_timer is None:
+            self._expect_headers()  # it sent something, and no whole head of a request
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -120,6 +121,8 @@ class GuardedProtocol(HttpToolsProtocol):
         if answered.more_body:  # it was refused before all of it was read
             self._expect_no_headers()
             self._header_timer = self.loop.call_later(_LINGER_SECONDS, self.transport.close)
+        elif self._in_headers and not self._cycles:
+            self._expect_headers()  # of a request that was sent ahead
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -31,7 +31,7 @@ class ContractRequest(BaseModel):
     top_k: TopK | None = Field(None, description="0 or -1 considers every token.")
     repetition_penalty: RepetitionPenalty | None = None
     seed: Annotated[int, Field(ge=-1, le=2**63 - 1)] | None = Field(
-        None, description="The same seed gives the same answer; -1 is no seed."
+        None, description="The same seed draws the same tokens; -1 is no seed."
     )
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = Field(
         None, description="The answer ends before the first of these."

@@ -91,14 +91,23 @@ def chat_template(renderer: Any, chat: ChatParams) -> Callable[[list[Message]], 
             return None
         return str(text)
 
-    probe: Message = {"role": "user", "content": "maple"}
+    turns: list[Message] = [
+        {"role": "user", "content": " maple\n"},
+        {"role": "assistant", "content": "birch"},
+        {"role": "user", "content": "elm"},
+    ]
     try:
         template = tokenizer.get_chat_template(chat.chat_template)
-        (message,), rendered = renderer.render_messages([probe], chat)
+        for probe in (turns[:1], turns):
+            seen, rendered = renderer.render_messages(probe, chat)
+            texts = [message["content"] for message in seen]
+            if texts != [message["content"] for message in probe]:
+                return lambda _: None
+            if rendered.get("prompt") != render(probe):
+                return lambda _: None
     except Exception:  # there is none, or it wants other turns
         return lambda _: None
-    same = message["content"] == probe["content"] and rendered.get("prompt") == render([probe])
-    return render if same else lambda _: None
+    return render
 
 
 def _control_tokens(tokenizer: Any) -> set[str]:

@@ -35,8 +35,8 @@ class Settings(BaseSettings):
     )
     api_key: SecretStr | None = Field(
         None,
-        description="When set, the page, /health, /health/live and /health/ready are open; all "
-        "else asks for it as a Bearer.",
+        description="When set, all but GET /, /ping, /health, /health/live and /health/ready ask "
+        "for it as a Bearer.",
     )
     api_key_file: Path | None = Field(
         None,

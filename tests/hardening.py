@@ -54,7 +54,7 @@ ROWS: dict[int, tuple[str, str]] = {
     ),
     13: (
         "No key, a wrong key, odd paths and Host headers",
-        "401 on every route but the health checks, decided before routing; `/metrics` by a setting; "
+        "401 on every route but `GET /` and the health checks, decided before routing; `/metrics` by a setting; "
         "WebSockets are closed",
     ),
     14: ("Timing of the key's comparison", "SHA-256 of keys, compared in constant time"),

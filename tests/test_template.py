@@ -73,6 +73,7 @@ def test_short_turns_take_no_more_than_the_template(
     with launch.prepared(*loaded, settings.load()) as (args, _):
         launch.use_files(args, checkpoint, checkpoint)
         renderer = renderer_from_config(AsyncEngineArgs.from_cli_args(args).create_engine_config())
+    renderer.shutdown()  # its threads
     chat = chat_params(text, "auto", resolve_default_chat_template_kwargs(args))
     render = chat_template(renderer, chat)
     turns: list[Message] = [
@@ -86,7 +87,6 @@ def test_short_turns_take_no_more_than_the_template(
     # These go vLLM's way.
     assert render([{"role": "system", "content": "Be kind."}, *turns]) is None
     assert render([{"role": "user", "content": "a <|user|> b"}]) is None
-    renderer.shutdown()
 
 
 @pytest.mark.parametrize("mode", ["auto", "literal"])

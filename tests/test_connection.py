@@ -1,0 +1,97 @@
+"""The limits of one connection, by the bytes on it: uvicorn with our protocol and a small app."""
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import uvicorn
+from starlette.types import Receive, Scope, Send
+
+from service import connection
+from service.settings import Settings
+from tests.conftest import hardening
+
+TIMEOUT = 1.0  # seconds, of headers and of writing
+LONG = 40_000  # bytes: what uvloop keeps without a word, by default
+GET = b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["path"] == "/slow":
+        await asyncio.sleep(2 * TIMEOUT)
+    body = b"." * LONG if scope["path"] == "/long" else b"answer"
+    length = (b"content-length", str(len(body)).encode())
+    await send({"type": "http.response.start", "status": 200, "headers": [length]})
+    await send({"type": "http.response.body", "body": body})
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    config = uvicorn.Config(app, loop="uvloop", lifespan="off", log_level="error")
+    config.load()
+    connection.guard(config, Settings(body_timeout=TIMEOUT, write_timeout=TIMEOUT))
+    server = uvicorn.Server(config)
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield listener.getsockname()[1]
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def client(port: int) -> Iterator[socket.socket]:
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        s.settimeout(10)
+        s.connect(("127.0.0.1", port))
+        yield s
+
+
+def read(client: socket.socket) -> bytes:
+    """All until the server closes."""
+    received = b""
+    try:
+        while data := client.recv(65536):
+            received += data
+    except ConnectionError:
+        pass
+    return received
+
+
+@hardening(19)
+@pytest.mark.parametrize("last", [False, True])
+def test_an_answer_that_nobody_reads_ends_the_connection(client: socket.socket, last: bool) -> None:
+    head = GET % b"/long"
+    client.sendall(head.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n") if last else head)
+    time.sleep(2 * TIMEOUT)
+    assert len(read(client)) < LONG
+
+
+def test_a_long_answer_reaches_who_reads_it(client: socket.socket) -> None:
+    client.sendall((GET % b"/long").replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+    assert read(client).endswith(b"." * LONG)
+
+
+def test_requests_sent_ahead_in_pieces_are_answered(client: socket.socket) -> None:
+    client.sendall(GET % b"/slow")
+    time.sleep(0.2)
+    client.sendall(GET % b"/" + b"GET / HTTP")
+    time.sleep(0.2)
+    client.sendall(b"/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    assert read(client).count(b"answer") == 3
+
+
+@hardening(3)
+def test_headers_sent_ahead_have_their_time_after_the_answer(client: socket.socket) -> None:
+    client.sendall(GET % b"/slow" + b"GET / HTTP")
+    began = time.monotonic()
+    received = read(client)
+    assert received.count(b"answer") == 1 and b"HTTP/1.1 408" in received
+    assert time.monotonic() - began < 5 * TIMEOUT
