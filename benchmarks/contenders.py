@@ -106,6 +106,8 @@ def bare_vllm(model: str, sets: Sequence[str], log: Path) -> HttpContender:
         "port": port,
     }
     # What its user must give; the rest is vLLM's to choose.
+    if config.dtype:
+        arguments["dtype"] = config.dtype
     for name in ("dtype", "max_model_len", "kv_cache_memory_bytes", "load_format"):
         if name in config.engine:
             arguments[name.replace("_", "-")] = config.engine[name]

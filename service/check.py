@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from service import fit, launch, template, weights
+from service import fit, float_type, launch, template, weights
 from service.errors import WeightsError
 from service.model_config import ModelConfig, Origins, catalogue
 from service.prompting import Message
@@ -64,10 +64,12 @@ def check(
             download = f"run `chat-service download {name}` first"
             if asked:
                 raise WeightsError(f"whether it fits is read from the model's files; {download}")
+            warnings = _float_type(args, config, rows)
             rows.append(("files", "not downloaded yet", "`serve` does it"))
-            return Report(rows, [f"fit and template: not checked; {download}"], [], [])
+            return Report(rows, [f"fit and template: not checked; {download}"], [], warnings)
         rows.append(("files", str(model), "this machine"))
         launch.use_files(args, model, tokenizer)
+        warnings = _float_type(args, config, rows) if memory is None else []
         with launch.explained(settings, folder):
             from vllm import AsyncEngineArgs
             from vllm.platforms import current_platform
@@ -98,7 +100,19 @@ def check(
             if getattr(config.sampling, name, None) is None:
                 rows.append((f"sampling.{name}", value, "generation_config.json"))
     lines.append(f"template: {'see below' if findings.problems else 'ok'}")
-    return Report(rows, lines, short + problems + findings.problems, findings.warnings)
+    return Report(rows, lines, short + problems + findings.problems, warnings + findings.warnings)
+
+
+def _float_type(
+    args: argparse.Namespace, config: ModelConfig, rows: list[tuple[str, object, str]]
+) -> list[str]:
+    """Choose it for this machine: a row where it is not the model's, warnings where it is slow."""
+    reason = float_type.choose(args, config)
+    if reason and "dtype" in config.engine:
+        return [f"engine.dtype: {reason}"]
+    if reason:
+        rows.append(("engine.dtype", args.dtype, reason))
+    return []
 
 
 def _short_of_memory(vllm_config: Any, memory: int) -> list[str]:

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import socket
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from service import checkpoint, logs, start_errors, weights
+from service import checkpoint, float_type, logs, start_errors, weights
 from service.errors import ConfigError, LaunchError, ServiceError, WeightsError
 from service.health import Phase
 from service.model_config import ModelConfig, Origins, nearest
@@ -137,6 +138,8 @@ def fetch_files(
     if config.tokenizer:
         tokenizer = weights.fetch(config.tokenizer, settings.cache_dir, weights=False)
     use_files(args, model, tokenizer)
+    if reason := float_type.choose(args, config):
+        print(f"Computing in {args.dtype}: {reason}", file=sys.stderr, flush=True)
 
 
 def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argparse.Namespace:
@@ -168,6 +171,8 @@ def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argp
         setattr(args, name, _parse(parser, name, value, place))
     args.host, args.port = settings.host, settings.port
     args.served_model_name = [config.name]
+    if config.dtype and "dtype" not in given:
+        args.dtype = config.dtype
     args.chat_template = config.prompt.template
     sampling = config.sampling.model_dump(exclude_none=True, exclude={"stop"})
     if "max_tokens" in sampling:  # its name in generation_config.json

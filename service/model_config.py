@@ -104,6 +104,11 @@ class ModelConfig(_Section):
     tokenizer: Source | None = Field(
         None, description="Where the tokenizer's files come from, when not from the source."
     )
+    dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
+        None,
+        description="The float type that the model is made for. Absent: that of its config.json. A "
+        "CPU without instructions for it computes in float32; `engine.dtype` insists.",
+    )
     engine: dict[str, Any] = Field(
         default_factory=dict,
         description="Any argument of vLLM's server by its own name, checked against vLLM.",

@@ -1,0 +1,65 @@
+"""The float type of a CPU: the model's own where the processor multiplies it, else float32."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from service import check, float_type, model_config, settings
+
+pytestmark = pytest.mark.usefixtures("environment")
+
+X86 = dict.fromkeys(("avx512_f", "avx512_bf16", "amx_bf16", "avx512_fp16", "amx_fp16"), False)
+ARM = {"neon": True, "fp16_arith": True, "bf16": False}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capabilities", "has"),
+    [
+        ("bfloat16", X86, False),
+        ("bfloat16", {**X86, "avx512_f": True}, False),
+        ("bfloat16", {**X86, "avx512_bf16": True}, True),
+        ("bfloat16", {**X86, "amx_bf16": True}, True),
+        ("float16", {**X86, "amx_bf16": True}, False),
+        ("float16", {**X86, "avx512_fp16": True}, True),
+        ("float32", X86, True),
+        ("bfloat16", ARM, False),
+        ("float16", ARM, True),
+        ("bfloat16", {"vsx": True}, True),  # its instructions are not told
+    ],
+)
+def test_instructions_for_products_decide(
+    dtype: str, capabilities: dict[str, bool], has: bool
+) -> None:
+    assert float_type.has_products(dtype, capabilities) is has
+
+
+@pytest.mark.parametrize("model", model_config.catalogue())
+@pytest.mark.parametrize("insisting", [False, True])
+def test_check_says_what_is_computed_in_and_why(model: str, insisting: bool) -> None:
+    config, origins = model_config.load(model)
+    if insisting:
+        config, origins = model_config.load(model, [f"engine.dtype={config.dtype}"])
+    assert config.dtype
+    report = check.check(config, origins, settings.load())
+    told = [row for row in report.rows if row[0] == "engine.dtype"]
+    slow = f"this processor multiplies {config.dtype} in software"
+    warnings = [warning for warning in report.warnings if slow in warning]
+    in_hardware = float_type.has_products(config.dtype, torch.cpu.get_capabilities())
+    if insisting:
+        assert told == [("engine.dtype", config.dtype, "--set")]
+        assert bool(warnings) is not in_hardware
+    else:
+        assert told == ([] if in_hardware else [("engine.dtype", "float32", slow)])
+        assert not warnings
+
+
+def test_a_file_may_insist_and_one_that_says_nothing_is_served_too(tmp_path: Path) -> None:
+    file = tmp_path / "m.yaml"
+    file.write_text("name: m\nsource: {modelscope: a/b}\n")
+    report = check.check(*model_config.load(str(file)), settings.load())
+    in_hardware = float_type.has_products("bfloat16", torch.cpu.get_capabilities())
+    assert ("engine.dtype" in [row[0] for row in report.rows]) is not in_hardware
+    file.write_text("name: m\nsource: {modelscope: a/b}\nengine: {dtype: bfloat16}\n")
+    report = check.check(*model_config.load(str(file)), settings.load())
+    assert ("engine.dtype", "bfloat16", f"{file}:3") in report.rows
