@@ -79,8 +79,10 @@ class Server:
     def api_process(self) -> psutil.Process:
         """Who answers HTTP: a child of `chat-service serve`, and the first process of bare vLLM."""
         first = psutil.Process(self.process.pid)
-        started = [c for c in first.children() if "spawn_main" in " ".join(c.cmdline())]
-        return started[0] if started else first
+        for process in first.children(recursive=True):
+            if process.cmdline()[0].startswith("chat-service server"):
+                return process
+        return first
 
     def stop(self) -> int:
         """Ask it to stop, insist after 30 s; returns the exit status."""

@@ -71,7 +71,7 @@ class ServiceState:
         queue = limit * _WAITING_FACTOR if waiting is None else math.ceil(waiting / processes)
         self.admission = Admission(limit, queue, config.settings.queue_timeout)
         self.endings = Endings()
-        self.health = Health(config.settings.stall_timeout)
+        self.health = Health(config.settings.stall_timeout, config.settings.step_timeout)
         self.probe: asyncio.Task[None] | None = None
         self.keys: Keys | None = None
         if config.clients is not None:
@@ -230,12 +230,14 @@ async def _health(request: Request) -> Response:
 async def _ready(request: Request) -> JSONResponse:
     service: ServiceState = request.app.state.service
     phase = Phase.FAILED if service.engine_dead else service.health.phase
-    body = {
+    body: dict[str, object] = {
         "status": phase.value,
         "model": service.config.model.name,
         "instance": service.config.instance,
     }
     if phase is Phase.READY:
+        if seconds := service.health.step_seconds:
+            body["step_seconds"] = round(seconds, 1)
         return JSONResponse(body)
     RequestRecord.of(request.scope).error = phase.value
     return JSONResponse(body, 503)

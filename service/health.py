@@ -22,31 +22,49 @@ class Phase(StrEnum):
     FAILED = "failed"
 
 
-# A step may take long, above all on a CPU, and so may a large request. So many times the stall
-# timeout an engine may compute without an answer, or answer without a token, and an API process
-# may be busy, before it counts as stalled.
+# An engine that answers, has work and neither computes nor makes tokens counts as stalled after so
+# many times the stall timeout; so does an API process that does not answer the supervisor.
 PATIENCE = 6
+# A step may take so many times as long as the slowest before it.
+_GROWTH = 4
+_NOTICEABLE_STEP = 2.0  # seconds
 
 
 class Health:
     """Of one API process that serves: ready, stalled, draining or failed.
 
-    The engine is stalled when for `stall_timeout` seconds it has not answered and has not computed
-    either; or, for six times as long, it has computed without an answer, or has had work and made
-    no token. It has failed when it stays so for `stall_timeout` more, and when it is dead.
+    Slow is not stalled: an engine that computes may take `step_timeout` seconds for a step, or
+    four times its slowest step if that is more. It is stalled when it takes longer, or when it does
+    nothing: for `stall_timeout` seconds it has not answered and has not computed, or for six times
+    as long it has had work and has not computed. It has failed when it stays stalled for
+    `stall_timeout` more, and when it is dead.
     """
 
-    def __init__(self, stall_timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        stall_timeout: float,
+        step_timeout: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.phase = Phase.READY
         self._stall_timeout = stall_timeout
+        self._step_timeout = step_timeout
         self._clock = clock
         now = clock()
         self._answered = self._computed = self._progressed = now
         self._stalled_since = now
 
+    @property
+    def step_seconds(self) -> float | None:
+        """For how long the engine has been at one step; None: not for a time worth telling."""
+        seconds = self._clock() - self._answered
+        return seconds if seconds > _NOTICEABLE_STEP else None
+
     def answered(self) -> None:
-        """The engine has answered a question: its loop turns."""
-        self._answered = self._clock()
+        """The engine has answered a question, or made a token: it is between two steps."""
+        now = self._clock()
+        self._step_timeout = max(self._step_timeout, _GROWTH * (now - self._answered))
+        self._answered = now
 
     def computed(self) -> None:
         """The engine's processes have used the CPU."""
@@ -70,12 +88,12 @@ class Health:
         now = self._clock()
         if self.phase in (Phase.DRAINING, Phase.FAILED):
             return self.phase
-        silent = now - self._answered
-        patience = self._stall_timeout * PATIENCE
+        silent, fruitless = now - self._answered, now - self._progressed
+        idle = now - self._computed
         stalled = (
-            (silent > self._stall_timeout and now - self._computed > self._stall_timeout)
-            or silent > patience
-            or now - self._progressed > patience
+            min(silent, idle) > self._stall_timeout
+            or min(fruitless, idle) > self._stall_timeout * PATIENCE
+            or max(silent, fruitless) > self._step_timeout
         )
         if not stalled:
             self.phase = Phase.READY

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -92,13 +93,17 @@ def run(
 ) -> None:
     """Run vLLM's server on `listener` until it ends; None: vLLM makes a socket of its own.
 
-    Raises ServiceError when it cannot start, or has failed.
+    `prepare_environment` comes before it. Raises ServiceError when it cannot start, or has failed.
     """
     with explained(settings, folder):
-        _prepare_environment(folder, settings)
         _load_plugins()
         args = arguments(config, origins, settings)
         _work_around_vllm()
+        of_fork_server = forkserver.get_inherited_fds() is not None
+        if of_fork_server and args.distributed_executor_backend == CPU_EXECUTOR:
+            from service.models.vllm_private import fork_engine
+
+            fork_engine()
         folder.set_phase(Phase.DOWNLOADING)
         report = functools.partial(folder.set_phase, Phase.DOWNLOADING)
         fetch_files(args, config, settings, report)
@@ -118,7 +123,7 @@ def prepared(
     """
     with tempfile.TemporaryDirectory(prefix="chat-service-") as path:
         folder = RunFolder(Path(path))
-        _prepare_environment(folder, settings)
+        prepare_environment(folder, settings)
         _load_plugins()
         args = arguments(config, origins, settings)
         _work_around_vllm()
@@ -236,7 +241,7 @@ def _parse(parser: "FlexibleArgumentParser", name: str, value: object, place: st
         raise ConfigError(f"{place}: {' '.join(reason.split())[:300]}") from None
 
 
-def _prepare_environment(folder: RunFolder, settings: Settings) -> None:
+def prepare_environment(folder: RunFolder, settings: Settings) -> None:
     """What every process of the server reads from its environment; `folder` must outlive them."""
     logging_config = logs.configuration(folder, verbose=settings.verbose)
     folder.logging_file.write_text(json.dumps(logging_config))
@@ -263,6 +268,10 @@ def _prepare_environment(folder: RunFolder, settings: Settings) -> None:
         "TOKENIZERS_PARALLELISM": "false",
         # On a CPU vLLM leaves what it compiles to torch, whose own place no container keeps: /tmp.
         "TORCHINDUCTOR_CACHE_DIR": str(settings.cache_dir / "torchinductor"),
+        # An executor with several workers gives a step up, and the engine with it, after 300 s.
+        "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(math.ceil(settings.step_timeout)),
+        # A large model on a slow machine loads and compiles for longer than vLLM's 600 s.
+        "VLLM_ENGINE_READY_TIMEOUT_S": "7200",
         # Longer than the longest Retry-After: who comes back meets no closed connection.
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",
         # vLLM allows 16,384 and 1,024; the routes that its own limits do not reach have ours.

@@ -69,6 +69,11 @@ class Settings(BaseSettings):
     stall_timeout: Seconds = Field(
         10, description="Seconds without a sign of life after which the engine counts as stalled."
     )
+    step_timeout: Seconds = Field(
+        600,
+        description="Seconds that the engine may compute one step; four times its slowest, if that "
+        "is more.",
+    )
     log_prompts: bool = Field(
         False, description="Whether prompts and answers are logged, also in the tutorials' format."
     )

@@ -27,10 +27,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from service import launch
+import psutil
+import setproctitle
+
+from service import launch, weights
 from service.errors import ConfigError, LaunchError, ServiceError
 from service.health import PATIENCE, Phase
-from service.model_config import ModelConfig, Origins
+from service.model_config import ModelConfig, Origins, Source
 from service.progress import ProgressServer
 from service.run_folder import RunFolder
 from service.settings import ApiProcessConfig, Settings
@@ -78,9 +81,13 @@ def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
             config, settings, process_config.instance, tls=tls is not None, key=clients is not None
         )
         announcer.start()
+        launch.prepare_environment(folder, settings)
+        _fetch_beside_the_import(config, settings)
         print(f"Starting {config.name}; vLLM takes a while to import ...", file=sys.stderr)
         sys.stderr.flush()
-        server = multiprocessing.get_context("spawn").Process(
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["service.fork_server"])
+        server = context.Process(
             target=_run_server,
             args=(config, origins, settings, path, None if several else listener),
             name="MainProcess",
@@ -88,12 +95,16 @@ def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
         _Supervisor(server, folder, progress, announcer, settings).run()
 
 
+class _Stopped(Exception):
+    """A signal came while the fork server imports vLLM."""
+
+
 class _Supervisor:
     """One run of the server process."""
 
     def __init__(
         self,
-        server: "multiprocessing.context.SpawnProcess",
+        server: "multiprocessing.context.ForkServerProcess",
         folder: RunFolder,
         progress: ProgressServer,
         announcer: "_Announcer",
@@ -105,6 +116,7 @@ class _Supervisor:
         self.server = server
         self.folder = folder
         self.progress = progress
+        self.group: int | None = None  # of the server's processes, once there are some
         self.asked_to_stop = 0
         self.kill_at: float | None = None
         self._beats: dict[str, int] = {}
@@ -114,7 +126,8 @@ class _Supervisor:
         """Return when the server has ended as it was asked to. Raises LaunchError otherwise."""
         before = {number: signal.signal(number, self._on_signal) for number in _STOP_SIGNALS}
         try:
-            self.server.start()
+            self.server.start()  # returns when the fork server has imported vLLM
+            self.group = os.getpgid(self.server.pid or 0)
             while not multiprocessing.connection.wait([self.server.sentinel], _LOOK_EVERY):
                 self._listen_for_beats()
                 if self.kill_at is None and self.folder.failure():
@@ -123,6 +136,11 @@ class _Supervisor:
                     self._signal_all(signal.SIGKILL)
             self._signal_all(signal.SIGKILL)  # what it left behind
             self.server.join()
+            with suppress(ChildProcessError):
+                os.waitpid(self.group, 0)  # the fork server
+        except _Stopped:
+            for process in psutil.Process().children(recursive=True):
+                process.kill()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -162,6 +180,8 @@ class _Supervisor:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.asked_to_stop += 1
+        if self.group is None:
+            raise _Stopped
         if not self.progress.handed_over:
             self.kill_at = time.monotonic()  # nobody is being answered; `run` does it
             return
@@ -176,12 +196,10 @@ class _Supervisor:
             self.kill_at = time.monotonic() + _GRACE_SECONDS
 
     def _signal_all(self, number: signal.Signals) -> None:
-        """To every process of the run: its group is named as its first process."""
-        if self.server.pid:
+        """To every process of the run, the fork server too."""
+        if self.group:
             with suppress(ProcessLookupError):
-                os.kill(self.server.pid, number)  # it may not have made its group yet
-            with suppress(ProcessLookupError):
-                os.killpg(self.server.pid, number)
+                os.killpg(self.group, number)
 
 
 def _run_server(
@@ -192,7 +210,7 @@ def _run_server(
     listener: socket.socket | None,
 ) -> None:
     """The child's main function."""
-    os.setsid()
+    setproctitle.setproctitle("chat-service server")
     supervisor = multiprocessing.parent_process()
     assert supervisor is not None
     ending = (supervisor, RunFolder(Path(folder)), settings.drain_timeout)
@@ -204,6 +222,22 @@ def _run_server(
         if not run_folder.failure():  # which the supervisor tells
             print(f"error: {e}", file=sys.stderr)
         raise SystemExit(e.exit_status) from None
+
+
+def _fetch_beside_the_import(config: ModelConfig, settings: Settings) -> None:
+    """Fetch the embedded model, which takes as long as importing vLLM, at the same time.
+
+    The server fetches it again, and finds it, waits for it, or says why it cannot be had.
+    """
+    if config.source.embedded and not weights.present(config.source, settings.cache_dir):
+        multiprocessing.get_context("spawn").Process(
+            target=_fetch, args=(config.source, settings.cache_dir), daemon=True
+        ).start()
+
+
+def _fetch(source: Source, cache_dir: Path) -> None:
+    with suppress(ServiceError):
+        weights.fetch(source, cache_dir)
 
 
 def _end_with(supervisor: Any, folder: RunFolder, drain_timeout: float) -> None:

@@ -69,6 +69,7 @@ class Watch:
         self._engines: list[psutil.Process] = []
         self._cpu_seconds = 0.0
         self._folder = RunFolder.of_this_process()
+        self._told_step_seconds = 0.0
         self._progress = 0  # when a process of this run last saw some
 
     async def run(self) -> None:
@@ -109,16 +110,14 @@ class Watch:
         since_progress = time.monotonic() - Progress.last
         if since_progress < _LOOK_EVERY:
             self.health.answered()  # a question would cost more
-        elif self._question is None or self._question.done():
-            if self._question and not self._question.cancelled():
-                if self._question.exception() is None:
-                    self.health.answered()
-            self._question = asyncio.create_task(self.engine.is_paused())
-        else:  # no answer for a second: is it computing?
-            cpu_seconds = self._engine_cpu_seconds()
-            if cpu_seconds is None or cpu_seconds - self._cpu_seconds > _LOOK_EVERY / 20:
-                self.health.computed()
-            self._cpu_seconds = cpu_seconds or 0.0
+        else:
+            if self._question is None or self._question.done():
+                if self._question and not self._question.cancelled():
+                    if self._question.exception() is None:
+                        self.health.answered()
+                self._question = asyncio.create_task(self.engine.is_paused())
+            if self.admission.running or self.health.step_seconds:
+                self._look_for_computing()
         if since_progress < 2 * _LOOK_EVERY:
             self._folder.mark_progress()
         before, self._progress = self._progress, self._folder.progress()
@@ -138,6 +137,19 @@ class Watch:
             self.admission.open()
         elif phase is Phase.FAILED:
             self._fail("the engine has stopped making progress")
+
+    def _look_for_computing(self) -> None:
+        """Tell `health` whether the engine computes, and the log when it does so for long."""
+        cpu_seconds = self._engine_cpu_seconds()
+        if cpu_seconds is None or cpu_seconds - self._cpu_seconds > _LOOK_EVERY / 20:
+            self.health.computed()
+        self._cpu_seconds = cpu_seconds or 0.0
+        seconds = self.health.step_seconds or 0.0
+        if seconds < self._told_step_seconds:  # another step
+            self._told_step_seconds = 0.0
+        if seconds > max(self.settings.stall_timeout, 2 * self._told_step_seconds):
+            self._told_step_seconds = seconds
+            _logger.warning("the engine has been at one step for %.0f s; requests wait", seconds)
 
     def _on_sigterm(self) -> None:
         if self._draining:
@@ -191,6 +203,7 @@ class Watch:
                 for process in (engine, *engine.children(recursive=True)):
                     times = process.cpu_times()
                     total += times.user + times.system
+                    total += times.children_user + times.children_system  # compilers that ended
         return total
 
 

@@ -12,7 +12,7 @@ class Clock:
 
 def health() -> tuple[Health, Clock]:
     clock = Clock()
-    return Health(stall_timeout=10, clock=clock), clock
+    return Health(stall_timeout=10, step_timeout=600, clock=clock), clock
 
 
 def test_an_engine_that_neither_answers_nor_computes_is_stalled_then_failed() -> None:
@@ -31,24 +31,51 @@ def test_an_engine_that_neither_answers_nor_computes_is_stalled_then_failed() ->
     assert state.look() is Phase.FAILED
 
 
-def test_a_long_step_is_no_stall() -> None:
+def test_a_step_may_take_long_while_the_engine_computes() -> None:
     state, clock = health()
-    for clock.now in range(60):
+    for clock.now in range(1, 601):
         state.computed()
-        state.progressed()
         assert state.look() is Phase.READY
-    clock.now = 61
+    assert state.step_seconds == 600
+    clock.now = 601
     state.computed()
     assert state.look() is Phase.STALLED
 
 
-def test_an_engine_that_answers_and_makes_no_tokens_is_stalled() -> None:
+def test_a_slow_step_lets_later_ones_take_longer() -> None:
     state, clock = health()
-    for clock.now in range(60):
+    clock.now = 300
+    state.computed()
+    state.answered()
+    state.progressed()
+    assert state.step_seconds is None
+    for clock.now in range(300, 1501):
+        state.computed()
+        assert state.look() is Phase.READY
+    clock.now = 1501
+    state.computed()
+    assert state.look() is Phase.STALLED
+
+
+def test_an_engine_that_answers_and_does_nothing_about_its_work_is_stalled() -> None:
+    state, clock = health()
+    for clock.now in range(61):
         state.answered()
         assert state.look() is Phase.READY
     clock.now = 61
     state.answered()
+    assert state.look() is Phase.STALLED
+
+
+def test_an_engine_that_answers_and_computes_for_nothing_is_stalled_later() -> None:
+    state, clock = health()
+    for clock.now in range(601):
+        state.answered()
+        state.computed()
+        assert state.look() is Phase.READY
+    clock.now = 601
+    state.answered()
+    state.computed()
     assert state.look() is Phase.STALLED
 
 

@@ -76,6 +76,7 @@ for case in json.load(sys.stdin):
                 folder.write_config(
                     ApiProcessConfig(model=loaded[0], settings=loading, clients=None, instance="x")
                 )
+                launch.prepare_environment(folder, loading)
                 launch.run(*loaded, loading, folder, None)
         except ServiceError as e:
             os.write(writer, str(e).encode())
@@ -126,7 +127,10 @@ def test_each_cause_ends_in_one_line(tmp_path: Path) -> None:
     embedded = "smollm2-135m-instruct"
     cases = [
         (
-            [embedded, "engine.kv_cache_memory_bytes=30000000", "engine.enforce_eager=true"],
+            [
+                *(embedded, "engine.dtype=bfloat16", "engine.enforce_eager=true"),
+                "engine.kv_cache_memory_bytes=30000000",
+            ],
             "a context of 2048 tokens needs 0.04 GiB of KV cache and there are 0.03 GiB: lower "
             "engine.max_model_len to 1152 or less, or raise engine.kv_cache_memory_bytes",
         ),

@@ -1,7 +1,13 @@
 """The one place that touches what vLLM 0.32 keeps to itself: names, and a function it replaces."""
 
+import os
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from typing import Any
+
 import torch
 from vllm.transformers_utils import config as vllm_config
+from vllm.v1.engine import utils as engine_processes
 from vllm.v1.sample.ops import penalties
 
 _of_vllm = penalties.apply_penalties
@@ -52,3 +58,29 @@ def apply_penalties(
     # A token that was seen twice is written twice, with the same value.
     logits[row, token] = before * torch.where(before > 0, 1 / penalty, penalty)
     return logits
+
+
+class _Process(ForkServerProcess):
+    """A process of the fork server that has its parent's environment, as vLLM expects of spawn."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "environment": dict(os.environ)}
+
+    def run(self) -> None:
+        os.environ.clear()
+        os.environ.update(self.__dict__.pop("environment"))
+        super().run()
+
+
+class _Context(ForkServerContext):
+    Process = _Process
+
+
+def fork_engine() -> None:
+    """Have vLLM fork the engine's process from the fork server, which has imported vLLM.
+
+    vLLM spawns it on a CPU, and the new process imports all of vLLM again. Python documents that a
+    child uses its parent's fork server, but starts another (python/cpython#86354).
+    """
+    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]
+    engine_processes.get_mp_context = _Context
