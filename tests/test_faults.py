@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 from benchmarks.server import Server
+from tests import slow_step
 from tests.conftest import LOOPBACK, MODEL, hardening
 
 LONG = {"prompt": "Count from one to a thousand.", "temperature": 2, "max_new_tokens": 1900}
@@ -127,6 +129,37 @@ def test_a_hung_engine_is_noticed_forgiven_when_it_wakes_and_given_up_when_not(
         answer = LOOPBACK.post(server.url, json=body)
         assert answer.json()["response"] == "The capital of France is Paris."
         engine.send_signal(signal.SIGSTOP)  # nobody asks for anything this time
+        check_gone(server, children, 1)
+    assert "error: the engine has stopped making progress" in server.log.read_text()
+
+
+@hardening(20)
+def test_a_slow_step_is_waited_for_and_one_that_does_nothing_is_not(tmp_path: Path) -> None:
+    body = {"prompt": "What is the capital of France?"}
+    seconds = 12  # twice as long as an engine may answer without doing anything
+    env = {"SERVICE_STALL_TIMEOUT": "1", **slow_step.environment(tmp_path)}
+    with Server.service(tmp_path / "log", *EAGER, env=env) as server, ThreadPoolExecutor() as pool:
+        children = processes(server)
+        slow_step.make_next_step(tmp_path, "compute", seconds)
+        began = time.monotonic()
+        first = pool.submit(LOOPBACK.post, server.url, json=body)
+        time.sleep(seconds * 0.7)
+        second = pool.submit(LOOPBACK.post, server.url, json=body)
+        state = LOOPBACK.get(f"{server.url}/health/ready")
+        assert (state.status_code, state.json()["status"]) == (200, "ready")
+        assert seconds * 0.4 < state.json()["step_seconds"] < seconds
+        assert LOOPBACK.get(f"{server.url}/health").status_code == 200
+        for answer in (first.result(), second.result()):
+            assert answer.json()["response"] == "The capital of France is Paris."
+        assert time.monotonic() - began > seconds
+        assert "step_seconds" not in LOOPBACK.get(f"{server.url}/health/ready").json()
+        log = server.log.read_text()
+        assert "the engine has been at one step for" in log
+        assert "no progress" not in log
+
+        slow_step.make_next_step(tmp_path, "sleep", 60)
+        answer = LOOPBACK.post(server.url, json=body)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (503, "unavailable")
         check_gone(server, children, 1)
     assert "error: the engine has stopped making progress" in server.log.read_text()
 
