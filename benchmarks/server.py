@@ -24,11 +24,6 @@ def free_port() -> int:
         return port
 
 
-def _environment() -> dict[str, str]:
-    """This one, less the keys: who asks the servers has none."""
-    return {k: v for k, v in os.environ.items() if not k.startswith("SERVICE_API_KEY")}
-
-
 class Server:
     """One server process and its children; its output goes to `log`."""
 
@@ -50,7 +45,7 @@ class Server:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env={**_environment(), **(env or {})},
+                env={**self.environment(), **(env or {})},
                 start_new_session=True,
             )
 
@@ -62,6 +57,11 @@ class Server:
         port = port or free_port()
         command = [sys.executable, "-m", "service", "serve", *arguments, "--port", str(port)]
         return cls(command, log, port=port, env=env, health="/health/ready")
+
+    @staticmethod
+    def environment() -> dict[str, str]:
+        """This process's, less the keys: who asks the servers has none."""
+        return {k: v for k, v in os.environ.items() if not k.startswith("SERVICE_API_KEY")}
 
     def wait_until_ready(self, seconds: float = 400) -> None:
         """Return when the server answers. Raises RuntimeError with its log when it does not."""

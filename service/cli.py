@@ -180,6 +180,39 @@ def download(model: Model = DEFAULT_MODEL, assignments: Assignments = None) -> N
         print(weights.fetch(config.tokenizer, cache_dir, weights=False))
 
 
+@app.command(name="compile")
+def compile_(
+    model: Model = DEFAULT_MODEL,
+    assignments: Assignments = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    verbose: Verbose = None,
+) -> None:
+    """Compile a model for this CPU, and measure what it brings; later starts use it if it does.
+
+    It takes some minutes and wants the machine for itself. A GPU needs no such step.
+
+    Examples:
+
+        chat-service compile
+
+        chat-service compile my-model.yaml --set engine.max_model_len=2048
+    """
+    from service import compiled, compiling
+
+    config, origins = model_config.load(model, assignments or ())
+    found = compiling.make(config, origins, settings.load(verbose=verbose))
+    if as_json:
+        print(json.dumps({**asdict(found), "gain": found.gain, "used": found.worthwhile}))
+        return
+    rows = zip(compiled.BATCHES, found.eager, found.compiled, strict=True)
+    _print_table(
+        ("requests at once", "tokens/s eager", "compiled"),
+        [(batch, f"{before:.1f}", f"{after:.1f}") for batch, before, after in rows],
+    )
+    verdict = "`serve` uses it from now on" if found.worthwhile else "`serve` goes on without it"
+    print(f"{config.name}: {found.gain:.2f} times as fast; {verdict}")
+
+
 @app.command()
 def verify(
     model: Model = DEFAULT_MODEL,

@@ -21,7 +21,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from service import checkpoint, float_type, logs, start_errors, weights
+from service import checkpoint, compiled, float_type, logs, start_errors, weights
 from service.errors import ConfigError, LaunchError, ServiceError, WeightsError
 from service.health import Phase
 from service.model_config import ModelConfig, Origins, nearest
@@ -107,6 +107,8 @@ def run(
         folder.set_phase(Phase.DOWNLOADING)
         report = functools.partial(folder.set_phase, Phase.DOWNLOADING)
         fetch_files(args, config, settings, report)
+        if reason := compiled.choose(args, config, settings.cache_dir):
+            print(reason, file=sys.stderr, flush=True)
         if args.load_format == "auto":  # others need no weights, or keep them in other files
             checkpoint.check(Path(args.model))
         folder.set_phase(Phase.LOADING)

@@ -69,12 +69,13 @@ def test_probes_are_not_logged(service: Server, http: httpx.Client) -> None:
 
 def test_the_start_is_phases_and_then_how_to_call_it(service: Server) -> None:
     start = re.split(r"^.* INFO request ", service.log.read_text(), flags=re.M)[0]
-    lines = [line for line in start.split("\n") if line]
+    # A processor without bfloat16 says so.
+    lines = [line for line in start.split("\n") if line and not line.startswith("Computing in")]
     said = [
         r"Starting smollm2-135m-instruct",
         r".* INFO Loading the weights \.\.\.",
         r".* INFO Weights loaded in [\d.]+ s",
-        r".* INFO KV cache: room for 46,592 tokens",
+        r".* INFO KV cache: room for [\d,]+ tokens",
         r".* INFO Engine ready in [\d.]+ s",
         rf"Ready: {MODEL} answers at {service.url}\. Try:",
         rf"curl -X POST {service.url} \\",

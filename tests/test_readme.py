@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from service import model_config, settings
+from service import model_config
 from service.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -64,10 +64,7 @@ def clone(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_every_command_runs_and_answers_as_shown(
-    clone: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)  # torch sets it in this process
+def test_every_command_runs_and_answers_as_shown(clone: Path) -> None:
     blocks = iter([*BLOCKS, ("end", "")])
     language, body = next(blocks)
     assert body == "make serve\n"
@@ -96,8 +93,6 @@ def test_every_command_runs_and_answers_as_shown(
             language, body = following
     assert seen == len(BLOCKS)
     log = (clone / "6006.log").read_text()
-    assert "Compiling and warming up ..." in log
-    assert any((settings.load().cache_dir / "torchinductor").iterdir())  # for the next start
     assert not re.search("WARNING|ERROR|Traceback", log.replace("status=422", "")), log
 
 

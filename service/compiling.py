@@ -1,0 +1,74 @@
+"""`chat-service compile`: compiles a model for this CPU, and measures what that brings."""
+
+import argparse
+import copy
+import gc
+import json
+import os
+import random
+import sys
+import time
+from dataclasses import asdict
+from typing import Any
+
+from service import compiled, launch
+from service.errors import ConfigError
+from service.model_config import ModelConfig, Origins
+from service.settings import Settings
+
+_PROMPT_TOKENS, _ANSWER_TOKENS = 48, 24
+_ROUNDS = 3
+
+
+def make(config: ModelConfig, origins: Origins, settings: Settings) -> compiled.Compiled:
+    """Compile for later starts of `serve`, and measure what it brings. Raises ServiceError."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    with launch.prepared(config, origins, settings) as (args, folder):
+        from vllm.platforms import current_platform
+
+        if not current_platform.is_cpu():
+            raise ConfigError("on a GPU `serve` compiles by itself, in a minute or two")
+        if chosen := compiled.CHOICES & config.engine.keys():
+            place = origins.of(("engine", sorted(chosen)[0]))
+            raise ConfigError(f"{place}: decides whether `serve` compiles; leave it out")
+        launch.fetch_files(args, config, settings)
+        file = compiled.file(args, settings.cache_dir)
+        with launch.explained(settings, folder):
+            print("Measuring without compiled code ...", file=sys.stderr, flush=True)
+            eager = _measure(args, enforce_eager=True)
+            print("Compiling, which takes some minutes ...", file=sys.stderr, flush=True)
+            found = compiled.Compiled(eager, _measure(args, enforce_eager=False))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(asdict(found)))
+    return found
+
+
+def _measure(args: argparse.Namespace, *, enforce_eager: bool) -> list[float]:
+    """Tokens/s for each of compiled.BATCHES."""
+    from vllm import LLM, EngineArgs
+
+    args = copy.copy(args)
+    args.enforce_eager = enforce_eager
+    llm = LLM.from_engine_args(EngineArgs.from_cli_args(args))
+    _tokens_per_second(llm, 1)  # the first allocates
+    found = [
+        max(_tokens_per_second(llm, batch) for _ in range(_ROUNDS)) for batch in compiled.BATCHES
+    ]
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()  # the next engine wants its memory
+    return found
+
+
+def _tokens_per_second(llm: Any, batch: int) -> float:
+    from vllm import SamplingParams
+
+    vocabulary = llm.llm_engine.model_config.get_vocab_size()
+    prompts = [
+        {"prompt_token_ids": random.choices(range(vocabulary), k=_PROMPT_TOKENS)}
+        for _ in range(batch)
+    ]
+    sampling = SamplingParams(max_tokens=_ANSWER_TOKENS, ignore_eos=True, detokenize=False)
+    began = time.perf_counter()
+    llm.generate(prompts, sampling, use_tqdm=False)
+    return batch * _ANSWER_TOKENS / (time.perf_counter() - began)
