@@ -4,7 +4,8 @@
 
 In each round every contender is started, timed to its first token, loaded at each concurrency,
 plain and streamed, and stopped. Everything is written to benchmarks/results/<date>/ as it comes; a
-run that was cut off goes on where it was when it is asked for again.
+run that was cut off goes on where it was when it is asked for again. On a CPU the model is compiled
+first (`chat-service compile`), and the code is used if it brings something.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import contenders, report, workload
@@ -107,6 +109,10 @@ class Benchmark:
             for cell in report.cells(self.folder)
         }
         todo = [key for key in self._all() if key not in done]
+        if not torch.cuda.is_available():  # a GPU's code is compiled by each start
+            sets = [word for assignment in self.asked.set for word in ("--set", assignment)]
+            command = [sys.executable, "-m", "service", "compile", self.asked.model, *sets]
+            subprocess.run(command, check=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         with Progress(*columns, TimeElapsedColumn()) as progress:
             task = progress.add_task("starting", total=len(todo))

@@ -107,8 +107,7 @@ def run(
         folder.set_phase(Phase.DOWNLOADING)
         report = functools.partial(folder.set_phase, Phase.DOWNLOADING)
         fetch_files(args, config, settings, report)
-        if reason := compiled.choose(args, config, settings.cache_dir):
-            print(reason, file=sys.stderr, flush=True)
+        choose_compiled(args, config, settings)
         if args.load_format == "auto":  # others need no weights, or keep them in other files
             checkpoint.check(Path(args.model))
         folder.set_phase(Phase.LOADING)
@@ -147,6 +146,12 @@ def fetch_files(
     use_files(args, model, tokenizer)
     if reason := float_type.choose(args, config):
         print(f"Computing in {args.dtype}: {reason}", file=sys.stderr, flush=True)
+
+
+def choose_compiled(args: argparse.Namespace, config: ModelConfig, settings: Settings) -> None:
+    """Choose between eager and compiled code (`compiled.choose`), and say why."""
+    if reason := compiled.choose(args, config, settings.cache_dir):
+        print(reason, file=sys.stderr, flush=True)
 
 
 def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argparse.Namespace:
