@@ -16,11 +16,13 @@ from service import model_config, settings, weights
 os.environ["OMP_NUM_THREADS"] = "1"
 
 MODEL = "smollm2-135m-instruct"
+# Seconds that a test waits for what must come. Only what is broken takes so long, on any processor.
+PATIENCE = 600
 # A client for what is asked again and again: making one reads all certificates of the machine.
 LOOPBACK = httpx.Client(
     trust_env=False,
     verify=False,
-    timeout=30,
+    timeout=PATIENCE,
     limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
 )
 
@@ -55,13 +57,13 @@ def service(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path) -> I
 
 @pytest.fixture
 def http(service: Server) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=service.url, timeout=120, trust_env=False) as client:
+    with httpx.Client(base_url=service.url, timeout=PATIENCE, trust_env=False) as client:
         yield client
 
 
 def logged(server: Server, text: str) -> bool:
     """Whether the server has logged `text`; a request's line follows its answer by a moment."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while text not in server.log.read_text():
         if time.monotonic() > deadline:
             return False

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import workload
 from benchmarks.server import Server
+from tests.conftest import PATIENCE
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,7 +20,7 @@ def locust(server: Server, raw: Path, *arguments: str) -> list[dict[str, object]
     command = [sys.executable, "-m", "locust", "-f", "benchmarks/locustfile.py", "--headless"]
     command += ["--host", server.url, "-u", "2", "-r", "2", "--requests", "4", "--raw", str(raw)]
     command += ["--answer-tokens", "6", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in raw.read_text().splitlines()]
     assert len(records) == 4 and not any("error" in record for record in records)
@@ -56,7 +57,7 @@ def test_a_run_goes_on_where_it_was_cut_off_and_is_reported(tmp_path: Path) -> N
         command += ["--rounds", "1", "--concurrency", "2", "--answer-tokens", "4"]
         command += ["--contenders", "service", "offline", "tutorial"]
         command += ["--set", "engine.enforce_eager=true", *more]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
 
     done = run()
     assert done.returncode == 0, done.stdout + done.stderr

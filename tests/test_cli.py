@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.server import free_port
 from service import model_config
-from tests.conftest import MODEL
+from tests.conftest import MODEL, PATIENCE
 
 
 def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -21,7 +21,7 @@ def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "service", *arguments],
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=PATIENCE,
         env={**os.environ, **env},
     )
 
@@ -134,7 +134,7 @@ def test_nothing_goes_on_without_the_plugins(module: str, plugin: str) -> None:
         [sys.executable, "-c", broken, "check"],
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=PATIENCE,
     )
     assert done.returncode == 1
     assert f"error: vLLM's plugin {plugin} fails to load" in done.stderr

@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks.server import Server
 from tests import slow_step
-from tests.conftest import LOOPBACK, MODEL, hardening
+from tests.conftest import LOOPBACK, MODEL, PATIENCE, hardening
 
 LONG = {"prompt": "Count from one to a thousand.", "temperature": 2, "max_new_tokens": 1900}
 CHAT = {
@@ -48,7 +48,7 @@ def in_flight(
 
     def ask(name: str, route: str, body: dict[str, object]) -> None:
         url = f"{server.url}{route}"
-        answers[name] = LOOPBACK.post(url, json=body, headers=headers, timeout=60)
+        answers[name] = LOOPBACK.post(url, json=body, headers=headers)
 
     requests = [
         threading.Thread(target=ask, args=(name, route, {**body, "stream": stream}))
@@ -61,7 +61,7 @@ def in_flight(
     ]
     for request in requests:
         request.start()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     metrics = f"{server.url}/metrics"
     while "service_running_sequences 4.0" not in LOOPBACK.get(metrics, headers=headers).text:
         assert time.monotonic() < deadline
@@ -69,7 +69,7 @@ def in_flight(
     time.sleep(0.5)
     yield answers
     for request in requests:
-        request.join(30)
+        request.join(PATIENCE)
 
 
 def check_unavailable(answers: dict[str, httpx.Response], reason: str) -> None:
@@ -96,7 +96,7 @@ def check_killed_engine(server: Server, headers: dict[str, str] | None = None) -
 
 
 def check_gone(server: Server, children: list[psutil.Process], status: int) -> None:
-    assert server.process.wait(30) == status
+    assert server.process.wait(60) == status
     gone, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
     log = server.log.read_text()
@@ -200,7 +200,7 @@ def test_a_stop_while_loading_ends_at_once(tmp_path: Path, seconds: float) -> No
 def test_a_killed_supervisor_or_server_leaves_nothing_behind(tmp_path: Path) -> None:
     victims = ("supervisor", "server")
     servers = {victim: Server.service(tmp_path / victim, *EAGER) for victim in victims}
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not all(processes(server, "EngineCore") for server in servers.values()):
         assert time.monotonic() < deadline
         time.sleep(0.2)

@@ -19,7 +19,7 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from benchmarks.server import Server
-from tests.conftest import MODEL, hardening, logged
+from tests.conftest import MODEL, PATIENCE, hardening, logged
 
 CHAT = "/v1/chat/completions"
 COMPLETE = "/v1/completions"
@@ -307,7 +307,9 @@ def test_a_prompt_as_long_as_the_context_more_or_less(http: httpx.Client) -> Non
 def test_the_same_request_id_twice_gives_each_its_own_answer(service: Server) -> None:
     async def ask_all() -> list[str]:
         headers = {"X-Request-Id": "the-same"}
-        async with httpx.AsyncClient(base_url=service.url, timeout=60, headers=headers) as client:
+        async with httpx.AsyncClient(
+            base_url=service.url, timeout=PATIENCE, headers=headers
+        ) as client:
             asks = [
                 client.post("/", json={"prompt": f"What is the capital of {country}?"})
                 for country in ("France", "Italy", "Spain", "Japan") * 4
@@ -464,7 +466,7 @@ def test_our_routes_keep_to_their_schema(service: Server) -> None:
         @settings(_FUZZ, max_examples=15)
         @given(case=operation.as_strategy())
         def call(case: Any) -> None:
-            response = case.call(headers={"X-Request-Timeout": "2"}, timeout=60)
+            response = case.call(headers={"X-Request-Timeout": "2"}, timeout=PATIENCE)
             # A 504 is what the client asked for; to JSON Schema, 1.0 is an integer.
             case.validate_response(
                 response, excluded_checks=[not_a_server_error, positive_data_acceptance]

@@ -17,6 +17,7 @@ from vllm.transformers_utils.config import get_config
 from service import reference
 from service.models import baichuan2, bluelm, openelm
 from tests import checkpoints
+from tests.conftest import PATIENCE
 from tests.engine import PROMPTS, Answer, ask, engine
 
 NAMES = list(checkpoints.BUILDERS)
@@ -88,7 +89,7 @@ def on_two_workers(folders: dict[str, Path]) -> dict[str, list[Answer]]:
         [sys.executable, "-m", "tests.engine", json.dumps({"tensor_parallel_size": 2}), *paths],
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     answers = json.loads(done.stdout.splitlines()[-1])

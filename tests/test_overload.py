@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from benchmarks.server import Server
-from tests.conftest import LOOPBACK, MODEL, hardening, logged
+from tests.conftest import LOOPBACK, MODEL, PATIENCE, hardening, logged
 
 RUNNING, WAITING = 4, 8
 RUNS = "vllm:num_requests_running{"
@@ -52,6 +52,7 @@ def small(tmp_path_factory: pytest.TempPathFactory, keys_file: Path) -> Iterator
         "WRITE_TIMEOUT": "2",
         "METRICS_KEY": "false",
         "CACHE_PER_KEY": "true",
+        "DRAIN_TIMEOUT": str(PATIENCE),
     }
     log = tmp_path_factory.mktemp("small") / "log"
     server = Server.service(
@@ -73,7 +74,7 @@ def phases_until_ready(server: Server) -> list[str]:
     seen: list[str] = []
     began = time.monotonic()
     while "ready" not in seen:
-        assert time.monotonic() - began < 300, server.log.read_text()
+        assert time.monotonic() - began < PATIENCE, server.log.read_text()
         try:
             answer = LOOPBACK.get(f"{server.url}/health/ready")
         except httpx.TransportError:
@@ -96,7 +97,7 @@ def gauge(server: Server, name: str) -> float:
     return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
 
 
-def wait_for(server: Server, name: str, value: float, seconds: float = 30) -> None:
+def wait_for(server: Server, name: str, value: float, seconds: float = PATIENCE) -> None:
     asked = time.monotonic()
     deadline = asked + seconds
     while (now := gauge(server, name)) != value:
@@ -123,7 +124,12 @@ async def fill(
 def client_of(server: Server, **options: Any) -> httpx.AsyncClient:
     limits = httpx.Limits(max_connections=None)
     return httpx.AsyncClient(
-        base_url=server.url, timeout=120, trust_env=False, verify=False, limits=limits, **options
+        base_url=server.url,
+        timeout=PATIENCE,
+        trust_env=False,
+        verify=False,
+        limits=limits,
+        **options,
     )
 
 
@@ -134,14 +140,14 @@ def test_a_full_server_says_when_to_come_back_and_then_has_room(small: Server) -
             body = {"prompt": "Count.", "temperature": 1, "max_new_tokens": 40}
             headers = bearer("alice")
 
-            async def persist() -> tuple[int, float]:
-                """As a client that obeys; how often it was refused, and the longest refusal."""
+            async def persist() -> tuple[int, float, float]:
+                """As a client that obeys: refusals, the longest of them, the answer; in seconds."""
                 refused, longest = 0, 0.0
                 while True:
                     began = time.monotonic()
                     answer = await client.post("/", json=body, headers=headers)
                     if answer.status_code == 200:
-                        return refused, longest
+                        return refused, longest, time.monotonic() - began
                     assert answer.status_code == 429, answer.text
                     assert answer.json()["error"]["type"] == "overloaded"
                     longest = max(longest, time.monotonic() - began)
@@ -149,10 +155,11 @@ def test_a_full_server_says_when_to_come_back_and_then_has_room(small: Server) -
                     await asyncio.sleep(int(answer.headers["retry-after"]))
 
             results = await asyncio.gather(*(persist() for _ in range(60)))
-            assert max(refused for refused, _ in results) > 0
+            refusals, longest, answers = zip(*results, strict=True)
+            assert max(refusals) > 0
             # The first are told by guess, before anything has ended; after that by measurement.
-            assert max(refused for refused, _ in results) <= 6
-            assert max(longest for _, longest in results) < 5
+            assert max(refusals) <= 6
+            assert max(longest) < max(answers)
 
     asyncio.run(scenario())
     assert gauge(small, 'service_refused_requests_total{reason="queue_full"}') > 0
@@ -256,7 +263,7 @@ def test_a_deadline_ends_the_request_in_the_engine_too(
     headers = {**bearer("bob"), "X-Request-Timeout": "1.5"}
     began = time.monotonic()
     answer = httpx.post(
-        f"{small.url}{route}", json=body, headers=headers, timeout=30, trust_env=False
+        f"{small.url}{route}", json=body, headers=headers, timeout=PATIENCE, trust_env=False
     )
     assert 1.4 < time.monotonic() - began < 5
     assert answer.status_code == (200 if stream else 504)  # a stream had begun
@@ -387,12 +394,12 @@ def test_a_key_may_have_a_prefix_cache_of_its_own(small: Server, route: str) -> 
 
     def hits(name: str) -> float:
         before = gauge(small, "vllm:prefix_cache_hits_total{")
+        asked = gauge(small, "vllm:prefix_cache_queries_total{")
         limit = {"max_new_tokens": 1, "max_tokens": 1, "cache_salt": "alice"}
-        answer = httpx.post(
-            f"{small.url}{route}", json={**body, **limit}, headers=bearer(name), trust_env=False
-        )
+        answer = LOOPBACK.post(f"{small.url}{route}", json={**body, **limit}, headers=bearer(name))
         assert answer.status_code == 200
-        time.sleep(0.2)
+        while gauge(small, "vllm:prefix_cache_queries_total{") == asked:
+            time.sleep(0.05)  # the engine tells after its answer
         return gauge(small, "vllm:prefix_cache_hits_total{") - before
 
     assert [hits("alice"), hits("bob")] == [0, 0]
@@ -422,7 +429,7 @@ def test_sigterm_finishes_what_was_let_in(small: Server) -> None:
     answers: list[httpx.Response] = []
 
     def ask(route: str, body: dict[str, object]) -> None:
-        with httpx.Client(base_url=small.url, timeout=60, trust_env=False) as client:
+        with httpx.Client(base_url=small.url, timeout=PATIENCE, trust_env=False) as client:
             answers.append(client.post(route, json=body, headers=bearer("bob")))
 
     chat = {**CHAT, "max_tokens": 250}
@@ -444,7 +451,7 @@ def test_sigterm_finishes_what_was_let_in(small: Server) -> None:
     refused = LOOPBACK.post(small.url, json=short, headers=bearer("bob"))
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
     for thread in threads:
-        thread.join(60)
+        thread.join(PATIENCE)
     assert [answer.status_code for answer in answers] == [200] * 8
     assert all('"finish_reason":"length"' in a.text or '"status": 200' in a.text for a in answers)
     assert small.process.wait(30) == 0

@@ -17,6 +17,7 @@ import yaml
 
 from service import model_config
 from service.settings import Settings
+from tests.conftest import PATIENCE
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -49,7 +50,7 @@ def serving(command: str, port: int, folder: Path) -> Iterator[None]:
 
 
 def run(command: list[str], folder: Path) -> str:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, (command, done.stdout, done.stderr)
     return done.stdout
 

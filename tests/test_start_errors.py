@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from service import checkpoint, start_errors
 from service.errors import WeightsError
 from tests import checkpoints
+from tests.conftest import PATIENCE
 
 # What vLLM says where this machine cannot cause it, and a part of what we say.
 SAID = [
@@ -174,7 +175,7 @@ def test_each_cause_ends_in_one_line(tmp_path: Path) -> None:
         input=json.dumps([case for case, _ in cases]),
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=PATIENCE,
     )
     said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('"')]
     assert len(said) == len(cases), done.stderr

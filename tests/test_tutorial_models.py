@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from benchmarks.server import Server
 from service import engine, reference
 from tests import checkpoints
+from tests.conftest import PATIENCE
 
 Tutorial = tuple[Path, httpx.Client]  # the checkpoint, and a client of its server
 GREEDY = {"temperature": 0, "repetition_penalty": 1}
@@ -33,7 +34,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Tuto
             sets = [word for argument in arguments for word in ("--set", argument)]
             server = Server.service(folder / "log", checkpoints.CATALOGUE[name], *sets)
             stack.callback(server.stop)
-            client = httpx.Client(base_url=server.url, timeout=120, trust_env=False)
+            client = httpx.Client(base_url=server.url, timeout=PATIENCE, trust_env=False)
             servers[name] = folder, stack.enter_context(client)
             waiting.append(server)
         for server in waiting:

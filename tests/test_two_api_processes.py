@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.server import Server
 from service import model_config
-from tests.conftest import MODEL, hardening, logged
+from tests.conftest import MODEL, PATIENCE, hardening, logged
 from tests.otlp import Collector
 from tests.prometheus import scrape, series
 from tests.test_faults import EAGER, check_killed_engine
@@ -49,7 +49,7 @@ def two(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Itera
 
 def test_both_answer_and_the_metrics_are_their_sum(two: Server, tmp_path: Path) -> None:
     async def ask_all() -> list[httpx.Response]:
-        async with httpx.AsyncClient(timeout=60, headers=BEARER, trust_env=False) as client:
+        async with httpx.AsyncClient(timeout=PATIENCE, headers=BEARER, trust_env=False) as client:
             asks = (
                 client.post(two.url, json={"prompt": f"Say {i}.", "max_new_tokens": 4})
                 for i in range(40)
@@ -110,7 +110,9 @@ def test_health_needs_no_key(two: Server) -> None:
 def test_prompts_are_logged_as_the_tutorials_do_on_one_line(two: Server) -> None:
     prompt = 'Two\nlines "quoted"\x1b[31m'
     body = {"prompt": prompt, "max_new_tokens": 3}
-    answer = httpx.post(two.url, headers=BEARER, json=body, timeout=60, trust_env=False).json()
+    answer = httpx.post(
+        two.url, headers=BEARER, json=body, timeout=PATIENCE, trust_env=False
+    ).json()
     line = f'[{answer["time"]}] ", prompt:"Two\\nlines "quoted"\\x1b[31m", response:"'
     assert logged(two, f'{line}{answer["response"]!r}"\n')
     assert KEY not in two.log.read_text()
@@ -127,7 +129,7 @@ def test_the_engines_span_is_in_ours_and_ours_in_the_clients(
     for number, (route, body) in enumerate(bodies.items(), 1):
         trace, client = f"{number:032x}", f"{number:016x}"
         headers = {**BEARER, "traceparent": f"00-{trace}-{client}-01", "x-request-id": "traced"}
-        answer = httpx.post(f"{two.url}{route}", json=body, headers=headers, timeout=60)
+        answer = httpx.post(f"{two.url}{route}", json=body, headers=headers, timeout=PATIENCE)
         assert answer.status_code == 200
         spans = {span.name: span for span in collector.of(trace, 2)}
         ours, engines = spans[f"POST {route}"], spans["llm_request"]

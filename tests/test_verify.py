@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from tests import checkpoints
+from tests.conftest import PATIENCE
 
 
 def verify(name: str, folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -23,7 +24,7 @@ def verify(name: str, folder: Path, *arguments: str) -> "subprocess.CompletedPro
         ],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
 
 
