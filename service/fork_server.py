@@ -6,19 +6,35 @@ thread. It leads the session and the process group of them all, so Ctrl-C reache
 supervisor.
 """
 
+import importlib
 import os
 from contextlib import suppress
 
 import setproctitle
 
+_MODULES = (
+    "vllm.entrypoints.launchers.api_server.entry",
+    "vllm.v1.engine.core",
+    "service.endpoint",
+    "service.statistics",
+)
+_CPU_MODULES = ("vllm.v1.executor.uniproc_executor", "vllm.v1.worker.cpu_worker")
+
+
+def _import_vllm() -> None:
+    from service import models
+
+    for name in _MODULES:
+        importlib.import_module(name)
+    models.register()
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        for name in _CPU_MODULES:
+            importlib.import_module(name)
+
+
 os.setsid()
 setproctitle.setproctitle("chat-service fork server")
 with suppress(Exception):  # the process that needs it fails as well, and says why
-    import vllm.entrypoints.launchers.api_server.entry
-    import vllm.v1.engine.core
-    import vllm.v1.executor.uniproc_executor
-    import vllm.v1.worker.cpu_worker  # noqa: F401
-
-    from service import models
-
-    models.register()
+    _import_vllm()
