@@ -27,6 +27,7 @@ from service.errors import (
     RequestError,
     Unavailable,
 )
+from service.models import vllm_private
 from service.prompting import Message
 from service.tokenizers.literal import control_pattern
 
@@ -139,18 +140,20 @@ class Engine:
         if self._fast is not None:
             self._template = chat_template(client.renderer, self._chat)
 
-    def stop_at(self, strings: Sequence[str], state: State) -> None:
-        """End every answer at these, by token where one token says it.
+    def stop_at(self, strings: Sequence[str]) -> None:
+        """End every answer before these, on every route that generates.
 
-        vLLM's own chat route has no default for strings, only for tokens.
+        A control token is stopped at by its id, because no text shows it. Other strings are looked
+        for in the text: " User" is not the token of "User".
         """
         vocabulary = self._tokenizer.get_vocab()
-        token_ids = [vocabulary[string] for string in strings if string in vocabulary]
-        if rest := [string for string in strings if string not in vocabulary]:
-            self.defaults["stop"] = rest
-        if token_ids:
-            self.defaults["stop_token_ids"] = token_ids
-            state.openai_serving_chat.default_sampling_params["stop_token_ids"] = token_ids
+        ids = {s: vocabulary[s] for s in strings if s in vocabulary}
+        control = {s: id for s, id in ids.items() if not self._text([id])}
+        if texts := [string for string in strings if string not in control]:
+            self.defaults["stop"] = texts
+        if control:
+            self.defaults["stop_token_ids"] = list(control.values())
+        vllm_private.stop_every_answer(self._client, texts, list(control.values()))
 
     async def tokenize(self, prompt: list[Message] | str) -> list[int]:
         """Token ids of a rendered prompt, as vLLM's own routes make them."""
