@@ -5,6 +5,7 @@ import functools
 import logging
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import jinja2
@@ -245,21 +246,24 @@ class Engine:
                 request_id,
                 trace_headers=trace_headers,
             )
-            async for output in outputs:
-                (completion,) = output.outputs
-                answer += completion.token_ids
-                reason = completion.finish_reason
-                if reason == "error":
-                    raise GenerationFailed("the engine failed this request; send it again")
-                if reason == "abort":
-                    raise Unavailable("the server is stopping", retry_after=5)
-                text = completion.text
-                if not stepwise:
-                    text = await self._decode(token_ids if echo else [], answer, reason)
-                elif not begun and (text or reason):
-                    begun = True
-                    text = echoed + text if echo else self._begin(answer, text)
-                yield Chunk(text, len(answer), reason, len(echoed))
+            # Closing it sends the abort; a generator that is only dropped sends it later, when
+            # another request may have its slot.
+            async with aclosing(outputs):
+                async for output in outputs:
+                    (completion,) = output.outputs
+                    answer += completion.token_ids
+                    reason = completion.finish_reason
+                    if reason == "error":
+                        raise GenerationFailed("the engine failed this request; send it again")
+                    if reason == "abort":
+                        raise Unavailable("the server is stopping", retry_after=5)
+                    text = completion.text
+                    if not stepwise:
+                        text = await self._decode(token_ids if echo else [], answer, reason)
+                    elif not begun and (text or reason):
+                        begun = True
+                        text = echoed + text if echo else self._begin(answer, text)
+                    yield Chunk(text, len(answer), reason, len(echoed))
         except RequestError:
             raise
         except EngineDeadError as e:
