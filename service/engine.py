@@ -167,6 +167,12 @@ class Engine:
                     "must also hold the answer; shorten the prompt or the history",
                     param="prompt",
                 ) from e
+            if isinstance(prompt, str) or len(prompt) == 1:
+                raise InvalidRequest(
+                    "the model's tokenizer or chat template does not accept this prompt; send "
+                    "text in which every character is whole (no lone surrogate)",
+                    param="prompt",
+                ) from e
             # From the chat template, or the tokenizer that stands for it.
             raise InvalidRequest(
                 "the model's chat template does not accept these turns; usually they must "

@@ -118,3 +118,19 @@ def test_the_engine_never_holds_more_than_the_limit(checkpoint: Path) -> None:
         assert client.output_processor.get_num_unfinished_requests() == 0
 
     run(checkpoint, scenario)
+
+
+@pytest.mark.usefixtures("environment")
+def test_what_is_blamed_is_what_was_sent(checkpoint: Path) -> None:
+    async def scenario(client: AsyncLLM, engine: Engine, config: ModelConfig) -> None:
+        async def blamed(prompt: Any) -> str | None:
+            with pytest.raises(InvalidRequest) as error:
+                await engine.tokenize(prompt)
+            return error.value.param
+
+        half = {"role": "user", "content": "\ud800"}
+        assert await blamed("\ud800") == "prompt"  # a completion model has no history
+        assert await blamed([half]) == "prompt"
+        assert await blamed([{"role": "system", "content": "S"}, half]) == "history"
+
+    run(checkpoint, scenario)
