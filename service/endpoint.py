@@ -145,7 +145,7 @@ class ChatService:
         for model in state.openai_serving_models.base_model_paths:
             model.model_path = config.model.name  # /v1/models would show a path of this machine
         service = ServiceState(config, engine_client, state, args.api_server_count or 1)
-        service.engine.stop_at(config.model.sampling.stop or (), state)
+        service.engine.stop_at(config.model.sampling.stop or ())
         state.service = service
         await _try_template(service.engine, config.model)
 

@@ -5,6 +5,7 @@ import functools
 import logging
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import jinja2
@@ -27,6 +28,7 @@ from service.errors import (
     RequestError,
     Unavailable,
 )
+from service.models import vllm_private
 from service.prompting import Message
 from service.tokenizers.literal import control_pattern
 
@@ -139,18 +141,20 @@ class Engine:
         if self._fast is not None:
             self._template = chat_template(client.renderer, self._chat)
 
-    def stop_at(self, strings: Sequence[str], state: State) -> None:
-        """End every answer at these, by token where one token says it.
+    def stop_at(self, strings: Sequence[str]) -> None:
+        """End every answer before these, on every route that generates.
 
-        vLLM's own chat route has no default for strings, only for tokens.
+        A control token is stopped at by its id, because no text shows it. Other strings are looked
+        for in the text: " User" is not the token of "User".
         """
         vocabulary = self._tokenizer.get_vocab()
-        token_ids = [vocabulary[string] for string in strings if string in vocabulary]
-        if rest := [string for string in strings if string not in vocabulary]:
-            self.defaults["stop"] = rest
-        if token_ids:
-            self.defaults["stop_token_ids"] = token_ids
-            state.openai_serving_chat.default_sampling_params["stop_token_ids"] = token_ids
+        ids = {s: vocabulary[s] for s in strings if s in vocabulary}
+        control = {s: id for s, id in ids.items() if not self._text([id])}
+        if texts := [string for string in strings if string not in control]:
+            self.defaults["stop"] = texts
+        if control:
+            self.defaults["stop_token_ids"] = list(control.values())
+        vllm_private.stop_every_answer(self._client, texts, list(control.values()))
 
     async def tokenize(self, prompt: list[Message] | str) -> list[int]:
         """Token ids of a rendered prompt, as vLLM's own routes make them."""
@@ -161,6 +165,12 @@ class Engine:
                 raise PromptTooLong(
                     f"the prompt does not fit the model's context of {self.context} tokens, which "
                     "must also hold the answer; shorten the prompt or the history",
+                    param="prompt",
+                ) from e
+            if isinstance(prompt, str) or len(prompt) == 1:
+                raise InvalidRequest(
+                    "the model's tokenizer or chat template does not accept this prompt; send "
+                    "text in which every character is whole (no lone surrogate)",
                     param="prompt",
                 ) from e
             # From the chat template, or the tokenizer that stands for it.
@@ -242,21 +252,24 @@ class Engine:
                 request_id,
                 trace_headers=trace_headers,
             )
-            async for output in outputs:
-                (completion,) = output.outputs
-                answer += completion.token_ids
-                reason = completion.finish_reason
-                if reason == "error":
-                    raise GenerationFailed("the engine failed this request; send it again")
-                if reason == "abort":
-                    raise Unavailable("the server is stopping", retry_after=5)
-                text = completion.text
-                if not stepwise:
-                    text = await self._decode(token_ids if echo else [], answer, reason)
-                elif not begun and (text or reason):
-                    begun = True
-                    text = echoed + text if echo else self._begin(answer, text)
-                yield Chunk(text, len(answer), reason, len(echoed))
+            # Closing it sends the abort; a generator that is only dropped sends it later, when
+            # another request may have its slot.
+            async with aclosing(outputs):
+                async for output in outputs:
+                    (completion,) = output.outputs
+                    answer += completion.token_ids
+                    reason = completion.finish_reason
+                    if reason == "error":
+                        raise GenerationFailed("the engine failed this request; send it again")
+                    if reason == "abort":
+                        raise Unavailable("the server is stopping", retry_after=5)
+                    text = completion.text
+                    if not stepwise:
+                        text = await self._decode(token_ids if echo else [], answer, reason)
+                    elif not begun and (text or reason):
+                        begun = True
+                        text = echoed + text if echo else self._begin(answer, text)
+                    yield Chunk(text, len(answer), reason, len(echoed))
         except RequestError:
             raise
         except EngineDeadError as e:

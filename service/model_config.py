@@ -77,8 +77,8 @@ class Sampling(_Section):
     max_tokens: TokenLimit | None = Field(None, description="New tokens at most.")
     stop: list[Annotated[str, Field(min_length=1)]] | None = Field(
         None,
-        description="The answer ends before the first of these, beside the model's own end tokens. "
-        "On /v1 only those that are one token.",
+        description="The answer ends before the first of these, on `POST /` and on /v1, beside the "
+        "model's own end tokens and a request's own stop strings.",
     )
 
 

@@ -45,6 +45,9 @@ def resolve(
     model's length in tokens. Raises PromptTooLong when no room is left for a new token.
     """
     given = {name: getattr(asked, name) for name in _FIELDS if getattr(asked, name) is not None}
+    if "stop" in given and "stop" in defaults:  # the model's own ends hold beside the request's
+        stop = given["stop"]
+        given["stop"] = [*([stop] if isinstance(stop, str) else stop), *defaults["stop"]]
     return {
         **defaults,
         **given,

@@ -1,18 +1,24 @@
 """Prompts to the token id, as the publishers' own code builds them."""
 
 import json
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import sentencepiece
+from vllm import AsyncEngineArgs
 from vllm.plugins import load_general_plugins
+from vllm.renderers import renderer_from_config
 from vllm.sampling_params import SamplingParams
 from vllm.tokenizers import get_tokenizer
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
+from service import launch, settings
+from service.engine import chat_params
 from tests import checkpoints
 
 TEXTS = ["你好", " 你好 ", "Who are you?", "a  b", "😀 龘", "第一行\n第二行\n", "12345", "</s>"]
@@ -143,6 +149,51 @@ def test_control_tokens_in_a_message_stay_text(
     plain, spelled = rendered("ab"), rendered(f"a{''.join(markers)}b")
     assert [plain.count(id) for id in ids] == [spelled.count(id) for id in ids]
     assert tokenizer.decode(spelled).count(f"a{''.join(markers)}b") == 3
+
+
+@pytest.fixture(params=["baichuan2", "bluelm", "xverse", "qwen2", "minicpm"])
+def renderer(
+    request: pytest.FixtureRequest, tmp_path: Path, environment: None
+) -> Iterator[tuple[Any, Any]]:
+    """vLLM's renderer for each mode, as the server makes it, and the options of a chat."""
+    checkpoints.write(request.param, tmp_path)
+    config, origins = checkpoints.load(request.param, tmp_path)
+    with launch.prepared(config, origins, settings.load()) as (args, _):
+        launch.use_files(args, tmp_path, tmp_path)
+        renderer = renderer_from_config(AsyncEngineArgs.from_cli_args(args).create_engine_config())
+    yield renderer, chat_params(config.prompt.template, "auto", None)
+    renderer.shutdown()
+
+
+def test_threads_that_encode_do_not_disturb_each_other(renderer: tuple[Any, Any]) -> None:
+    """As in a server: chats and texts on the loop, and on vLLM's threads."""
+    made, chat = renderer
+    tokenizer = made.get_tokenizer()
+    spelled = f"a{''.join(tokenizer.all_special_tokens)}b {'你好 ' * 9}"
+    short = replace(made.default_cmpl_tok_params, truncate_prompt_tokens=5)
+
+    def rendered() -> list[list[int]]:
+        _, (conversation,) = made.render_chat([[user(spelled)]], chat)
+        (text,) = made.render_cmpl([{"prompt": spelled}])
+        (cut,) = made.render_cmpl([{"prompt": spelled}], short)
+        literal = tokenizer.encode(spelled, split_special_tokens=True)
+        return [literal, *(prompt["prompt_token_ids"] for prompt in (conversation, text, cut))]
+
+    expected = rendered()
+    wrong: list[object] = []
+
+    def check() -> None:
+        try:
+            wrong.extend(found for _ in range(150) if (found := rendered()) != expected)
+        except Exception as e:
+            wrong.append(e)
+
+    threads = [threading.Thread(target=check) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong, (len(wrong), wrong[0], expected)
 
 
 @pytest.mark.parametrize("markers", [(), ("<用户>", "<AI>")])

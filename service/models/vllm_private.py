@@ -1,4 +1,7 @@
-"""The one place that touches what vLLM 0.32 keeps to itself: names, and a function it replaces."""
+"""The one place that touches what vLLM 0.32 keeps to itself: names, and functions it replaces."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import os
 from multiprocessing import forkserver
@@ -10,12 +13,39 @@ from vllm.transformers_utils import config as vllm_config
 from vllm.v1.engine import utils as engine_processes
 from vllm.v1.sample.ops import penalties
 
+if TYPE_CHECKING:
+    from vllm.engine.protocol import EngineClient
+
 _of_vllm = penalties.apply_penalties
 
 
 def assume_model_type(architecture: str, model_type: str) -> None:
     """Load a config.json that names `architecture` but has no model_type as `model_type`."""
     vllm_config._ARCHITECTURE_TO_MODEL_TYPE[architecture] = model_type
+
+
+def stop_every_answer(
+    client: "EngineClient", strings: Sequence[str], token_ids: Sequence[int]
+) -> None:
+    """Have this engine client end each answer at these too, whatever the request asks for.
+
+    vLLM's routes have no default for stop strings, and only two have one for stop tokens; all of
+    them call the client's `generate`.
+    """
+    if not strings and not token_ids:
+        return
+    generate = client.generate
+
+    def generate_and_stop(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
+        if sampling_params.detokenize:  # else no text is made in which to look
+            missing = [s for s in strings if s not in sampling_params.stop]
+            sampling_params.stop = [*sampling_params.stop, *missing]
+        missing_ids = [id for id in token_ids if id not in sampling_params.stop_token_ids]
+        sampling_params.stop_token_ids = [*sampling_params.stop_token_ids, *missing_ids]
+        sampling_params.all_stop_token_ids.update(missing_ids)
+        return generate(prompt, sampling_params, *args, **kwargs)
+
+    client.generate = generate_and_stop
 
 
 def penalize_only_what_was_seen() -> None:

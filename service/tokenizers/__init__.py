@@ -10,9 +10,9 @@ def register() -> None:
     from vllm.renderers.registry import RENDERER_REGISTRY
     from vllm.tokenizers import TokenizerRegistry
 
-    # Mode -> the class, and vLLM's renderer for it. DeepSeek's is the one for tokenizers that turn
-    # messages into token ids themselves; the other one applies the chat template.
-    by_itself = ("vllm.renderers.deepseek_v32", "DeepseekV32Renderer")
+    # Mode -> the class, and the renderer for it: one for tokenizers that turn messages into token
+    # ids themselves, one that applies the chat template. Both give each thread its own tokenizer.
+    by_itself = ("service.tokenizers.renderer", "TokenIdsRenderer")
     by_template = ("vllm.renderers.hf", "HfRenderer")
     modes = {
         "baichuan2": ("BaichuanTokenizer", by_itself),

@@ -1,0 +1,20 @@
+"""vLLM's renderer for tokenizers that turn messages into token ids themselves."""
+
+import copy
+from typing import Any
+
+from vllm.renderers.deepseek_v32 import DeepseekV32Renderer
+from vllm.tokenizers.hf import maybe_make_thread_pool
+
+
+class TokenIdsRenderer(DeepseekV32Renderer):  # type: ignore[misc]  # vLLM is not typed for us
+    """DeepSeek's renderer with the tokenizer pool of HfRenderer.
+
+    `encode` sets `split_special_tokens` and the truncation on the Rust tokenizer itself, so the
+    event loop and each of vLLM's threads need a copy of their own.
+    """
+
+    def __init__(self, config: Any, tokenizer: Any) -> None:
+        super().__init__(config, copy.copy(tokenizer))
+        if self.tokenizer is not None:
+            maybe_make_thread_pool(self.tokenizer, config.model_config.renderer_num_workers + 1)
