@@ -1,12 +1,10 @@
 """The one place that touches what vLLM 0.32 keeps to itself: names, and functions it replaces."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
 import os
+from collections.abc import Sequence
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.transformers_utils import config as vllm_config
