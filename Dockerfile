@@ -14,6 +14,7 @@ ENV SERVICE_CACHE_DIR=/cache/models \
     VLLM_CACHE_ROOT=/cache/vllm \
     TRITON_CACHE_DIR=/cache/triton \
     XDG_CACHE_HOME=/cache \
+    HOME=/cache \
     PATH=/app/.venv/bin:$PATH
 EXPOSE 6006
 ENTRYPOINT ["chat-service"]

@@ -76,7 +76,7 @@ def check(
             from vllm.usage.usage_lib import UsageContext
 
             if memory is not None:
-                _plan_for_gpu(args, memory)
+                rows += plan_for_gpu(args, memory)
             vllm_config = AsyncEngineArgs.from_cli_args(args).create_engine_config(
                 UsageContext.OPENAI_API_SERVER
             )
@@ -127,17 +127,25 @@ def _short_of_memory(vllm_config: Any, memory: int) -> list[str]:
     ]
 
 
-def _plan_for_gpu(args: argparse.Namespace, memory: int) -> None:
+def plan_for_gpu(args: argparse.Namespace, memory: int) -> list[tuple[str, object, str]]:
     """vLLM's defaults on a GPU of this many bytes, whatever this machine has
-    (EngineArgs.get_batch_defaults)."""
-    large = memory >= 70 * fit.GIB
-    defaults = {
-        "max_num_seqs": 1024 if large else 256,
-        "max_num_batched_tokens": 8192 if large else 2048,
-    }
-    for name, value in defaults.items():
+    (EngineArgs.get_batch_defaults). Returns rows for those that another GPU of this size has not.
+    """
+    sequences, tokens = 256, 2048
+    if memory >= 70 * fit.GIB:
+        sequences, tokens = 1024, 8192
+    if memory >= 160 * fit.GIB:
+        tokens = 16384
+    rows: list[tuple[str, object, str]] = []
+    for name, value, of_a100 in (
+        ("max_num_seqs", sequences, 256),
+        ("max_num_batched_tokens", tokens, 2048),
+    ):
         if getattr(args, name) is None:
             setattr(args, name, value)
+            if 70 * fit.GIB <= memory < 160 * fit.GIB:
+                rows.append((f"engine.{name}", value, f"of an H100 or H200; an A100: {of_a100}"))
+    return rows
 
 
 @contextmanager

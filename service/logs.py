@@ -84,7 +84,8 @@ class Report(logging.Filter):
                 self._folder.report_cause(start_errors.sentence(error))
         else:
             for pattern, phase in _HEALTH_PHASES:
-                if pattern.search(message):
+                # A server that is ready may load an adapter, or compile a shape that is new.
+                if pattern.search(message) and self._folder.phase()[0] is not Phase.READY:
                     self._folder.set_phase(phase)
         return True
 

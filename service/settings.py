@@ -1,6 +1,7 @@
 """How this deployment runs. The only reader of the environment."""
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -118,14 +119,17 @@ class ApiProcessConfig(BaseModel):
 def load(**flags: object) -> Settings:
     """Read the environment, with the command line's flags (None: not given) over it.
 
-    Raises ConfigError naming the variable, and the nearest one for an unknown name.
+    A variable that is none of ours, such as a cluster's SERVICE_NAME, is told and left alone.
+    Raises ConfigError naming the variable, and the nearest one for a name that looks like a slip.
     """
     known = {name.upper() for name in Settings.model_fields}
     for variable in os.environ:
         name = variable.removeprefix(PREFIX)
         if variable.startswith(PREFIX) and name not in known:
             # Compared without the prefix, which all of them share.
-            raise ConfigError(f"{variable}: unknown setting{nearest(name, known, PREFIX)}")
+            if slip := nearest(name, known, PREFIX):
+                raise ConfigError(f"{variable}: unknown setting{slip}")
+            print(f"{variable} is no setting of this service; it is ignored", file=sys.stderr)
     given = {name: value for name, value in flags.items() if value is not None}
     try:
         return Settings(**given)  # type: ignore[arg-type]

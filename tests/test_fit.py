@@ -1,5 +1,6 @@
 """Will it fit: beside vLLM's own count on its engine, and by hand for the published models."""
 
+import argparse
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -317,3 +318,16 @@ def test_a_fit_that_is_asked_for_needs_the_files(
     assert report.problems == []
     with pytest.raises(WeightsError, match=remedy):
         check.check(config, origins, settings.load(), memory=24 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("gib", "sequences", "tokens", "told"),
+    [(24, 256, 2048, False), (80, 1024, 8192, True), (180, 1024, 16384, False)],
+)
+def test_a_large_gpu_is_planned_with_vllms_defaults_for_it(
+    gib: int, sequences: int, tokens: int, told: bool
+) -> None:
+    args = argparse.Namespace(max_num_seqs=None, max_num_batched_tokens=None)
+    rows = check.plan_for_gpu(args, gib * GIB)
+    assert (args.max_num_seqs, args.max_num_batched_tokens) == (sequences, tokens)
+    assert bool(rows) is told  # an A100 of this size has others

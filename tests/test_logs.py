@@ -1,11 +1,16 @@
 """What the server says, at the start and for each request."""
 
+import logging
 import re
+from pathlib import Path
 
 import httpx
 import openai
 
 from benchmarks.server import Server
+from service.health import Phase
+from service.logs import Report
+from service.run_folder import RunFolder
 from tests.conftest import MODEL, logged
 
 
@@ -65,6 +70,21 @@ def test_probes_are_not_logged(service: Server, http: httpx.Client) -> None:
     http.get("/nowhere", headers={"X-Request-Id": "after-probes"})
     assert logged(service, "id=after-probes")
     assert "id=probe" not in service.log.read_text()
+
+
+def test_a_server_that_is_ready_stays_so_whatever_vllm_loads_or_compiles(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    report = Report(str(tmp_path))
+
+    def log(message: str) -> None:
+        report.filter(logging.LogRecord("vllm", logging.INFO, "", 0, message, (), None))
+
+    log("Loading weights took 1.00 seconds")
+    assert folder.phase()[0] is Phase.WARMING
+    folder.set_phase(Phase.READY)
+    log("Loading weights took 1.00 seconds")
+    log("Dynamo bytecode transform time: 2.00 s")
+    assert folder.phase()[0] is Phase.READY
 
 
 def test_the_start_is_phases_and_then_how_to_call_it(service: Server) -> None:

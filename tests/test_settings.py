@@ -21,7 +21,11 @@ def test_flags_come_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
     ("name", "value", "message"),
     [
         ("SERVICE_PROT", "1", "SERVICE_PROT: unknown setting; did you mean 'SERVICE_PORT'?"),
-        ("SERVICE_FOO", "1", "SERVICE_FOO: unknown setting"),
+        (
+            "SERVICE_MAX_WAIT",
+            "1",
+            "SERVICE_MAX_WAIT: unknown setting; did you mean 'SERVICE_MAX_WAITING'?",
+        ),
         ("SERVICE_PORT", "0", "SERVICE_PORT: input should be greater than or equal to 1"),
         (
             "SERVICE_LOG_PROMPTS",
@@ -37,6 +41,15 @@ def test_a_mistake_names_the_variable(
     with pytest.raises(ConfigError) as error:
         settings.load()
     assert str(error.value) == message
+
+
+def test_a_variable_of_somebody_else_is_told_and_left_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SERVICE_NAME", "chat")  # as Consul and some platforms set
+    assert settings.load() == settings.Settings()
+    said = "SERVICE_NAME is no setting of this service; it is ignored\n"
+    assert capsys.readouterr().err.startswith(said)
 
 
 def test_the_key_comes_from_a_variable_or_a_file_and_is_kept_as_a_hash(
