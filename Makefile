@@ -25,7 +25,7 @@ INSTALLED := .venv/installed-$(EXTRA)
 TESTED := .venv/installed-test
 BENCHED := .venv/installed-bench
 
-.PHONY: install serve test lint bench lock audit help
+.PHONY: install serve test lint bench lock rehearse audit help
 
 install: $(INSTALLED) ## Make .venv and install the service (EXTRA=cpu or cuda)
 
@@ -50,6 +50,9 @@ lock: $(TESTED) ## Pin the newest versions that fit pyproject.toml in requiremen
 	$(COMPILE) $(CPU) -c requirements/cpu.txt --extra test -o requirements/test.txt
 	$(COMPILE) $(CPU) -c requirements/cpu.txt --extra bench -o requirements/bench.txt
 	env -u UV_FIND_LINKS $(COMPILE) --extra cuda -o requirements/cuda.txt
+
+rehearse: ## Say what another version of vLLM would break here (VLLM=0.33.0 or a wheel)
+	$(BIN)/python -m testing.rehearse $(or $(VLLM),$(error give the version: make rehearse VLLM=0.33.0))
 
 audit: $(INSTALLED) ## Write sbom.json of what is installed, and report known vulnerabilities
 	$(BIN)/uv tool run --quiet --from cyclonedx-bom cyclonedx-py environment .venv -o sbom.json

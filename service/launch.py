@@ -148,7 +148,10 @@ def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argp
     Raises ConfigError with file, line and nearest name for what vLLM's parser does not know or
     does not accept.
     """
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    try:
+        from vllm.entrypoints.common.cli_args import make_arg_parser
+    except ImportError:  # vLLM 0.32
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     class Parser(FlexibleArgumentParser):  # type: ignore[misc]  # vLLM is not typed for us

@@ -8,7 +8,6 @@ import pytest
 import yaml
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from vllm import AsyncEngineArgs
-from vllm.entrypoints.launchers.cli_args import resolve_default_chat_template_kwargs
 from vllm.renderers import renderer_from_config
 
 from service import launch, model_config, settings
@@ -19,6 +18,11 @@ from service.model_config import ModelConfig, Origins
 from service.prompting import Message
 from tests import checkpoints
 from tests.conftest import MODEL
+
+try:
+    from vllm.entrypoints.common.cli_args import resolve_default_chat_template_kwargs
+except ImportError:  # vLLM 0.32
+    from vllm.entrypoints.launchers.cli_args import resolve_default_chat_template_kwargs
 
 pytestmark = pytest.mark.usefixtures("environment")
 
