@@ -243,12 +243,15 @@ def _prepare_environment(folder: RunFolder, settings: Settings) -> None:
     """What every process of the server reads from its environment; `folder` must outlive them."""
     logging_config = logs.configuration(folder, verbose=settings.verbose)
     folder.logging_file.write_text(json.dumps(logging_config))
-    # Named ones only are loaded: ours, the other general plugins as without us, and the user's.
+    # Named ones only are loaded: ours, and what the user chose, or all that vLLM would load without
+    # us. It loads no endpoint plugin that is not named.
     plugins = {name for _, name in PLUGINS}
     if chosen := os.environ.get("VLLM_PLUGINS"):
         plugins.update(chosen.split(","))
     else:
-        plugins.update(plugin.name for plugin in entry_points(group="vllm.general_plugins"))
+        for group in entry_points().groups:
+            if group.startswith("vllm.") and group != "vllm.endpoint_plugins":
+                plugins.update(entry_points(group=group).names)
     os.environ.update(
         {
             CONFIG_VARIABLE: str(folder.config_file),

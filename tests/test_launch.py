@@ -1,12 +1,13 @@
 """A YAML's engine section becomes vLLM's own arguments, or an error that vLLM's parser decides."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from service import launch, model_config, settings
 from service.errors import ConfigError
-from tests.conftest import hardening
+from tests.conftest import MODEL, hardening
 
 
 def arguments(tmp_path: Path, engine: str) -> object:
@@ -46,6 +47,32 @@ def test_values_are_read_as_vllm_reads_them(
     tmp_path: Path, engine: str, name: str, value: object
 ) -> None:
     assert getattr(arguments(tmp_path, engine), name) == value
+
+
+@pytest.mark.usefixtures("environment")
+def test_vllm_loads_the_plugins_that_it_would_load_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "others-1.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: others\nVersion: 1\n")
+    groups = ("general", "platform", "io_processor", "stat_logger", "endpoint")
+    (package / "entry_points.txt").write_text(
+        "".join(f"[vllm.{group}_plugins]\nan_{group} = others:{group}\n" for group in groups)
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+
+    def named() -> set[str]:
+        config, origins = model_config.load(MODEL)
+        with launch.prepared(config, origins, settings.load()):
+            return set(os.environ["VLLM_PLUGINS"].split(","))
+
+    ours = {name for _, name in launch.PLUGINS}
+    assert named() >= ours | {f"an_{group}" for group in groups if group != "endpoint"}
+    assert "an_endpoint" not in named()
+    os.environ["VLLM_PLUGINS"] = "an_endpoint"
+    assert named() == ours | {"an_endpoint"}
 
 
 @hardening(15)
