@@ -1,6 +1,7 @@
 """A YAML's engine section becomes vLLM's own arguments, or an error that vLLM's parser decides."""
 
 import os
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from service.errors import ConfigError
 from tests.conftest import MODEL, hardening
 
 
-def arguments(tmp_path: Path, engine: str) -> object:
+def arguments(tmp_path: Path, engine: str) -> Namespace:
     file = tmp_path / "m.yaml"
     file.write_text(f"name: m\nsource: {{path: .}}\nengine:\n  {engine}\n")
     config, origins = model_config.load(str(file))
@@ -49,6 +50,29 @@ def test_values_are_read_as_vllm_reads_them(
     assert getattr(arguments(tmp_path, engine), name) == value
 
 
+@pytest.mark.parametrize(
+    ("engine", "here"),
+    [
+        ("dtype: bfloat16", True),
+        ("api_server_count: 1", True),
+        ("api_server_count: 2", False),
+        ("data_parallel_size: 2", False),
+        ("{data_parallel_size: 2, api_server_count: 1}", True),
+        ("{data_parallel_size: 2, data_parallel_rank: 0}", True),
+        ("{data_parallel_size: 2, data_parallel_external_lb: true}", True),
+        ("{data_parallel_size: 2, enable_elastic_ep: true}", True),
+        ("{data_parallel_size: 4, data_parallel_start_rank: 0}", True),
+        (
+            "{data_parallel_size: 4, data_parallel_start_rank: 0, data_parallel_size_local: 2}",
+            False,
+        ),
+        ("{data_parallel_size: 2, data_parallel_multi_port_external_lb: true}", False),
+    ],
+)
+def test_one_api_process_serves_on_our_socket(tmp_path: Path, engine: str, here: bool) -> None:
+    assert launch.serves_here(arguments(tmp_path, engine)) is here
+
+
 @pytest.mark.usefixtures("environment")
 def test_vllm_loads_the_plugins_that_it_would_load_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -82,6 +106,8 @@ def test_vllm_loads_the_plugins_that_it_would_load_alone(
         ("max_model_length: 1", "vLLM has no such argument; did you mean 'max_model_len'?"),
         ("dtype: bfloat61", "invalid choice: 'bfloat61'"),
         ("max_model_len: many", "many"),
+        ("api_server_count: two", "two"),
+        ("data_parallel_size: [1]", "data_parallel_size"),
         ("enforce_eager: maybe", "maybe"),
         ("model: other", "given by source here"),
         ("api_key: secret", "given by SERVICE_API_KEY here"),
