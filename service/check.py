@@ -152,7 +152,10 @@ def plan_for_gpu(args: argparse.Namespace, memory: int) -> list[tuple[str, objec
 def rendering(args: argparse.Namespace, vllm_config: Any) -> Iterator[tuple[template.Render, Any]]:
     """The prompts as the server makes them (vLLM's init_app_state and `endpoint.Engine`), and the
     tokenizer."""
-    from vllm.entrypoints.launchers.cli_args import resolve_default_chat_template_kwargs
+    try:
+        from vllm.entrypoints.common.cli_args import resolve_default_chat_template_kwargs
+    except ImportError:  # vLLM 0.32
+        from vllm.entrypoints.launchers.cli_args import resolve_default_chat_template_kwargs
     from vllm.renderers import renderer_from_config
     from vllm.renderers.chat_utils import load_chat_template
 

@@ -76,12 +76,22 @@ _REFUSED = {
 }
 
 
-def api_servers(config: ModelConfig) -> int:
-    """How many API processes vLLM will start for this model."""
-    engine = {key.replace("-", "_"): value for key, value in config.engine.items()}
-    if count := engine.get("api_server_count"):
-        return int(count)
-    return int(engine.get("data_parallel_size") or 1)
+def serves_here(args: argparse.Namespace) -> bool:
+    """Whether vLLM will serve in this process, and not start several API processes.
+
+    As ServeSubcommand.cmd decides it.
+    """
+    if args.data_parallel_multi_port_external_lb:
+        return False  # a supervisor starts one server for each rank
+    if args.enable_elastic_ep:
+        return True
+    if args.api_server_count is not None:
+        return bool(args.api_server_count == 1)
+    if args.data_parallel_external_lb or args.data_parallel_rank is not None:
+        return True
+    if args.data_parallel_hybrid_lb or args.data_parallel_start_rank is not None:
+        return (args.data_parallel_size_local or 1) == 1
+    return bool(args.data_parallel_size == 1)
 
 
 def run(
@@ -89,9 +99,9 @@ def run(
     origins: Origins,
     settings: Settings,
     folder: RunFolder,
-    listener: socket.socket | None,
+    listener: socket.socket,
 ) -> None:
-    """Run vLLM's server on `listener` until it ends; None: vLLM makes a socket of its own.
+    """Run vLLM's server on `listener` until it ends; several API processes share its address.
 
     `prepare_environment` comes before it. Raises ServiceError when it cannot start, or has failed.
     """
@@ -194,7 +204,7 @@ def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argp
         sampling["max_new_tokens"] = sampling.pop("max_tokens")
     args.override_generation_config = sampling
     args.middleware = [INNERMOST, *args.middleware, *MIDDLEWARE]
-    if "shutdown_timeout" not in given and api_servers(config) > 1:
+    if "shutdown_timeout" not in given and not serves_here(args):
         # vLLM's parent process kills its API processes at once, unless it is told to wait.
         args.shutdown_timeout = math.ceil(settings.drain_timeout) + 10
     if "disable_uvicorn_access_log" not in given:
@@ -255,12 +265,15 @@ def prepare_environment(folder: RunFolder, settings: Settings) -> None:
     """What every process of the server reads from its environment; `folder` must outlive them."""
     logging_config = logs.configuration(folder, verbose=settings.verbose)
     folder.logging_file.write_text(json.dumps(logging_config))
-    # Named ones only are loaded: ours, the other general plugins as without us, and the user's.
+    # Named ones only are loaded: ours, and what the user chose, or all that vLLM would load without
+    # us. It loads no endpoint plugin that is not named.
     plugins = {name for _, name in PLUGINS}
     if chosen := os.environ.get("VLLM_PLUGINS"):
         plugins.update(chosen.split(","))
     else:
-        plugins.update(plugin.name for plugin in entry_points(group="vllm.general_plugins"))
+        for group in entry_points().groups:
+            if group.startswith("vllm.") and group != "vllm.endpoint_plugins":
+                plugins.update(entry_points(group=group).names)
     os.environ.update(
         {
             CONFIG_VARIABLE: str(folder.config_file),
@@ -339,14 +352,16 @@ def _work_around_vllm() -> None:
         os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
 
 
-def _launch(args: argparse.Namespace, listener: socket.socket | None) -> None:
+def _launch(args: argparse.Namespace, listener: socket.socket) -> None:
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.logger import configure_logging_from_args
 
     configure_logging_from_args(args)
     command = ServeSubcommand()
     command.validate(args)
-    if listener is None:
+    if not serves_here(args):
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.close()  # the supervisor has it too, and answers until the API processes do
         command.cmd(args)
         return
     # What vLLM's command does for one API process, with a socket that listens already.

@@ -44,19 +44,25 @@ _LOOK_EVERY = 0.2  # seconds
 _LEAST_SILENCE = 5.0  # seconds; a busy machine may keep a process waiting for so long
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _BACKLOG = 2048
+# Variables of vLLM that would undo what this service promises.
+_REFUSED = {
+    "VLLM_SERVER_DEV_MODE": "opens routes that change the engine: unset it",
+    "VLLM_ENABLE_COHERE_API": "opens routes that go past the queue: unset it",
+    "VLLM_API_KEY": "guards /v1 and leaves POST / open: unset it, and set SERVICE_API_KEY, which "
+    "guards both",
+    "VLLM_USE_RUST_FRONTEND": "serves without POST / and without the queue: unset it",
+}
 
 
 def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
     """Run the server until it is stopped. Raises ServiceError when it cannot start, or fails."""
     clients = settings.clients()
-    if os.environ.get("VLLM_SERVER_DEV_MODE", "0") != "0":
-        raise ConfigError("VLLM_SERVER_DEV_MODE opens routes that change the engine: unset it")
-    if os.environ.get("VLLM_ENABLE_COHERE_API", "0") != "0":
-        raise ConfigError("VLLM_ENABLE_COHERE_API opens routes that go past the queue: unset it")
+    for variable, reason in _REFUSED.items():
+        if os.environ.get(variable, "0") != "0":
+            raise ConfigError(f"{variable} {reason}")
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # connections are files
-    several = launch.api_servers(config) > 1
-    listener = _listen(settings.host, settings.port, shared=several)
+    listener = _listen(settings.host, settings.port)
     if clients is None and not _is_loopback(listener):
         print(
             f"WARNING: {settings.host} can be reached from other machines, and no API key is set: "
@@ -89,7 +95,7 @@ def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
         context.set_forkserver_preload(["service.fork_server"])
         server = context.Process(
             target=_run_server,
-            args=(config, origins, settings, path, None if several else listener),
+            args=(config, origins, settings, path, listener),
             name="MainProcess",
         )
         _Supervisor(server, folder, progress, announcer, settings).run()
@@ -207,7 +213,7 @@ def _run_server(
     origins: Origins,
     settings: Settings,
     folder: str,
-    listener: socket.socket | None,
+    listener: socket.socket,
 ) -> None:
     """The child's main function."""
     setproctitle.setproctitle("chat-service server")
@@ -249,17 +255,12 @@ def _end_with(supervisor: Any, folder: RunFolder, drain_timeout: float) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def _listen(host: str, port: int, *, shared: bool) -> socket.socket:
-    """The socket of the service; `shared` lets vLLM's API processes bind the same address."""
+def _listen(host: str, port: int) -> socket.socket:
+    """The socket of the service."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)  # without sharing: is it anybody's?
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if shared:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind(address)
         listener.listen(_BACKLOG)
         return listener

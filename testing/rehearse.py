@@ -178,12 +178,16 @@ class Release:
 
 @dataclass
 class Use:
-    """A name of vLLM here: what for and where, and the other names that would do instead."""
+    """A name of vLLM here: what for and where, and the other names that would do instead.
+
+    `bare` are the files that import it with no `except ImportError` around it.
+    """
 
     name: str
     how: set[str] = field(default_factory=set)
     files: set[str] = field(default_factory=set)
     instead: set[str] = field(default_factory=set)
+    bare: set[str] = field(default_factory=set)
 
 
 class Reader(ast.NodeVisitor):
@@ -194,7 +198,8 @@ class Reader(ast.NodeVisitor):
         self.uses = uses
         self.installed = installed
         self.known: dict[str, str] = {}  # a name in this file -> the vLLM name it stands for
-        self.fallback: dict[str, str] | None = None  # what an `except ImportError` imports anew
+        self.guarded = False  # inside a `try` with an `except ImportError`
+        self.fallback: dict[str, str] | None = None  # what that one imports anew
 
     def note(self, name: str, how: str) -> None:
         use = self.uses.setdefault(name, Use(name))
@@ -214,6 +219,8 @@ class Reader(ast.NodeVisitor):
         for alias in node.names:
             name, local = f"{node.module}.{alias.name}", alias.asname or alias.name
             self.note(name, "import")
+            if not self.guarded:
+                self.uses[name].bare.add(self.file)
             if self.fallback is not None and (first := self.fallback.get(local)):
                 self.uses[first].instead.add(name)
                 self.uses[name].instead.add(first)
@@ -221,14 +228,14 @@ class Reader(ast.NodeVisitor):
                 self.known[local] = name
 
     def visit_Try(self, node: ast.Try) -> None:
+        caught = [ast.unparse(handler.type) for handler in node.handlers if handler.type]
+        self.guarded = any(re.search("ImportError|ModuleNotFoundError", name) for name in caught)
         for statement in node.body:
             self.visit(statement)
+        self.fallback = dict(self.known) if self.guarded else None
         for handler in node.handlers:
-            caught = ast.unparse(handler.type) if handler.type else ""
-            if "ImportError" in caught or "ModuleNotFoundError" in caught:
-                self.fallback = dict(self.known)
             self.visit(handler)
-            self.fallback = None
+        self.fallback, self.guarded = None, False
         for statement in (*node.orelse, *node.finalbody):
             self.visit(statement)
 
@@ -316,7 +323,8 @@ def compare(use: Use, installed: Release, other: Release) -> tuple[str, str]:
     """The state of one name in the other version, and what there is to know about it."""
     new, old = other.find(use.name), installed.find(use.name)
     if new is None:
-        if there := [name for name in sorted(use.instead) if other.find(name)]:
+        there = [name for name in sorted(use.instead) if other.find(name)]
+        if there and not use.bare:
             return "same", f"imported from {there[0].rpartition('.')[0]} instead"
         places = other.elsewhere(use.name)[:3]
         return "GONE", f"now in {', '.join(places)}" if places else ""
@@ -346,7 +354,8 @@ def table(uses: list[Use], installed: Release, other: Release) -> tuple[list[str
         if remark:
             lines.append(f"{'':28}{remark}")
         if state != "same":
-            lines.append(f"{'':28}in {', '.join(sorted(use.files))}")
+            files = use.bare if state == "GONE" and use.bare else use.files
+            lines.append(f"{'':28}in {', '.join(sorted(files))}")
     lines.append("  ".join(f"{counts[state]} {state}" for state in ("GONE", "changed", "same")))
     return lines, counts["GONE"]
 

@@ -371,15 +371,25 @@ def test_a_body_after_an_upgrade_is_not_taken_for_a_request(service: Server) -> 
 
 
 @hardening(12)
-def test_dev_mode_does_not_start() -> None:
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("VLLM_SERVER_DEV_MODE", "1"),
+        ("VLLM_ENABLE_COHERE_API", "1"),
+        ("VLLM_API_KEY", "secret"),
+        ("VLLM_USE_RUST_FRONTEND", "1"),
+    ],
+)
+def test_variables_that_undo_a_promise_end_the_start(variable: str, value: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "service", "serve"],
-        env={"VLLM_SERVER_DEV_MODE": "1", "PATH": "", "HOME": "/nonexistent"},
+        env={variable: value, "PATH": "", "HOME": "/nonexistent"},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 2
-    assert "error: VLLM_SERVER_DEV_MODE" in done.stderr
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {variable} ") and ": unset it" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and "secret" not in done.stderr
 
 
 @hardening(16)

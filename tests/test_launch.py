@@ -1,15 +1,17 @@
 """A YAML's engine section becomes vLLM's own arguments, or an error that vLLM's parser decides."""
 
+import os
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from service import launch, model_config, settings
 from service.errors import ConfigError
-from tests.conftest import hardening
+from tests.conftest import MODEL, hardening
 
 
-def arguments(tmp_path: Path, engine: str) -> object:
+def arguments(tmp_path: Path, engine: str) -> Namespace:
     file = tmp_path / "m.yaml"
     file.write_text(f"name: m\nsource: {{path: .}}\nengine:\n  {engine}\n")
     config, origins = model_config.load(str(file))
@@ -48,6 +50,55 @@ def test_values_are_read_as_vllm_reads_them(
     assert getattr(arguments(tmp_path, engine), name) == value
 
 
+@pytest.mark.parametrize(
+    ("engine", "here"),
+    [
+        ("dtype: bfloat16", True),
+        ("api_server_count: 1", True),
+        ("api_server_count: 2", False),
+        ("data_parallel_size: 2", False),
+        ("{data_parallel_size: 2, api_server_count: 1}", True),
+        ("{data_parallel_size: 2, data_parallel_rank: 0}", True),
+        ("{data_parallel_size: 2, data_parallel_external_lb: true}", True),
+        ("{data_parallel_size: 2, enable_elastic_ep: true}", True),
+        ("{data_parallel_size: 4, data_parallel_start_rank: 0}", True),
+        (
+            "{data_parallel_size: 4, data_parallel_start_rank: 0, data_parallel_size_local: 2}",
+            False,
+        ),
+        ("{data_parallel_size: 2, data_parallel_multi_port_external_lb: true}", False),
+    ],
+)
+def test_one_api_process_serves_on_our_socket(tmp_path: Path, engine: str, here: bool) -> None:
+    assert launch.serves_here(arguments(tmp_path, engine)) is here
+
+
+@pytest.mark.usefixtures("environment")
+def test_vllm_loads_the_plugins_that_it_would_load_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "others-1.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: others\nVersion: 1\n")
+    groups = ("general", "platform", "io_processor", "stat_logger", "endpoint")
+    (package / "entry_points.txt").write_text(
+        "".join(f"[vllm.{group}_plugins]\nan_{group} = others:{group}\n" for group in groups)
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+
+    def named() -> set[str]:
+        config, origins = model_config.load(MODEL)
+        with launch.prepared(config, origins, settings.load()):
+            return set(os.environ["VLLM_PLUGINS"].split(","))
+
+    ours = {name for _, name in launch.PLUGINS}
+    assert named() >= ours | {f"an_{group}" for group in groups if group != "endpoint"}
+    assert "an_endpoint" not in named()
+    os.environ["VLLM_PLUGINS"] = "an_endpoint"
+    assert named() == ours | {"an_endpoint"}
+
+
 @hardening(15)
 @pytest.mark.parametrize(
     ("engine", "message"),
@@ -55,6 +106,8 @@ def test_values_are_read_as_vllm_reads_them(
         ("max_model_length: 1", "vLLM has no such argument; did you mean 'max_model_len'?"),
         ("dtype: bfloat61", "invalid choice: 'bfloat61'"),
         ("max_model_len: many", "many"),
+        ("api_server_count: two", "two"),
+        ("data_parallel_size: [1]", "data_parallel_size"),
         ("enforce_eager: maybe", "maybe"),
         ("model: other", "given by source here"),
         ("api_key: secret", "given by SERVICE_API_KEY here"),

@@ -61,7 +61,7 @@ def wheel(file: Path, files: dict[str, str]) -> Release:
     return Release.wheel(file)
 
 
-def rehearsed(tmp_path: Path, new: dict[str, str | None]) -> tuple[list[str], int]:
+def rehearsed(tmp_path: Path, new: dict[str, str | None], **others: str) -> tuple[list[str], int]:
     """The table of PROJECT for the release that differs from OLD by these files."""
     old = tmp_path / "site-packages"
     for name, text in OLD.items():
@@ -70,7 +70,8 @@ def rehearsed(tmp_path: Path, new: dict[str, str | None]) -> tuple[list[str], in
         path.write_text(text)
     project = tmp_path / "project"
     project.mkdir()
-    (project / "ours.py").write_text(PROJECT)
+    for name, text in {"ours": PROJECT, **others}.items():
+        (project / f"{name}.py").write_text(text)
     installed = Release.installed(old)
     files = {name: text for name, text in {**OLD, **new}.items() if text is not None}
     other = wheel(tmp_path / "vllm-2-py3-none-any.whl", files)
@@ -169,6 +170,16 @@ def test_a_difference_is_told(tmp_path: Path, new: dict[str, str | None], row: s
         return
     assert any(d.startswith(" ".join(row.split())) for d in differences), lines
     assert bool(gone) is row.startswith("GONE")
+
+
+def test_a_fallback_in_one_file_does_not_help_another(tmp_path: Path) -> None:
+    args = "def parse(words, *, strict=False): ..."
+    moved: dict[str, str | None] = {"args.py": args, "common/__init__.py": ""}
+    moved["common/args.py"] = "def check(args): ..."
+    lines, gone = rehearsed(tmp_path, moved, bare="from vllm.args import check")
+    assert gone == 1
+    place = lines.index("GONE     import             vllm.args.check")
+    assert lines[place + 2].strip() == "in project/bare.py"
 
 
 def test_what_is_gone_is_said_to_be_elsewhere(tmp_path: Path) -> None:
