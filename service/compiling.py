@@ -22,15 +22,15 @@ _ROUNDS = 3
 
 def make(config: ModelConfig, origins: Origins, settings: Settings) -> compiled.Compiled:
     """Compile for later starts of `serve`, and measure what it brings. Raises ServiceError."""
+    if chosen := compiled.CHOICES & config.engine.keys():
+        place = origins.of(("engine", sorted(chosen)[0]))
+        raise ConfigError(f"{place}: decides whether `serve` compiles; leave it out")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     with launch.prepared(config, origins, settings) as (args, folder):
         from vllm.platforms import current_platform
 
         if not current_platform.is_cpu():
             raise ConfigError("on a GPU `serve` compiles by itself, in a minute or two")
-        if chosen := compiled.CHOICES & config.engine.keys():
-            place = origins.of(("engine", sorted(chosen)[0]))
-            raise ConfigError(f"{place}: decides whether `serve` compiles; leave it out")
         launch.fetch_files(args, config, settings)
         file = compiled.file(args, settings.cache_dir)
         with launch.explained(settings, folder):
