@@ -72,6 +72,8 @@ class ServiceState:
         waiting = config.settings.max_waiting
         queue = limit * _WAITING_FACTOR if waiting is None else math.ceil(waiting / processes)
         self.admission = Admission(limit, queue, config.settings.queue_timeout)
+        # Enough that a full queue is told before the connections run out.
+        self.max_connections = config.settings.max_connections or max(4096, limit + queue + 512)
         self.endings = Endings()
         self.health = Health(config.settings.stall_timeout)
         self.probe: asyncio.Task[None] | None = None
@@ -167,7 +169,7 @@ def _lifespan(inner: Lifespan[FastAPI]) -> Lifespan[FastAPI]:
             service.engine.max_characters,
         )
         _guard_routes(app, service)
-        connection.guard(app.state.server.config, service.config.settings)
+        connection.guard(app.state.server.config, service.config.settings, service.max_connections)
         watch = Watch(
             service.engine_client,
             service.health,

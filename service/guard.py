@@ -32,8 +32,8 @@ from service.request_record import RequestRecord
 
 REQUEST_ID = "x-request-id"
 # Probes carry no key, and are not worth a log line each.
-_HEALTH = frozenset({"/health", "/health/live", "/health/ready", "/ping"})
-_QUIET = _HEALTH | {"/metrics"}
+HEALTH = frozenset({"/health", "/health/live", "/health/ready", "/ping"})
+_QUIET = HEALTH | {"/metrics"}
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # So much of an answer with an error is read; vLLM's own repeat what the client sent.
 _LONGEST_ERROR = 65_536
@@ -170,7 +170,7 @@ class ApiKey:
         state: ServiceState = scope["app"].state.service
         path = scope["path"]
         open_to_all = (
-            path in _HEALTH
+            path in HEALTH
             or (path == "/" and scope["method"] in ("GET", "HEAD"))  # where a person enters the key
             or (path == "/metrics" and not state.guarded_metrics)
         )

@@ -65,8 +65,10 @@ class Settings(BaseSettings):
     write_timeout: Seconds = Field(
         30, description="Seconds for which a client may leave its answer unread."
     )
-    max_connections: Annotated[int, Field(ge=1)] = Field(
-        4096, description="Open connections, of each API process."
+    max_connections: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="Open connections, of each API process [default: 4096, or 512 more than the "
+        "sequences that run and wait].",
     )
     drain_timeout: Seconds = Field(
         30, description="Seconds that accepted requests have to finish after SIGTERM."

@@ -23,8 +23,8 @@ ROWS: dict[int, tuple[str, str]] = {
     ),
     3: (
         "Thousands of headers, one huge header, slow headers, a slow body; thousands of connections",
-        "431 above 128 headers or 64 KiB; 408 after `SERVICE_BODY_TIMEOUT`; 503 above "
-        "`SERVICE_MAX_CONNECTIONS`",
+        "431 above 128 headers or 64 KiB; 408 after `SERVICE_BODY_TIMEOUT`; above "
+        "`SERVICE_MAX_CONNECTIONS` the longest idle one is closed, or the newcomer gets 503; health checks are answered",
     ),
     4: (
         "A regular expression, grammar or JSON schema that explodes",
