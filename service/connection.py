@@ -1,4 +1,4 @@
-"""Limits of one HTTP connection that uvicorn lacks: on headers, and on clients that do not read."""
+"""Limits on connections that uvicorn lacks: their number, headers, and clients that do not read."""
 
 import asyncio
 import socket
@@ -10,13 +10,17 @@ from typing import Any, ClassVar
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from service import metrics
 from service.errors import (
     HeadersTooLarge,
     HeadersTooSlow,
+    LaunchError,
     MalformedBody,
     RequestError,
+    Unavailable,
     refusal_body,
 )
+from service.guard import HEALTH
 from service.settings import Settings
 
 _MOST_HEADERS = 128
@@ -25,27 +29,37 @@ _MOST_AHEAD = 16  # requests sent before the answers to earlier ones
 # How long what a refused client goes on sending is read and dropped: to close at once would make
 # its machine throw our answer away.
 _LINGER_SECONDS = 2.0
+# Connections beyond the limit, on which only health checks are answered.
+_SPARE_CONNECTIONS = 64
 # How long uvicorn waits at the end for answers that are being written.
 _GRACE_SECONDS = 5
 
 
-def guard(config: uvicorn.Config, settings: Settings) -> None:
-    """Make the server that runs `config` hold its connections to the limits."""
-    assert config.http_protocol_class is HttpToolsProtocol  # which vLLM's dependencies bring
+def guard(config: uvicorn.Config, settings: Settings, most: int) -> None:
+    """Make the server that runs `config` hold its connections, `most` of them, to the limits.
+
+    Raises LaunchError when uvicorn uses another protocol than the one whose methods are overridden.
+    """
+    if config.http_protocol_class is not HttpToolsProtocol:
+        raise LaunchError("uvicorn does not use its httptools protocol; install httptools")
 
     class Limited(GuardedProtocol):
+        max_connections = most
+        idle: ClassVar[dict[GuardedProtocol, None]] = {}
         header_timeout = settings.body_timeout
         write_timeout = settings.write_timeout
 
     config.http_protocol_class = Limited
     config.ws_protocol_class = None
-    config.limit_concurrency = settings.max_connections
     config.timeout_graceful_shutdown = _GRACE_SECONDS
 
 
 class GuardedProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol; ends connections whose headers or whose reader go beyond a limit."""
 
+    max_connections: ClassVar[int]
+    # Those on which nothing is asked now; the one that has been so for longest stands first.
+    idle: ClassVar[dict["GuardedProtocol", None]]
     header_timeout: ClassVar[float]
     write_timeout: ClassVar[float]
 
@@ -56,6 +70,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._refused = False
+        self._spare = False
         self._cycles: deque[RequestResponseCycle] = deque()  # a client may send several ahead
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -64,8 +79,33 @@ class GuardedProtocol(HttpToolsProtocol):
         if (peer := transport.get_extra_info("socket")) is not None and self.client:
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # notices vanished clients
         self._expect_headers()
+        if len(self.connections) > self.max_connections:
+            self._make_room()
+        self.idle[self] = None
+
+    def _make_room(self) -> None:
+        """Close the connection that has been idle for longest; if none is, this one is spare."""
+        if self.idle:
+            metrics.IDLE_CLOSED.inc()
+            oldest = next(iter(self.idle))
+            del self.idle[oldest]
+            oldest.transport.close()
+            return
+        self._spare = True
+        if len(self.connections) > self.max_connections + _SPARE_CONNECTIONS:
+            self._refuse_connection()
+
+    def _refuse_connection(self) -> None:
+        metrics.REFUSED.labels("connections").inc()
+        self._refuse(
+            Unavailable(
+                f"the server has {self.max_connections} connections open, which is the limit",
+                retry_after=1,
+            )
+        )
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.idle.pop(self, None)
         self._cancel(self._header_timer)
         self._cancel(self._write_timer)
         for cycle in self._cycles:  # uvicorn tells only the last of them
@@ -85,6 +125,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.idle.pop(self, None)
         self._in_headers = True
         self._expect_no_headers()
 
@@ -100,6 +141,8 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade() and self._has_body():
             # The parser takes it for another protocol, and what follows for the next request.
             self._refuse(MalformedBody("a request with `Upgrade` can have no body here"))
+        if self._spare and self.url.partition(b"?")[0].decode("latin-1") not in HEALTH:
+            self._refuse_connection()
         if len(self._cycles) >= _MOST_AHEAD:
             self._refuse(HeadersTooLarge(f"at most {_MOST_AHEAD} requests may be sent ahead"))
         if not self._refused:
@@ -123,6 +166,8 @@ class GuardedProtocol(HttpToolsProtocol):
             self._header_timer = self.loop.call_later(_LINGER_SECONDS, self.transport.close)
         elif self._in_headers and not self._cycles:
             self._expect_headers()  # of a request that was sent ahead
+        elif not self._cycles and not self.transport.is_closing():
+            self.idle[self] = None
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -166,9 +211,10 @@ class GuardedProtocol(HttpToolsProtocol):
             self._cycles[-1].keep_alive = False
             return
         body = refusal_body(error, uuid.uuid4().hex)
+        retry_after = f"retry-after: {error.retry_after}\r\n" if error.retry_after else ""
         head = (
             f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n"
-            "content-type: application/json\r\n"
+            f"content-type: application/json\r\n{retry_after}"
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)

@@ -19,7 +19,11 @@ class ContractRequest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
     prompt: str = Field(min_length=1, description="One user turn, or the text to complete.")
-    history: list[prompting.Pair] | list[prompting.Message] | None = Field(
+    history: (
+        Annotated[list[prompting.Pair], Field(fail_fast=True)]
+        | Annotated[list[prompting.Message], Field(fail_fast=True)]
+        | None
+    ) = Field(
         None, description="Earlier turns: [user, assistant] pairs, or {role, content} objects."
     )
     max_length: TokenLimit | None = Field(
@@ -33,8 +37,8 @@ class ContractRequest(BaseModel):
     seed: Annotated[int, Field(ge=-1, le=2**63 - 1)] | None = Field(
         None, description="The same seed draws the same tokens; -1 is no seed."
     )
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = Field(
-        None, description="The answer ends before the first of these."
+    stop: StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)] | None = (
+        Field(None, description="The answer ends before the first of these.")
     )
     stream: bool | None = Field(None, description="Server-sent events instead of one answer.")
     timeout: Annotated[float, Field(gt=0, le=LONGEST_TIMEOUT, allow_inf_nan=False)] | None = Field(

@@ -21,6 +21,7 @@ from vllm.envs import enable_envs_cache
 from service import connection, progress, prompting, settings, web
 from service.admission import Admission
 from service.admit import Admit
+from service.budget import Budget
 from service.contract import Contract
 from service.contract_request import OPENAPI
 from service.ending import Endings
@@ -29,6 +30,7 @@ from service.errors import ConfigError, LaunchError, RequestError
 from service.health import Health, Phase
 from service.keys import Keys
 from service.model_config import ModelConfig
+from service.models.vllm_private import shorten_error_texts
 from service.request_record import RequestRecord
 from service.settings import ApiProcessConfig
 from service.watch import Watch
@@ -70,6 +72,8 @@ class ServiceState:
         waiting = config.settings.max_waiting
         queue = limit * _WAITING_FACTOR if waiting is None else math.ceil(waiting / processes)
         self.admission = Admission(limit, queue, config.settings.queue_timeout)
+        # Enough that a full queue is told before the connections run out.
+        self.max_connections = config.settings.max_connections or max(4096, limit + queue + 512)
         self.endings = Endings()
         self.health = Health(config.settings.stall_timeout, config.settings.step_timeout)
         self.probe: asyncio.Task[None] | None = None
@@ -81,6 +85,7 @@ class ServiceState:
         self.max_body_bytes = config.settings.max_body_bytes
         self.body_timeout = config.settings.body_timeout
         self.body_bytes = 0
+        self.budget: Budget  # when all routes are there
         self.engine = Engine(client, state)
         self.contract = Contract(
             config.model,
@@ -109,6 +114,7 @@ class ChatService:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
+        shorten_error_texts()
         app.title = "vllm-chat-service"
         app.version = version(app.title)
         app.add_api_route(
@@ -156,8 +162,14 @@ def _lifespan(inner: Lifespan[FastAPI]) -> Lifespan[FastAPI]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
         service: ServiceState = app.state.service
+        service.budget = Budget(
+            app.routes,
+            service.config.settings.max_items,
+            service.engine.context,
+            service.engine.max_characters,
+        )
         _guard_routes(app, service)
-        connection.guard(app.state.server.config, service.config.settings)
+        connection.guard(app.state.server.config, service.config.settings, service.max_connections)
         watch = Watch(
             service.engine_client,
             service.health,

@@ -129,6 +129,8 @@ class Engine:
         self._client = client
         self._renderer = client.renderer
         self._tokenizer = client.renderer.get_tokenizer()
+        # A longer text cannot fit, whatever it is.
+        self.max_characters: int = self.context * self._tokenizer.max_chars_per_token
         self._fast = _fast(self._tokenizer)
         self._control_tokens = _control_tokens(self._tokenizer)
         online = state.online_renderer

@@ -16,6 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import logs, metrics, tracing
+from service.budget import Budget
 from service.errors import (
     ENGINE_ENDED,
     BodyTooLarge,
@@ -31,8 +32,8 @@ from service.request_record import RequestRecord
 
 REQUEST_ID = "x-request-id"
 # Probes carry no key, and are not worth a log line each.
-_HEALTH = frozenset({"/health", "/health/live", "/health/ready", "/ping"})
-_QUIET = _HEALTH | {"/metrics"}
+HEALTH = frozenset({"/health", "/health/live", "/health/ready", "/ping"})
+_QUIET = HEALTH | {"/metrics"}
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # So much of an answer with an error is read; vLLM's own repeat what the client sent.
 _LONGEST_ERROR = 65_536
@@ -55,6 +56,7 @@ class ServiceState(Protocol):
     def body_timeout(self) -> float: ...
 
     create: ASGIApp  # POST /
+    budget: Budget
     traces: bool
     body_bytes: int  # of all bodies that are held now
 
@@ -168,7 +170,7 @@ class ApiKey:
         state: ServiceState = scope["app"].state.service
         path = scope["path"]
         open_to_all = (
-            path in _HEALTH
+            path in HEALTH
             or (path == "/" and scope["method"] in ("GET", "HEAD"))  # where a person enters the key
             or (path == "/metrics" and not state.guarded_metrics)
         )
@@ -213,6 +215,8 @@ class Body:
         try:
             async with asyncio.timeout(state.body_timeout):
                 body = await _read(Headers(scope=scope), receive, held)
+            if scope["path"] == "/" or not _is_form(scope):
+                state.budget.check(scope["path"].removeprefix(scope.get("root_path", "")), body)
         except (TimeoutError, RequestError) as e:
             error = e if isinstance(e, RequestError) else _too_slow(state.body_timeout)
             record = RequestRecord.of(scope)
@@ -290,6 +294,11 @@ async def _read(headers: Headers, receive: Receive, held: _Held) -> bytes:
         held.add(len(message.get("body", b"")))
         if not message.get("more_body"):
             return bytes(body)
+
+
+def _is_form(scope: Scope) -> bool:
+    """Whether a body is files and fields; vLLM's routes for JSON refuse such a one unread."""
+    return Headers(scope=scope).get("content-type", "").lower().startswith("multipart/form-data")
 
 
 def _too_large(most: int) -> RequestError:

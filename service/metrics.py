@@ -64,6 +64,10 @@ ADMITTED = Counter(
 )
 REFUSED = Counter(
     "service_refused_requests_total",
-    "Requests refused or given up by the queue: queue_full, waited_too_long, bodies.",
+    "Requests refused or given up: queue_full, waited_too_long, bodies, connections.",
     ["reason"],
+)
+IDLE_CLOSED = Counter(
+    "service_idle_connections_closed_total",
+    "Idle connections that were closed to make room for new ones.",
 )

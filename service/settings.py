@@ -57,12 +57,19 @@ class Settings(BaseSettings):
     max_body_bytes: Annotated[int, Field(ge=1024)] = Field(
         4 * 2**20, description="The longest body of a request."
     )
+    max_items: Annotated[int, Field(ge=64)] = Field(
+        512,
+        description="Objects or arrays in one array of a body, such as the turns of a chat, and "
+        "keys of one object; more lets a request delay the others.",
+    )
     body_timeout: Seconds = Field(30, description="Seconds in which headers, and body, must come.")
     write_timeout: Seconds = Field(
         30, description="Seconds for which a client may leave its answer unread."
     )
-    max_connections: Annotated[int, Field(ge=1)] = Field(
-        4096, description="Open connections, of each API process."
+    max_connections: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="Open connections, of each API process [default: 4096, or 512 more than the "
+        "sequences that run and wait].",
     )
     drain_timeout: Seconds = Field(
         30, description="Seconds that accepted requests have to finish after SIGTERM."

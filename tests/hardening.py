@@ -12,8 +12,9 @@ BEGIN, END = "<!-- rows: begin -->\n", "<!-- rows: end -->\n"
 # Of each row: the input or fault, and what becomes of it here.
 ROWS: dict[int, tuple[str, str]] = {
     1: (
-        "`n` or `best_of` huge; thousands of prompts in one body",
-        "422 with the limit: `SERVICE_MAX_SEQUENCES`, `n` times prompts, on every generating route",
+        "`n` or `best_of` huge; thousands of prompts, turns, keys or wrong items in one body",
+        "422 with the limit: `SERVICE_MAX_SEQUENCES`, `n` times prompts, on every generating route; "
+        "what a body may hold stands [below](#what-a-body-may-hold)",
     ),
     2: (
         "A body of hundreds of MB, endless, not JSON, or nested deep",
@@ -22,12 +23,12 @@ ROWS: dict[int, tuple[str, str]] = {
     ),
     3: (
         "Thousands of headers, one huge header, slow headers, a slow body; thousands of connections",
-        "431 above 128 headers or 64 KiB; 408 after `SERVICE_BODY_TIMEOUT`; 503 above "
-        "`SERVICE_MAX_CONNECTIONS`",
+        "431 above 128 headers or 64 KiB; 408 after `SERVICE_BODY_TIMEOUT`; above "
+        "`SERVICE_MAX_CONNECTIONS` the longest idle one is closed, or the newcomer gets 503; health checks are answered",
     ),
     4: (
         "A regular expression, grammar or JSON schema that explodes",
-        "none in `POST /`; elsewhere at most 16 KiB, 1,024 characters for an expression, vLLM's "
+        "none in `POST /`; elsewhere at most 16 KiB (tools only where the model must call them), 1,024 characters for an expression, vLLM's "
         "own time limit for compiling an expression, at most 32 properties where a schema counts them, and the client's deadline",
     ),
     5: ("A grammar that the engine cannot compile", "that request fails; the next one works"),

@@ -1,6 +1,7 @@
 """The limits of one connection, by the bytes on it: uvicorn with our protocol and a small app."""
 
 import asyncio
+import inspect
 import socket
 import threading
 import time
@@ -8,12 +9,15 @@ from collections.abc import Iterator
 
 import pytest
 import uvicorn
+from prometheus_client import REGISTRY
 from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service import connection
 from service.settings import Settings
 from tests.conftest import hardening
 
+CONNECTIONS = 8
 TIMEOUT = 1.0  # seconds, of headers and of writing
 LONG = 40_000  # bytes: what uvloop keeps without a word, by default
 GET = b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -32,7 +36,7 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
 def port() -> Iterator[int]:
     config = uvicorn.Config(app, loop="uvloop", lifespan="off", log_level="error")
     config.load()
-    connection.guard(config, Settings(body_timeout=TIMEOUT, write_timeout=TIMEOUT))
+    connection.guard(config, Settings(body_timeout=TIMEOUT, write_timeout=TIMEOUT), CONNECTIONS)
     server = uvicorn.Server(config)
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
@@ -95,3 +99,63 @@ def test_headers_sent_ahead_have_their_time_after_the_answer(client: socket.sock
     received = read(client)
     assert received.count(b"answer") == 1 and b"HTTP/1.1 408" in received
     assert time.monotonic() - began < 5 * TIMEOUT
+
+
+def connect(port: int, request: bytes = b"") -> socket.socket:
+    s = socket.create_connection(("127.0.0.1", port), timeout=10)
+    s.sendall(request)
+    return s
+
+
+def count(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+@hardening(3)
+def test_at_the_limit_the_longest_idle_connection_makes_room(port: int) -> None:
+    before = count("service_idle_connections_closed_total")
+    old = [connect(port, GET % b"/") for _ in range(CONNECTIONS)]
+    try:
+        assert all(b"answer" in s.recv(65536) for s in old)
+        for s in old[1:]:  # the first has now been idle for longest
+            s.sendall(GET % b"/")
+            assert b"answer" in s.recv(65536)
+        with connect(port, GET % b"/") as new:
+            assert b"answer" in new.recv(65536)
+            assert old[0].recv(65536) == b""
+            for s in old[1:]:
+                s.sendall(GET % b"/")
+                assert b"answer" in s.recv(65536)
+        assert count("service_idle_connections_closed_total") == before + 1
+    finally:
+        for s in old:
+            s.close()
+
+
+@hardening(3)
+def test_when_all_are_busy_the_newcomer_alone_is_refused_and_health_is_answered(port: int) -> None:
+    before = count("service_refused_requests_total", reason="connections")
+    time.sleep(0.2)  # connections of other tests have gone
+    busy = [connect(port, GET % b"/slow") for _ in range(CONNECTIONS)]
+    try:
+        time.sleep(0.2)
+        with connect(port, GET % b"/") as new:
+            answer = read(new)
+        assert answer.startswith(b"HTTP/1.1 503 ") and b"retry-after: 1\r\n" in answer
+        assert b'"type": "unavailable"' in answer
+        with connect(port, GET % b"/health/live") as probe:
+            assert b"answer" in probe.recv(65536)
+        assert count("service_refused_requests_total", reason="connections") == before + 1
+        assert all(b"answer" in s.recv(65536) for s in busy)
+    finally:
+        for s in busy:
+            s.close()
+
+
+def test_uvicorn_has_the_methods_that_are_overridden() -> None:
+    for name, method in vars(connection.GuardedProtocol).items():
+        if callable(method) and not name.startswith("_"):
+            theirs = getattr(HttpToolsProtocol, name)
+            assert list(inspect.signature(theirs).parameters) == list(
+                inspect.signature(method).parameters
+            ), name

@@ -46,6 +46,24 @@ def stop_every_answer(
     client.generate = generate_and_stop
 
 
+def shorten_error_texts(most: int = 1000) -> None:
+    """Have vLLM clean no more than the first characters of an error's text.
+
+    It repeats what the client sent, and takes minutes to clean a megabyte of slashes.
+    """
+    from vllm.entrypoints.serve.exception_handling import error_response
+    from vllm.entrypoints.serve.exception_handling.handlers import http, validation
+    from vllm.entrypoints.serve.exception_handling.utils import sanitize_message
+
+    def shorten(message: str) -> str:
+        cleaned: str = sanitize_message(message[:most])
+        return cleaned
+
+    for module in (error_response, http, validation):
+        assert callable(module.sanitize_message)
+        module.sanitize_message = shorten
+
+
 def penalize_only_what_was_seen() -> None:
     """Have vLLM's sampler use `apply_penalties`.
 
