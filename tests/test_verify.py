@@ -42,7 +42,8 @@ def test_a_difference_is_located_and_ends_in_a_status_of_its_own(tmp_path: Path)
     checkpoints.write("openelm", tmp_path)
     rope = {"rope_type": "default", "rope_theta": 2.0}
     overrides = f"engine.hf_overrides={json.dumps({'rope_parameters': rope})}"
-    answer = verify("openelm", tmp_path, "--set", overrides, "--json")
+    sets = ("--set", overrides, "--set", "engine.dtype=bfloat16")
+    answer = verify("openelm", tmp_path, *sets, "--json")
     assert answer.returncode == 3, answer.stderr[-3000:]
     report = json.loads(answer.stdout)
     assert (report["verdict"], report["dtype"]) == ("different", "bfloat16")

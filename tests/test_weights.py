@@ -401,7 +401,7 @@ def test_serve_downloads_what_is_missing_and_check_does_not(
         "launch._launch = lambda args, listener: print(args.model, args.tokenizer, sep='\\n')\n"
         "launch.checkpoint.check = lambda folder: None\n"  # these files hold nothing
         "app(['check', sys.argv[1]], standalone_mode=False)\n"
-        "loaded = model_config.load(sys.argv[1])\n"
+        "loaded = model_config.load(sys.argv[1], ['engine.enforce_eager=true'])\n"
         "launch.run(*loaded, settings.load(), RunFolder(Path(sys.argv[2])), None)\n"
     )
     status, output, error = run_cli(hub, tmp_path, code, tiny_yaml, str(tmp_path))
