@@ -98,7 +98,7 @@ def test_check_refuses_what_vllm_refuses_for_this_model(embedded_model: Path) ->
     [
         (["serve", "smollm"], "error: no model named 'smollm'"),
         (["check", "--set", "engine.dtipe=x"], "did you mean 'dtype'?"),
-        (["serve", "--set", "engine.api_server_count=two"], "argument --api-server-count"),
+        (["serve", "--set", "engine.api_server_count=two"], "api_server_count: invalid int value"),
         (["serve", "--port", "99999"], "error: --port: input should be less than or equal to"),
         (["check", "--memory", "much"], "error: --memory 'much': expected a size, such as 24GiB"),
         (["check", "none.yaml"], "error: none.yaml: No such file or directory"),
