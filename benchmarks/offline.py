@@ -22,7 +22,7 @@ def main() -> None:
     chosen = settings.load()
     with launch.prepared(config, origins, chosen) as (args, _):
         launch.fetch_files(args, config, chosen)
-        launch.choose_compiled(args, config, chosen)
+        launch.choose_compiled(args, config)
         from vllm import LLM, EngineArgs
 
         llm = LLM.from_engine_args(EngineArgs.from_cli_args(args))

@@ -30,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import contenders, report, workload
 from benchmarks.contenders import HttpContender, Offline
-from service import model_config, settings, weights
+from service import compiled, model_config, settings, weights
 
 Key = tuple[int, str, str, int]  # round, contender, mode, concurrency
 
@@ -100,6 +100,7 @@ class Benchmark:
             about.write_text(json.dumps({"settings": chosen, **_machine()}, indent=1) + "\n")
         config, _ = model_config.load(asked.model, asked.set)
         self.model_name = config.name
+        self.chosen = compiled.CHOICES & config.engine.keys()
         self._tokenizer: Any = None
 
     def run(self) -> None:
@@ -109,7 +110,8 @@ class Benchmark:
             for cell in report.cells(self.folder)
         }
         todo = [key for key in self._all() if key not in done]
-        if not torch.cuda.is_available():  # a GPU's code is compiled by each start
+        # Once, so that all rounds run the same; a GPU's code is compiled by each start.
+        if not done and not torch.cuda.is_available() and not self.chosen:
             sets = [word for assignment in self.asked.set for word in ("--set", assignment)]
             command = [sys.executable, "-m", "service", "compile", self.asked.model, *sets]
             subprocess.run(command, check=True)

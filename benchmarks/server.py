@@ -80,7 +80,7 @@ class Server:
         """Who answers HTTP: a child of `chat-service serve`, and the first process of bare vLLM."""
         first = psutil.Process(self.process.pid)
         for process in first.children(recursive=True):
-            if process.cmdline()[0].startswith("chat-service server"):
+            if " ".join(process.cmdline()).startswith("chat-service server"):
                 return process
         return first
 

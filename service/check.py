@@ -64,7 +64,8 @@ def check(
             download = f"run `chat-service download {name}` first"
             if asked:
                 raise WeightsError(f"whether it fits is read from the model's files; {download}")
-            warnings = _float_type(args, config, rows)
+            # Without its files nobody knows whether a model is quantised.
+            warnings = _float_type(args, config, rows) if config.dtype else []
             rows.append(("files", "not downloaded yet", "`serve` does it"))
             return Report(rows, [f"fit and template: not checked; {download}"], [], warnings)
         rows.append(("files", str(model), "this machine"))

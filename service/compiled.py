@@ -1,8 +1,8 @@
 """Compiled code on a CPU: `chat-service compile` makes it (`compiling.py`), `serve` uses it.
 
-Compiling takes minutes, and brings 1.0 to 1.3 times the speed, by processor. So `serve` starts
-eager, unless this machine has compiled this model before and it brought something. On a GPU the
-choice is vLLM's.
+Compiling takes minutes, and brings little or nothing on some processors. So `serve` starts eager,
+unless this machine has compiled this model before and it brought something. On a GPU the choice is
+vLLM's.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class Compiled:
         return self.gain >= _WORTHWHILE
 
 
-def choose(args: argparse.Namespace, config: ModelConfig, cache_dir: Path) -> str | None:
+def choose(args: argparse.Namespace, config: ModelConfig) -> str | None:
     """Run eager on a CPU where compiled code is not kept or brings nothing, unless told otherwise.
 
     Puts the choice into vLLM's `args`, which name the model's folder. Returns why; None: the choice
@@ -50,8 +51,8 @@ def choose(args: argparse.Namespace, config: ModelConfig, cache_dir: Path) -> st
     if not current_platform.is_cpu() or CHOICES & config.engine.keys():
         return None
     try:
-        found = Compiled(**json.loads(file(args, cache_dir).read_text()))
-    except OSError:
+        found = Compiled(**json.loads(file(args).read_text()))
+    except (OSError, ValueError, TypeError):  # none, or not what this version writes
         args.enforce_eager = True
         return (
             f"Not compiled: `chat-service compile {config.name}` takes some minutes, measures what "
@@ -63,14 +64,20 @@ def choose(args: argparse.Namespace, config: ModelConfig, cache_dir: Path) -> st
     return f"{used}: it was measured at {found.gain:.2f} times the speed"
 
 
-def file(args: argparse.Namespace, cache_dir: Path) -> Path:
-    """Where the result is kept: for this model, these arguments, these versions, this processor."""
+def file(args: argparse.Namespace) -> Path:
+    """Where the result is kept: for this model, these arguments, these versions, this processor.
+
+    It is in the folder of the compiled code, so that both are there or neither.
+    """
     import torch
     from vllm import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
 
     args = copy.copy(args)
     args.enforce_eager = False
-    graph = AsyncEngineArgs.from_cli_args(args).create_engine_config().compute_hash()
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    graph = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER).compute_hash()
     processor = sorted(name for name, has in torch.cpu.get_capabilities().items() if has is True)
-    parts = [graph, torch.__version__, *processor]
-    return cache_dir / "compiled" / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    parts = "\n".join([graph, torch.__version__, *processor])
+    name = hashlib.sha256(parts.encode()).hexdigest()[:16]
+    return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) / f"chat-service-{name}.json"

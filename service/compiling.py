@@ -32,15 +32,36 @@ def make(config: ModelConfig, origins: Origins, settings: Settings) -> compiled.
         if not current_platform.is_cpu():
             raise ConfigError("on a GPU `serve` compiles by itself, in a minute or two")
         launch.fetch_files(args, config, settings)
-        file = compiled.file(args, settings.cache_dir)
+        file = compiled.file(args)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.unlink(missing_ok=True)  # what follows may be cut short
+        except OSError as e:
+            raise ConfigError(
+                f"cannot write to {file.parent}: {e.strerror}; choose another folder with "
+                "SERVICE_CACHE_DIR"
+            ) from None
         with launch.explained(settings, folder):
+            _as_the_server(args)
             print("Measuring without compiled code ...", file=sys.stderr, flush=True)
             eager = _measure(args, enforce_eager=True)
             print("Compiling, which takes some minutes ...", file=sys.stderr, flush=True)
             found = compiled.Compiled(eager, _measure(args, enforce_eager=False))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(asdict(found)))
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(asdict(found)))
+    part.replace(file)
     return found
+
+
+def _as_the_server(args: argparse.Namespace) -> None:
+    """Give vLLM's LLM class the sizes that its server has by default: they are in the code."""
+    from vllm import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    sizes = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER).scheduler_config
+    args.max_num_batched_tokens = sizes.max_num_batched_tokens
+    args.max_num_seqs = sizes.max_num_seqs
 
 
 def _measure(args: argparse.Namespace, *, enforce_eager: bool) -> list[float]:

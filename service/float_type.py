@@ -8,11 +8,12 @@ from service import fit
 from service.model_config import ModelConfig
 
 # Names in torch.cpu.get_capabilities() of what multiplies matrices of a type; one is enough. x86,
-# then ARM. AVX-512 alone is not among them: it has no products of bfloat16.
+# then ARM. AVX-512 alone has no products of bfloat16, and is not among them (not measured).
 _PRODUCTS = {
     "bfloat16": ("amx_bf16", "avx512_bf16", "bf16"),
     "float16": ("amx_fp16", "avx512_fp16", "fp16_arith"),
 }
+_SPELLINGS = {"half": "float16", "float": "float32"}  # vLLM's other names
 
 
 def choose(args: argparse.Namespace, config: ModelConfig) -> str | None:
@@ -29,9 +30,12 @@ def choose(args: argparse.Namespace, config: ModelConfig) -> str | None:
         return None
     file = Path(args.model) / "config.json"
     checkpoint = fit.read_json(file) if file.exists() else {}
+    checkpoint = {**(checkpoint.get("text_config") or {}), **checkpoint}  # that of what answers
     if args.quantization or "quantization_config" in checkpoint:
         return None
-    wanted = _of_checkpoint(checkpoint) if args.dtype == "auto" else args.dtype
+    wanted = _SPELLINGS.get(args.dtype, args.dtype)
+    if wanted == "auto":
+        wanted = _of_checkpoint(checkpoint)
     if has_products(wanted, torch.cpu.get_capabilities()):
         return None
     software = f"this processor multiplies {wanted} in software"

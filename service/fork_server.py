@@ -12,6 +12,8 @@ from contextlib import suppress
 
 import setproctitle
 
+from service import settings, weights
+
 _MODULES = (
     "vllm.entrypoints.launchers.api_server.entry",
     "vllm.v1.engine.core",
@@ -34,7 +36,23 @@ def _import_vllm() -> None:
             importlib.import_module(name)
 
 
+def _fetch_meanwhile() -> None:
+    """Fetch the embedded model beside the import, in a process of this group.
+
+    The server fetches it again, and finds it, waits for it, or says why it cannot be had.
+    """
+    if os.fork() == 0:
+        if os.fork() == 0:  # nobody waits for it
+            with suppress(Exception):
+                config = settings.read_api_process_config()
+                if config.model.source.embedded:
+                    weights.fetch(config.model.source, config.settings.cache_dir)
+        os._exit(0)
+    os.wait()
+
+
 os.setsid()
 setproctitle.setproctitle("chat-service fork server")
+_fetch_meanwhile()
 with suppress(Exception):  # the process that needs it fails as well, and says why
     _import_vllm()

@@ -63,7 +63,9 @@ class Health:
     def answered(self) -> None:
         """The engine has answered a question, or made a token: it is between two steps."""
         now = self._clock()
-        self._step_timeout = max(self._step_timeout, _GROWTH * (now - self._answered))
+        # A process that was stopped for a while has computed nothing meanwhile.
+        computed = self._computed - self._answered
+        self._step_timeout = max(self._step_timeout, _GROWTH * computed)
         self._answered = now
 
     def computed(self) -> None:

@@ -117,9 +117,9 @@ def run(
         folder.set_phase(Phase.DOWNLOADING)
         report = functools.partial(folder.set_phase, Phase.DOWNLOADING)
         fetch_files(args, config, settings, report)
-        choose_compiled(args, config, settings)
         if args.load_format == "auto":  # others need no weights, or keep them in other files
             checkpoint.check(Path(args.model))
+        choose_compiled(args, config)
         folder.set_phase(Phase.LOADING)
         _launch(args, listener)
 
@@ -158,9 +158,9 @@ def fetch_files(
         print(f"Computing in {args.dtype}: {reason}", file=sys.stderr, flush=True)
 
 
-def choose_compiled(args: argparse.Namespace, config: ModelConfig, settings: Settings) -> None:
+def choose_compiled(args: argparse.Namespace, config: ModelConfig) -> None:
     """Choose between eager and compiled code (`compiled.choose`), and say why."""
-    if reason := compiled.choose(args, config, settings.cache_dir):
+    if reason := compiled.choose(args, config):
         print(reason, file=sys.stderr, flush=True)
 
 
@@ -295,6 +295,9 @@ def prepare_environment(folder: RunFolder, settings: Settings) -> None:
         "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(math.ceil(settings.step_timeout)),
         # A large model on a slow machine loads and compiles for longer than vLLM's 600 s.
         "VLLM_ENGINE_READY_TIMEOUT_S": "7200",
+        # vLLM sets it on a CPU when torch has read it already: the number of threads is not in the
+        # compiled code.
+        "TORCHINDUCTOR_CPP_DYNAMIC_THREADS": "1",
         # Longer than the longest Retry-After: who comes back meets no closed connection.
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",
         # vLLM allows 16,384 and 1,024; the routes that its own limits do not reach have ours.

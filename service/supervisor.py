@@ -30,10 +30,10 @@ from typing import Any
 import psutil
 import setproctitle
 
-from service import launch, weights
+from service import launch
 from service.errors import ConfigError, LaunchError, ServiceError
 from service.health import PATIENCE, Phase
-from service.model_config import ModelConfig, Origins, Source
+from service.model_config import ModelConfig, Origins
 from service.progress import ProgressServer
 from service.run_folder import RunFolder
 from service.settings import ApiProcessConfig, Settings
@@ -44,6 +44,7 @@ _LOOK_EVERY = 0.2  # seconds
 _LEAST_SILENCE = 5.0  # seconds; a busy machine may keep a process waiting for so long
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _BACKLOG = 2048
+_FORK_SERVER_GONE = 255  # what multiprocessing then says of its processes
 # Variables of vLLM that would undo what this service promises.
 _REFUSED = {
     "VLLM_SERVER_DEV_MODE": "opens routes that change the engine: unset it",
@@ -88,7 +89,6 @@ def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
         )
         announcer.start()
         launch.prepare_environment(folder, settings)
-        _fetch_beside_the_import(config, settings)
         print(f"Starting {config.name}; vLLM takes a while to import ...", file=sys.stderr)
         sys.stderr.flush()
         context = multiprocessing.get_context("forkserver")
@@ -132,8 +132,7 @@ class _Supervisor:
         """Return when the server has ended as it was asked to. Raises LaunchError otherwise."""
         before = {number: signal.signal(number, self._on_signal) for number in _STOP_SIGNALS}
         try:
-            self.server.start()  # returns when the fork server has imported vLLM
-            self.group = os.getpgid(self.server.pid or 0)
+            self._start()
             while not multiprocessing.connection.wait([self.server.sentinel], _LOOK_EVERY):
                 self._listen_for_beats()
                 if self.kill_at is None and self.folder.failure():
@@ -142,15 +141,28 @@ class _Supervisor:
                     self._signal_all(signal.SIGKILL)
             self._signal_all(signal.SIGKILL)  # what it left behind
             self.server.join()
-            with suppress(ChildProcessError):
-                os.waitpid(self.group, 0)  # the fork server
+            if self.group:
+                with suppress(ChildProcessError):
+                    os.waitpid(self.group, 0)  # the fork server
         except _Stopped:
-            for process in psutil.Process().children(recursive=True):
-                process.kill()
+            for process in psutil.Process().children():
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # the fork server leads its group
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
         self._explain()
+
+    def _start(self) -> None:
+        """Return when the fork server has imported vLLM and forked the server."""
+        try:
+            self.server.start()
+            self.group = os.getpgid(self.server.pid or 0)
+        except (EOFError, OSError):
+            raise LaunchError(
+                "the process that imports vLLM has ended; when the system killed it for lack of "
+                "memory, stop what else uses it"
+            ) from None
 
     def _listen_for_beats(self) -> None:
         """Give up when an API process has hung: its clients' connections would, too.
@@ -176,6 +188,8 @@ class _Supervisor:
             raise LaunchError(self.announcer.failure)
         if self.asked_to_stop:
             print("Stopped.", file=sys.stderr)
+        elif status == _FORK_SERVER_GONE:
+            raise LaunchError("the server's processes were killed; start it again")
         elif status < 0:
             name = signal.Signals(-status).name
             raise LaunchError(f"the server process was killed by {name}; start it again")
@@ -187,7 +201,9 @@ class _Supervisor:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.asked_to_stop += 1
         if self.group is None:
-            raise _Stopped
+            if self.asked_to_stop == 1:
+                raise _Stopped
+            return
         if not self.progress.handed_over:
             self.kill_at = time.monotonic()  # nobody is being answered; `run` does it
             return
@@ -195,7 +211,8 @@ class _Supervisor:
             self._signal_all(signal.SIGKILL)
         elif number == signal.SIGTERM and self.asked_to_stop == 1:
             if self.server.pid:
-                os.kill(self.server.pid, signal.SIGTERM)  # drains
+                with suppress(ProcessLookupError):
+                    os.kill(self.server.pid, signal.SIGTERM)  # drains
                 self.kill_at = time.monotonic() + self.drain_timeout + 2 * _GRACE_SECONDS
         else:
             self._signal_all(signal.SIGINT)
@@ -228,22 +245,6 @@ def _run_server(
         if not run_folder.failure():  # which the supervisor tells
             print(f"error: {e}", file=sys.stderr)
         raise SystemExit(e.exit_status) from None
-
-
-def _fetch_beside_the_import(config: ModelConfig, settings: Settings) -> None:
-    """Fetch the embedded model, which takes as long as importing vLLM, at the same time.
-
-    The server fetches it again, and finds it, waits for it, or says why it cannot be had.
-    """
-    if config.source.embedded and not weights.present(config.source, settings.cache_dir):
-        multiprocessing.get_context("spawn").Process(
-            target=_fetch, args=(config.source, settings.cache_dir), daemon=True
-        ).start()
-
-
-def _fetch(source: Source, cache_dir: Path) -> None:
-    with suppress(ServiceError):
-        weights.fetch(source, cache_dir)
 
 
 def _end_with(supervisor: Any, folder: RunFolder, drain_timeout: float) -> None:

@@ -83,7 +83,7 @@ def verify(
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     with launch.prepared(config, origins, settings) as (args, folder):
         launch.fetch_files(args, config, settings)
-        launch.choose_compiled(args, config, settings)
+        launch.choose_compiled(args, config)
         with launch.explained(settings, folder):
             answers, dtype, stop_tokens = _ask_engine(args, config, prompts, tokens)
     from service import reference

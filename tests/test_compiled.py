@@ -56,7 +56,9 @@ def test_a_start_is_eager_until_the_model_was_compiled_here(tmp_path: Path) -> N
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
+    code = sorted((tmp_path / "cache" / "torchinductor").rglob("*.so"))
     after = start()
+    assert sorted((tmp_path / "cache" / "torchinductor").rglob("*.so")) == code
     if report["used"]:
         assert "Compiled code is used: it was measured at" in after
         assert "Compiled and warmed up" in after
@@ -75,7 +77,7 @@ def test_another_float_type_is_other_code_and_a_larger_cache_is_not(tmp_path: Pa
         config, origins = model_config.load(str(yaml), assignments)
         with launch.prepared(config, origins, settings.load()) as (args, _):
             launch.fetch_files(args, config, settings.load())
-            return compiled.file(args, tmp_path)
+            return compiled.file(args)
 
     small = ["engine.kv_cache_memory_bytes=64M", "engine.dtype=bfloat16"]
     large = ["engine.kv_cache_memory_bytes=128M", "engine.dtype=bfloat16"]

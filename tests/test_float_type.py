@@ -1,5 +1,7 @@
 """The float type of a CPU: the model's own where the processor multiplies it, else float32."""
 
+import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -54,12 +56,37 @@ def test_check_says_what_is_computed_in_and_why(model: str, insisting: bool) -> 
         assert not warnings
 
 
+@pytest.mark.parametrize(
+    ("checkpoint", "asked", "chosen"),
+    [
+        ({"torch_dtype": "bfloat16"}, "auto", "bfloat16"),
+        ({"torch_dtype": "float32"}, "auto", "bfloat16"),
+        ({"dtype": "float16"}, "auto", "float16"),
+        ({"text_config": {"dtype": "float16"}}, "auto", "float16"),
+        ({}, "half", "float16"),
+        ({"quantization_config": {}, "dtype": "bfloat16"}, "auto", None),
+        ({"text_config": {"quantization_config": {}}}, "auto", None),
+    ],
+)
+def test_the_type_of_the_files_is_read_where_vllm_reads_it(
+    tmp_path: Path, checkpoint: dict[str, object], asked: str, chosen: str | None
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(checkpoint))
+    args = Namespace(model=str(tmp_path), dtype=asked, quantization=None)
+    config = model_config.ModelConfig(name="m", source=model_config.Source(path=str(tmp_path)))
+    reason = float_type.choose(args, config)
+    if chosen is None or float_type.has_products(chosen, torch.cpu.get_capabilities()):
+        assert (reason, args.dtype) == (None, asked)
+    else:
+        assert reason == f"this processor multiplies {chosen} in software"
+        assert args.dtype == "float32"
+
+
 def test_a_file_may_insist_and_one_that_says_nothing_is_served_too(tmp_path: Path) -> None:
     file = tmp_path / "m.yaml"
     file.write_text("name: m\nsource: {modelscope: a/b}\n")
     report = check.check(*model_config.load(str(file)), settings.load())
-    in_hardware = float_type.has_products("bfloat16", torch.cpu.get_capabilities())
-    assert ("engine.dtype" in [row[0] for row in report.rows]) is not in_hardware
+    assert "engine.dtype" not in [row[0] for row in report.rows]  # not known without its files
     file.write_text("name: m\nsource: {modelscope: a/b}\nengine: {dtype: bfloat16}\n")
     report = check.check(*model_config.load(str(file)), settings.load())
     assert ("engine.dtype", "bfloat16", f"{file}:3") in report.rows

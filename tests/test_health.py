@@ -57,6 +57,19 @@ def test_a_slow_step_lets_later_ones_take_longer() -> None:
     assert state.look() is Phase.STALLED
 
 
+def test_a_pause_is_no_slow_step() -> None:
+    state, clock = health()
+    clock.now = 3600  # the service was stopped, and goes on
+    state.answered()
+    state.progressed()
+    for clock.now in range(3600, 4201):
+        state.computed()
+        assert state.look() is Phase.READY
+    clock.now = 4201
+    state.computed()
+    assert state.look() is Phase.STALLED
+
+
 def test_an_engine_that_answers_and_does_nothing_about_its_work_is_stalled() -> None:
     state, clock = health()
     for clock.now in range(61):

@@ -279,7 +279,7 @@ def test_the_second_of_two_downloads_waits_for_the_first(hub: Hub, tmp_path: Pat
     second = start_fetch(TINY, tmp_path, **environment(hub, tmp_path))
     assert second.stderr
     assert second.stderr.readline() == "Asking ModelScope for owner/tiny ...\n"
-    assert second.stderr.readline() == "Another process fetches owner/tiny; waiting ...\n"
+    assert second.stderr.readline() == "Waiting for owner/tiny, which is being fetched ...\n"
     hub.go_on.set()
     folder, error = first.communicate(timeout=30)
     assert first.returncode == 0, error

@@ -15,6 +15,6 @@ def locked(file: Path, name: str) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"Another process fetches {name}; waiting ...", file=sys.stderr, flush=True)
+            print(f"Waiting for {name}, which is being fetched ...", file=sys.stderr, flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
