@@ -25,6 +25,7 @@ CHAT = "/v1/chat/completions"
 COMPLETE = "/v1/completions"
 HI = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 TEXT = {"model": MODEL, "prompt": "hi", "max_tokens": 2}
+SCORE = {"model": MODEL, "query": "a", "items": ["b"], "label_token_ids": [1]}
 OUTSIDE = 99_999_999  # of every vocabulary
 
 
@@ -62,7 +63,7 @@ def post(http: httpx.Client, route: str, body: Any) -> httpx.Response:
         (COMPLETE, {**TEXT, "prompt": ["a"] * 5000}),
         (COMPLETE, {**TEXT, "prompt": [[1, 2]] * 5000}),
         (f"{CHAT}/batch", {**HI, "messages": [HI["messages"]] * 500}),
-        ("/generative_scoring", {"model": MODEL, "query": "a", "items": ["b"] * 3000}),
+        ("/generative_scoring", {**SCORE, "items": ["b"] * 3000}),
     ],
 )
 def test_too_many_sequences_are_refused_with_the_limit(

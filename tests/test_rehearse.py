@@ -193,7 +193,7 @@ def test_what_is_gone_is_said_to_be_elsewhere(tmp_path: Path) -> None:
 def test_the_command_installs_nothing(tmp_path: Path) -> None:
     """Also when pyproject.toml is newer than what is installed."""
     done = subprocess.run(
-        ["make", "--dry-run", "--always-make", "rehearse", "VLLM=9.9"],
+        ["make", "--no-print-directory", "--dry-run", "--always-make", "rehearse", "VLLM=9.9"],
         capture_output=True,
         text=True,
         cwd=ROOT,
