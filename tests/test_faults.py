@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks.server import Server
 from tests import slow_step
-from tests.conftest import LOOPBACK, MODEL, PATIENCE, hardening
+from tests.conftest import LOOPBACK, MODEL, PATIENCE, hardening, logged
 
 LONG = {"prompt": "Count from one to a thousand.", "temperature": 2, "max_new_tokens": 1900}
 CHAT = {
@@ -187,6 +187,8 @@ def test_a_killed_engine_answers_everyone_and_ends(tmp_path: Path) -> None:
 def test_a_stop_while_loading_ends_at_once(tmp_path: Path, seconds: float) -> None:
     numbers = (signal.SIGTERM, signal.SIGINT)
     servers = {number: Server.service(tmp_path / number.name, *EAGER) for number in numbers}
+    for server in servers.values():
+        assert logged(server, "Starting ")
     time.sleep(seconds)
     for number, server in servers.items():
         children = processes(server)
