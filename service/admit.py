@@ -10,7 +10,7 @@ from service import limits
 from service.admission import Admission
 from service.ending import Endings, deadline_of
 from service.errors import ENGINE_ENDED, ClientGone, RequestError, refusal
-from service.guard import ServiceState
+from service.guard import ServiceState, path_of
 from service.request_record import RequestRecord
 from service.settings import Settings
 
@@ -102,7 +102,7 @@ class _Answer:
     async def refuse(
         self, error: RequestError, request_id: str, scope: Scope, receive: Receive
     ) -> None:
-        response = refusal(error, request_id)
+        response = refusal(error, request_id, path_of(scope))
         if not self._started:
             await response(scope, receive, self._send)
         elif self._events:

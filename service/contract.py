@@ -126,7 +126,7 @@ class Contract:
         except Exception:
             error = _unexpected(record)
         record.error = error.type
-        return refusal(error, record.id)
+        return refusal(error, record.id, "/")
 
     def _parse(self, body: bytes, record: RequestRecord) -> ContractRequest:
         began = time.perf_counter()
@@ -202,7 +202,7 @@ class Contract:
         except Exception as e:
             error = e if isinstance(e, RequestError) else _unexpected(record)
             record.status, record.error = error.status, error.type
-            yield b"data: " + refusal_body(error, record.id) + b"\n\n"
+            yield b"data: " + refusal_body(error, record.id, "/") + b"\n\n"
         finally:
             self._count(generation, chunk, record)
 
@@ -277,9 +277,9 @@ class EventStream(Response):
             if isinstance(e, ClientGone):
                 return
             if not started:
-                await refusal(e, record.id)(scope, receive, send)
+                await refusal(e, record.id, "/")(scope, receive, send)
                 return
-            last = b"data: " + refusal_body(e, record.id) + b"\n\n"
+            last = b"data: " + refusal_body(e, record.id, "/") + b"\n\n"
         await send({"type": "http.response.body", "body": last})
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import math
 from argparse import Namespace
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
@@ -85,7 +85,10 @@ class ServiceState:
         self.max_body_bytes = config.settings.max_body_bytes
         self.body_timeout = config.settings.body_timeout
         self.body_bytes = 0
-        self.budget: Budget  # when all routes are there
+        # When all routes are there.
+        self.budget: Budget
+        self.body_keys: Collection[str]
+        self._models = state.openai_serving_models
         self.engine = Engine(client, state)
         self.contract = Contract(
             config.model,
@@ -100,6 +103,13 @@ class ServiceState:
         """POST / as an ASGI application."""
         response = await self.contract.create(Request(scope, receive, send))
         await response(scope, receive, send)
+
+    @property
+    def model_names(self) -> Sequence[str]:
+        """What a request may name as its model: this one, and adapters of it."""
+        return [model.name for model in self._models.base_model_paths] + list(
+            self._models.lora_requests
+        )
 
     @property
     def engine_dead(self) -> bool:
@@ -168,6 +178,8 @@ def _lifespan(inner: Lifespan[FastAPI]) -> Lifespan[FastAPI]:
             service.engine.context,
             service.engine.max_characters,
         )
+        schemas = app.openapi()["components"]["schemas"].values()
+        service.body_keys = {key for schema in schemas for key in schema.get("properties", ())}
         _guard_routes(app, service)
         connection.guard(app.state.server.config, service.config.settings, service.max_connections)
         watch = Watch(

@@ -6,16 +6,17 @@ from the application's state.
 
 import asyncio
 import json
+import logging
 import re
 import time
 import uuid
-from http import HTTPStatus
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import logs, metrics, tracing
+from service import logs, metrics, tracing, vllm_errors
 from service.budget import Budget
 from service.errors import (
     ENGINE_ENDED,
@@ -30,14 +31,15 @@ from service.errors import (
 from service.keys import Keys
 from service.request_record import RequestRecord
 
+_logger = logging.getLogger("service")
+
 REQUEST_ID = "x-request-id"
 # Probes carry no key, and are not worth a log line each.
 HEALTH = frozenset({"/health", "/health/live", "/health/ready", "/ping"})
 _QUIET = HEALTH | {"/metrics"}
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-# So much of an answer with an error is read; vLLM's own repeat what the client sent.
-_LONGEST_ERROR = 65_536
-_LONGEST_MESSAGE = 300
+# Read at most this much of an error body: vLLM repeats what the client sent.
+_MAX_ERROR_BYTES = 65_536
 # So many bodies of the longest kind may be held at one time.
 _MOST_BODIES = 64
 _SHORT_BODY = 65_536  # bytes; these are let in always
@@ -59,7 +61,10 @@ class ServiceState(Protocol):
     budget: Budget
     traces: bool
     body_bytes: int  # of all bodies that are held now
+    body_keys: Collection[str]  # all that the bodies of vLLM's routes may have
 
+    @property
+    def model_names(self) -> Sequence[str]: ...
     @property
     def engine_dead(self) -> bool: ...
 
@@ -106,7 +111,7 @@ class Observe:
 
 
 class CleanErrors:
-    """Makes the errors of vLLM's routes short, free of input, and findable by the request's id."""
+    """Puts our own errors in the place of vLLM's, in the form of the route's protocol."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -126,7 +131,7 @@ class CleanErrors:
                     start = message
                     return
             elif start:
-                body += message.get("body", b"")[: _LONGEST_ERROR - len(body)]
+                body += message.get("body", b"")[: _MAX_ERROR_BYTES - len(body)]
                 if not message.get("more_body"):
                     await self._send(start, body, scope, receive, send)
                 return
@@ -141,14 +146,14 @@ class CleanErrors:
         state: ServiceState = scope["app"].state.service
         if start["status"] >= 500 and state.engine_dead:
             record.error = ENGINE_ENDED.type
-            await refusal(ENGINE_ENDED, record.id)(scope, receive, send)
+            await refusal(ENGINE_ENDED, record.id, path_of(scope))(scope, receive, send)
             return
-        answer = _clean_error(body, start["status"], record.id)
-        headers = MutableHeaders(raw=list(start["headers"]))
-        headers["content-type"] = "application/json"
-        headers["content-length"] = str(len(answer))
-        await send({**start, "headers": headers.raw})
-        await send({"type": "http.response.body", "body": answer})
+        error = _explain(body, start["status"], state, record)
+        answer = refusal(error, record.id, path_of(scope))
+        for name in ("allow", "retry-after"):
+            if (value := Headers(raw=start["headers"]).get(name)) is not None:
+                answer.headers[name] = value
+        await answer(scope, receive, send)
 
 
 class ApiKey:
@@ -180,7 +185,7 @@ class ApiKey:
                 record = RequestRecord.of(scope)
                 error = Unauthorized("send an API key in the header `Authorization: Bearer <key>`")
                 record.error = error.type
-                await refusal(error, record.id)(scope, receive, send)
+                await refusal(error, record.id, path_of(scope))(scope, receive, send)
                 return
             RequestRecord.of(scope).client = client
         await self.app(scope, receive, send)
@@ -216,13 +221,13 @@ class Body:
             async with asyncio.timeout(state.body_timeout):
                 body = await _read(Headers(scope=scope), receive, held)
             if scope["path"] == "/" or not _is_form(scope):
-                state.budget.check(scope["path"].removeprefix(scope.get("root_path", "")), body)
+                state.budget.check(path_of(scope), body)
         except (TimeoutError, RequestError) as e:
             error = e if isinstance(e, RequestError) else _too_slow(state.body_timeout)
             record = RequestRecord.of(scope)
             record.error = error.type
             if not isinstance(error, ClientGone):
-                await refusal(error, record.id)(scope, receive, send)
+                await refusal(error, record.id, path_of(scope))(scope, receive, send)
             return
         whole: Message | None = {"type": "http.request", "body": body, "more_body": False}
 
@@ -325,45 +330,24 @@ def _bearer(scope: Scope) -> bytes:
     return b""
 
 
-def _clean_error(body: bytes, status: int, request_id: str) -> bytes:
-    """An error answer of vLLM's or FastAPI's in OpenAI's form, without what the client sent."""
+def _explain(
+    body: bytes, status: int, state: ServiceState, record: RequestRecord
+) -> vllm_errors.Refused:
+    """An error answer of vLLM's or FastAPI's as a refusal of ours."""
     try:
         answer = json.loads(body)
     except ValueError:
         answer = None
-    found = answer.get("error", answer) if isinstance(answer, dict) else {}
-    error: dict[str, Any] = found if isinstance(found, dict) else {"message": found}
-    message = error.get("message") or error.get("detail") or HTTPStatus(status).phrase
-    message = _without_input(str(message))
-    cleaned = {
-        "message": f"{message} (request {request_id})",
-        "type": error.get("type") or HTTPStatus(status).phrase,
-        "param": error.get("param"),
-        "code": error.get("code") or status,
-    }
-    outer = {k: v for k, v in answer.items() if k == "type"} if isinstance(answer, dict) else {}
-    return json.dumps({**outer, "error": cleaned}, ensure_ascii=False).encode()
+    found = answer.get("error", answer) if isinstance(answer, dict) else None
+    error = found if isinstance(found, dict) else {}
+    _logger.debug("request %s: vLLM says %r", record.id, vllm_errors.text(error))
+    return vllm_errors.explain(status, error, state.model_names, state.body_keys)
 
 
-_VALIDATION = re.compile(
-    r"\d+ validation errors?:\s+\{.*?'loc': '([^']*)', 'msg': (['\"])(.*?)\2", re.S
-)
-# What vLLM quotes is the name of a parameter, or what the client sent.
-_QUOTED = re.compile(r"(?<!\w)([`'\"])(.*?)\1(?!\w)", re.S)
-_NAME = re.compile(r"[a-z_.]{1,40}|application/json")
-
-
-def _without_input(message: str) -> str:
-    """A message of vLLM's less the value that it repeats."""
-    if found := _VALIDATION.match(message):
-        message = f"{found[1].removeprefix('body.')}: {found[3]}"
-    message = re.sub(r"^\d+ validation errors?:\s+", "", message)
-    message = re.sub(r", value=.*\)$", ")", message, flags=re.S)
-    message = _QUOTED.sub(
-        lambda quoted: quoted[0] if _NAME.fullmatch(quoted[2]) else "...", message
-    )
-    message = " ".join(message.split())
-    return message if len(message) <= _LONGEST_MESSAGE else message[:_LONGEST_MESSAGE] + " ..."
+def path_of(scope: Scope) -> str:
+    """The path of a request, without what a proxy in front of us adds."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("app_root_path", scope.get("root_path", "")))
 
 
 def _request_id(scope: Scope) -> str:
