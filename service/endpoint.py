@@ -144,9 +144,17 @@ class ChatService:
             ("/health/ready", _ready, "200 when requests are answered; else 503 and the phase"),
             ("/health/generate", _generate, "200 when the engine has just made one token"),
         ):
-            # Before vLLM's own /health, which is in the app already.
-            app.add_api_route(path, handler, methods=["GET"], summary=summary)
-            app.router.routes.insert(0, app.router.routes.pop())
+            # Before vLLM's own /health, which is in the app already. Many checkers send HEAD, which
+            # FastAPI adds by itself to none.
+            for method in ("HEAD", "GET"):
+                app.add_api_route(
+                    path,
+                    handler,
+                    methods=[method],
+                    summary=summary,
+                    include_in_schema=method == "GET",
+                )
+                app.router.routes.insert(0, app.router.routes.pop())
         # FastAPI describes `/`. One route answers, so that 405 names all methods, and without what
         # FastAPI does for a handler.
         methods = ["GET", "HEAD", "POST"]

@@ -17,14 +17,14 @@ ServiceError
     ├── ClientGone            499  nobody is waiting for the answer any more
     ├── GenerationFailed      500  the engine failed this request alone
     ├── Unavailable           503  the engine cannot take or finish the request now
+    │   ├── EngineDead             it has ended, and with it the server
     │   └── WaitedTooLong          it waited in the queue for as long as the limit allows
     └── DeadlineExceeded      504  the client's own deadline passed
 """
 
-import copy
 import json
 import time
-from typing import Any, Self
+from typing import Any
 
 from starlette.responses import Response
 
@@ -66,10 +66,6 @@ class RequestError(ServiceError):
         self.message = message
         self.param = param
         self.retry_after = retry_after
-
-    def again(self) -> Self:
-        """The same refusal for another request: one that is raised twice keeps both requests."""
-        return copy.copy(self).with_traceback(None)
 
 
 class MalformedBody(RequestError):
@@ -131,7 +127,9 @@ class Unavailable(RequestError):
     type = "unavailable"
 
 
-ENGINE_ENDED = Unavailable("the engine has stopped; the server is restarting", retry_after=5)
+class EngineDead(Unavailable):
+    def __init__(self) -> None:
+        super().__init__("the engine has stopped; the server is restarting", retry_after=5)
 
 
 class WaitedTooLong(Unavailable):
@@ -196,3 +194,20 @@ def refusal_body(error: RequestError, request_id: str, path: str = "/") -> bytes
             }
         }
     return json.dumps(body, ensure_ascii=False).encode()
+
+
+def refusal_event(error: RequestError, request_id: str, path: str, number: int) -> bytes:
+    """The end of a stream that fails after `number` events, as the protocol of `path` has it."""
+    body = refusal_body(error, request_id, path)
+    if path.startswith("/v1/responses"):
+        event = {
+            "type": "error",
+            "code": error.type,
+            "message": f"{error.message} (request {request_id})",
+            "param": error.param,
+            "sequence_number": number,
+        }
+        body = json.dumps(event, ensure_ascii=False).encode()
+    if path.startswith(("/v1/responses", "/v1/messages")):
+        return b"event: error\ndata: " + body + b"\n\n"
+    return b"data: " + body + b"\n\n" + (b"" if path == "/" else b"data: [DONE]\n\n")

@@ -9,24 +9,28 @@ import json
 import logging
 import re
 import time
+import traceback
 import uuid
 from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import logs, metrics, tracing, vllm_errors
 from service.budget import Budget
 from service.errors import (
-    ENGINE_ENDED,
     BodyTooLarge,
     BodyTooSlow,
     ClientGone,
+    EngineDead,
     Overloaded,
     RequestError,
     Unauthorized,
     refusal,
+    refusal_event,
 )
 from service.keys import Keys
 from service.request_record import RequestRecord
@@ -40,6 +44,8 @@ _QUIET = HEALTH | {"/metrics"}
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Read at most this much of an error body: vLLM repeats what the client sent.
 _MAX_ERROR_BYTES = 65_536
+# How an error of vLLM's begins in a stream; its other events are named, or begin with an id.
+_ERROR_EVENTS = (b'data: {"error"', b"event: error")
 # So many bodies of the longest kind may be held at one time.
 _MOST_BODIES = 64
 _SHORT_BODY = 65_536  # bytes; these are let in always
@@ -95,9 +101,6 @@ class Observe:
         metrics.IN_FLIGHT.inc()
         try:
             await self.app(scope, receive, observed)
-        except Exception:
-            record.status = 500  # what the server answers after us
-            raise
         finally:
             metrics.IN_FLIGHT.dec()
             seconds = time.perf_counter() - began
@@ -110,8 +113,12 @@ class Observe:
             logs.request(record, scope["method"], route, seconds, quiet=scope["path"] in _QUIET)
 
 
-class CleanErrors:
-    """Puts our own errors in the place of vLLM's, in the form of the route's protocol."""
+class Refusals:
+    """Writes every error, in the form of the route's protocol.
+
+    Handlers raise: a RequestError says what it is, anything else is a fault of ours, and 500. Of
+    vLLM's own errors, in an answer or in a stream, the texts are replaced.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -120,40 +127,112 @@ class CleanErrors:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        record = RequestRecord.of(scope)
-        start: Message | None = None
-        body = b""
+        answer = _Answer(scope, receive, send)
+        try:
+            await self.app(scope, receive, answer.send)
+        except ClientDisconnect:
+            await answer.refuse(ClientGone("the client closed the connection"))
+        except RequestError as e:
+            await answer.refuse(e)
+        except Exception as e:
+            await answer.refuse(answer.unexpected(e))
 
-        async def cleaned(message: Message) -> None:
-            nonlocal start, body
-            if message["type"] == "http.response.start":
-                if message["status"] >= 400 and record.error is None:
-                    start = message
-                    return
-            elif start:
-                body += message.get("body", b"")[: _MAX_ERROR_BYTES - len(body)]
-                if not message.get("more_body"):
-                    await self._send(start, body, scope, receive, send)
+
+CleanErrors = Refusals  # as launch.py names it
+
+
+class _Answer:
+    """What is sent to a client; an error in it gives way to ours."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._record = RequestRecord.of(scope)
+        self._state: ServiceState = scope["app"].state.service
+        self._failed: Message | None = None  # the start of an error of vLLM's
+        self._body = b""  # of that
+        self._started = False
+        self._events: int | None = None  # sent so far, in a stream of them
+        self._complete = False
+
+    async def send(self, message: Message) -> None:
+        if self._complete:
+            return  # an error has ended it already
+        if message["type"] == "http.response.start":
+            if message["status"] >= 400 and self._record.error is None:
+                self._failed = message
                 return
-            await send(message)
+            self._started = True
+            headers = MutableHeaders(scope=message)
+            if headers.get("content-type", "").startswith("text/event-stream"):
+                self._events = 0
+                headers["x-accel-buffering"] = "no"  # nginx would keep the events back
+        elif message["type"] == "http.response.body":
+            body = message.get("body", b"")
+            if self._failed:
+                self._body += body[: _MAX_ERROR_BYTES - len(self._body)]
+                if not message.get("more_body"):
+                    await self.refuse(self._explain(self._body, self._failed["status"]))
+                return
+            if self._events is not None and body:
+                if body.startswith(_ERROR_EVENTS):
+                    await self.refuse(self._explain(body.partition(b"data: ")[2]))
+                    return
+                self._events += 1
+            self._complete = not message.get("more_body", False)
+        await self._send(message)
 
-        await self.app(scope, receive, cleaned)
-
-    async def _send(
-        self, start: Message, body: bytes, scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        record = RequestRecord.of(scope)
-        state: ServiceState = scope["app"].state.service
-        if start["status"] >= 500 and state.engine_dead:
-            record.error = ENGINE_ENDED.type
-            await refusal(ENGINE_ENDED, record.id, path_of(scope))(scope, receive, send)
+    async def refuse(self, error: RequestError) -> None:
+        """End the answer with an error, unless it is complete."""
+        if self._complete:
             return
-        error = _explain(body, start["status"], state, record)
-        answer = refusal(error, record.id, path_of(scope))
-        for name in ("allow", "retry-after"):
-            if (value := Headers(raw=start["headers"]).get(name)) is not None:
-                answer.headers[name] = value
-        await answer(scope, receive, send)
+        self._record.status = error.status
+        self._record.error = error.type.replace(" ", "")
+        path = path_of(self._scope)
+        if isinstance(error, ClientGone):
+            return
+        if not self._started:
+            answer = refusal(error, self._record.id, path)
+            if self._failed and "allow" in (headers := Headers(raw=self._failed["headers"])):
+                answer.headers["allow"] = headers["allow"]
+            await self._with_cors(answer)(self._scope, self._receive, self._send)
+        elif self._events is not None:
+            event = refusal_event(error, self._record.id, path, self._events)
+            await self._send({"type": "http.response.body", "body": event})
+        self._complete = True
+
+    def unexpected(self, error: Exception) -> RequestError:
+        """A fault of ours, for the log with its place and for the client by the request's id."""
+        if self._state.engine_dead:
+            return EngineDead()
+        stack = "".join(traceback.format_tb((error.__cause__ or error).__traceback__))
+        # What it says may repeat what the client sent.
+        _logger.error("request %s failed: %s\n%s", self._record.id, type(error).__name__, stack)
+        _logger.debug("request %s", self._record.id, exc_info=error)
+        return RequestError("internal error; the server's log has more under the request's id")
+
+    def _explain(self, body: bytes, status: int = 500) -> RequestError:
+        """An error of vLLM's or FastAPI's as ours."""
+        try:
+            answer = json.loads(body)
+        except ValueError:
+            answer = None
+        found = answer.get("error", answer) if isinstance(answer, dict) else None
+        error = found if isinstance(found, dict) else {}
+        _logger.debug("request %s: vLLM says %r", self._record.id, vllm_errors.text(error))
+        if status >= 500 and self._state.engine_dead:
+            return EngineDead()
+        return vllm_errors.explain(status, error, self._state.model_names, self._state.body_keys)
+
+    def _with_cors(self, answer: ASGIApp) -> ASGIApp:
+        """A page of another site may read an error too, where it may read answers."""
+        if "origin" not in Headers(scope=self._scope):
+            return answer
+        args = self._scope["app"].state.args
+        return CORSMiddleware(
+            answer, allow_origins=args.allowed_origins, allow_credentials=args.allow_credentials
+        )
 
 
 class ApiKey:
@@ -182,11 +261,7 @@ class ApiKey:
         if state.keys and not open_to_all and not _is_preflight(scope):
             client = state.keys.client(_bearer(scope))
             if client is None:
-                record = RequestRecord.of(scope)
-                error = Unauthorized("send an API key in the header `Authorization: Bearer <key>`")
-                record.error = error.type
-                await refusal(error, record.id, path_of(scope))(scope, receive, send)
-                return
+                raise Unauthorized("send an API key in the header `Authorization: Bearer <key>`")
             RequestRecord.of(scope).client = client
         await self.app(scope, receive, send)
 
@@ -211,34 +286,26 @@ class Body:
         state: ServiceState = scope["app"].state.service
         held = _Held(state)
         try:
-            await self._pass(held, scope, receive, send)
-        finally:
-            state.body_bytes -= held.bytes
-
-    async def _pass(self, held: "_Held", scope: Scope, receive: Receive, send: Send) -> None:
-        state = held.state
-        try:
-            async with asyncio.timeout(state.body_timeout):
-                body = await _read(Headers(scope=scope), receive, held)
+            try:
+                async with asyncio.timeout(state.body_timeout):
+                    body = await _read(headers, receive, held)
+            except TimeoutError:
+                seconds = state.body_timeout
+                raise BodyTooSlow(f"the body did not come within {seconds:g} s") from None
             if scope["path"] == "/" or not _is_form(scope):
                 state.budget.check(path_of(scope), body)
-        except (TimeoutError, RequestError) as e:
-            error = e if isinstance(e, RequestError) else _too_slow(state.body_timeout)
-            record = RequestRecord.of(scope)
-            record.error = error.type
-            if not isinstance(error, ClientGone):
-                await refusal(error, record.id, path_of(scope))(scope, receive, send)
-            return
-        whole: Message | None = {"type": "http.request", "body": body, "more_body": False}
+            whole: Message | None = {"type": "http.request", "body": body, "more_body": False}
 
-        async def read() -> Message:
-            nonlocal whole
-            if whole is not None:
-                message, whole = whole, None
-                return message
-            return await receive()
+            async def read() -> Message:
+                nonlocal whole
+                if whole is not None:
+                    message, whole = whole, None
+                    return message
+                return await receive()
 
-        await self.app(scope, read, send)
+            await self.app(scope, read, send)
+        finally:
+            state.body_bytes -= held.bytes
 
 
 class Shortcut:
@@ -310,10 +377,6 @@ def _too_large(most: int) -> RequestError:
     return BodyTooLarge(f"the body is longer than the limit of {most} bytes")
 
 
-def _too_slow(seconds: float) -> RequestError:
-    return BodyTooSlow(f"the body did not come within {seconds:g} s")
-
-
 def _is_preflight(scope: Scope) -> bool:
     """Whether a browser asks, without the key, if it may send it; vLLM's CORS layer answers."""
     headers = Headers(scope=scope)
@@ -328,20 +391,6 @@ def _bearer(scope: Scope) -> bytes:
             scheme, _, key = value.partition(b" ")
             return bytes(key.strip()) if scheme.lower() == b"bearer" else b""
     return b""
-
-
-def _explain(
-    body: bytes, status: int, state: ServiceState, record: RequestRecord
-) -> vllm_errors.Refused:
-    """An error answer of vLLM's or FastAPI's as a refusal of ours."""
-    try:
-        answer = json.loads(body)
-    except ValueError:
-        answer = None
-    found = answer.get("error", answer) if isinstance(answer, dict) else None
-    error = found if isinstance(found, dict) else {}
-    _logger.debug("request %s: vLLM says %r", record.id, vllm_errors.text(error))
-    return vllm_errors.explain(status, error, state.model_names, state.body_keys)
 
 
 def path_of(scope: Scope) -> str:

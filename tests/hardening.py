@@ -64,7 +64,7 @@ ROWS: dict[int, tuple[str, str]] = {
     17: (
         "Paths, addresses or stacks in errors",
         "vLLM's texts are replaced by ours, which name keys and limits and end in the request's id; no "
-        "pattern runs over more than 1,000 characters",
+        "pattern runs over more than 1,000 characters; what nobody foresaw is 500 with the id alone",
     ),
     18: (
         "Timing of the prefix cache between clients",

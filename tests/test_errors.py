@@ -1,9 +1,11 @@
 """Errors over real HTTP: our own sentences for vLLM's, in the form of each route's protocol."""
 
+import json
 import time
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
 from benchmarks.server import Server
@@ -145,3 +147,73 @@ def test_our_own_refusals_take_the_form_of_the_route(http: httpx.Client) -> None
     message(answer, MESSAGES)
     answer = http.post("/", content=b" " * (4 * 2**20 + 1))
     assert list(answer.json()) == ["response", "status", "time", "error"]
+
+
+def stream(http: httpx.Client, route: str, **body: Any) -> httpx.Response:
+    headers = {"X-Request-Timeout": "1"}
+    long = {"stream": True, "max_tokens": 1900, "max_output_tokens": 1900, "temperature": 2}
+    return http.post(route, json={**BODIES[route], **long, **body}, headers=headers)
+
+
+def test_a_stream_of_messages_ends_with_anthropics_error_event(http: httpx.Client) -> None:
+    answer = stream(http, MESSAGES)
+    assert (answer.status_code, answer.headers["x-accel-buffering"]) == (200, "no")
+    *_, last, nothing = answer.text.split("\n\n")
+    assert nothing == "" and last.startswith("event: error\ndata: ")
+    body = json.loads(last.partition("data: ")[2])
+    request_id = answer.headers["x-request-id"]
+    assert (body["type"], body["request_id"]) == ("error", request_id)
+    assert body["error"]["type"] == "timeout_error"
+    assert body["error"]["message"].endswith(f"(request {request_id})")
+
+
+def test_a_stream_of_responses_ends_with_openais_error_event(
+    http: httpx.Client, service: Server
+) -> None:
+    answer = stream(http, RESPONSES)
+    *_, before, last, nothing = answer.text.split("\n\n")
+    assert nothing == "" and last.startswith("event: error\ndata: ")
+    assert "[DONE]" not in answer.text
+    number = json.loads(before.partition("data: ")[2])["sequence_number"]
+    with openai.OpenAI(base_url=f"{service.url}/v1", api_key="none") as client:
+        events = list(
+            client.responses.create(
+                model=MODEL,
+                input="Count from one to a thousand.",
+                temperature=2,
+                max_output_tokens=1900,
+                stream=True,
+                extra_headers={"X-Request-Timeout": "1"},
+            )
+        )
+    assert json.loads(last.partition("data: ")[2])["sequence_number"] == number + 1
+    error = events[-1]
+    assert error.type == "error"
+    assert error.code == "deadline_exceeded" and "(request " in error.message
+
+
+def test_a_stream_of_chat_ends_with_openais_error(http: httpx.Client, service: Server) -> None:
+    answer = stream(http, CHAT)
+    assert answer.text.endswith("\n\ndata: [DONE]\n\n")
+    with openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0) as client:
+        chunks = client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": "Count from one to a thousand."}],
+            temperature=2,
+            max_tokens=1900,
+            stream=True,
+            extra_headers={"X-Request-Timeout": "1"},
+        )
+        with pytest.raises(openai.APIError, match="the time that the client allowed"):
+            list(chunks)
+
+
+def test_our_stream_is_not_kept_back_by_a_proxy(http: httpx.Client) -> None:
+    answer = http.post("/", json={"prompt": "hi", "max_new_tokens": 2, "stream": True})
+    assert answer.headers["x-accel-buffering"] == "no"
+
+
+@pytest.mark.parametrize("route", ["/health", "/ping", "/health/live", "/health/ready"])
+def test_health_answers_head(http: httpx.Client, route: str) -> None:
+    answer = http.head(route)
+    assert (answer.status_code, answer.content) == (200, b"")
