@@ -7,7 +7,6 @@ limits.
 """
 
 import asyncio
-import copy
 import itertools
 import math
 import time
@@ -103,7 +102,7 @@ class Admission:
     def check(self, client: Client, cost: int = 1) -> None:
         """Refuse at once what `slot` would: raises Overloaded, or what `close` was given."""
         if self._closed:
-            raise copy.copy(self._closed)
+            raise self._closed.again()
         cost = min(cost, self.limit)
         if self._may_start(cost) or self.waiting + cost <= self.queue:
             return

@@ -21,7 +21,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from service.contract import Chunk
 from service.errors import (
-    EngineDead,
+    ENGINE_ENDED,
     GenerationFailed,
     InvalidRequest,
     PromptTooLong,
@@ -275,7 +275,7 @@ class Engine:
         except RequestError:
             raise
         except EngineDeadError as e:
-            raise EngineDead() from e
+            raise ENGINE_ENDED.again() from e
         except GracefulHTTPError as e:
             raise Unavailable("the engine's queue is full", retry_after=1) from e
         except (VLLMClientError, ValueError) as e:
