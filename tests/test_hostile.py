@@ -60,9 +60,12 @@ def post(http: httpx.Client, route: str, body: Any) -> httpx.Response:
         (COMPLETE, {**TEXT, "n": 10, "prompt": ["a"] * 10}),
         (COMPLETE, {**TEXT, "best_of": 1000}),
         (COMPLETE, {**TEXT, "prompt": ["a"] * 5000}),
-        (COMPLETE, {**TEXT, "prompt": [[1, 2]] * 5000}),
+        (COMPLETE, {**TEXT, "prompt": [[1, 2]] * 500}),
         (f"{CHAT}/batch", {**HI, "messages": [HI["messages"]] * 500}),
-        ("/generative_scoring", {"model": MODEL, "query": "a", "items": ["b"] * 3000}),
+        (
+            "/generative_scoring",
+            {"model": MODEL, "query": "a", "items": ["b"] * 3000, "label_token_ids": [1, 2]},
+        ),
     ],
 )
 def test_too_many_sequences_are_refused_with_the_limit(
