@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -30,8 +30,13 @@ EAGER = ("--set", "engine.enforce_eager=true", "--set", "sampling.max_tokens=200
 
 
 def processes(server: Server, title: str = "") -> list[psutil.Process]:
-    children = psutil.Process(server.process.pid).children(recursive=True)
-    return [process for process in children if title in " ".join(process.cmdline())]
+    """The server's processes with this word in their title; one that ends meanwhile has none."""
+    found = []
+    for process in psutil.Process(server.process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if title in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def ready(server: Server) -> tuple[int, str]:
