@@ -7,6 +7,7 @@ limits.
 """
 
 import asyncio
+import copy
 import itertools
 import math
 import time
@@ -102,7 +103,7 @@ class Admission:
     def check(self, client: Client, cost: int = 1) -> None:
         """Refuse at once what `slot` would: raises Overloaded, or what `close` was given."""
         if self._closed:
-            raise self._closed.again()
+            raise copy.copy(self._closed)
         cost = min(cost, self.limit)
         if self._may_start(cost) or self.waiting + cost <= self.queue:
             return

@@ -3,14 +3,11 @@
 import asyncio
 
 from pydantic_core import to_json
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import limits
 from service.admission import Admission
 from service.ending import Endings, deadline_of
-from service.errors import ENGINE_ENDED, ClientGone, RequestError, refusal
-from service.guard import ServiceState
 from service.request_record import RequestRecord
 from service.settings import Settings
 
@@ -31,80 +28,38 @@ class Admit:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record = RequestRecord.of(scope)
-        answer = _Answer(send, scope["app"].state.service)
-        request: Message | None = await receive()
-        assert request is not None
+        message: Message | None = await receive()
+        assert message is not None
+        request = limits.parse(message.get("body", b""))
+        sequences = limits.sequences(request, self.settings.max_sequences)
+        if self.settings.cache_per_key:
+            message["body"] = to_json({**request, "cache_salt": record.client.name})
         ended = asyncio.Event()
 
         async def read() -> Message:
-            nonlocal request
-            if request is not None:
-                message, request = request, None
-                return message
+            nonlocal message
+            if message is not None:
+                body, message = message, None
+                return body
             await ended.wait()
             return {"type": "http.disconnect"}
 
-        try:
-            asked = limits.parse(request.get("body", b""))
-            sequences = limits.sequences(asked, self.settings.max_sequences)
-            if self.settings.cache_per_key:
-                request["body"] = to_json({**asked, "cache_salt": record.client.name})
-            deadline = deadline_of(scope)
-            async with (
-                self.endings.watch(receive, deadline),
-                self.admission.slot(record.client, sequences),
-            ):
-                handler = asyncio.ensure_future(self.app(scope, read, answer.send))
-                try:
-                    await asyncio.shield(handler)
-                except asyncio.CancelledError:
-                    # vLLM's handlers do not pass a cancellation on to the engine; what they
-                    # notice is that the client leaves.
-                    answer.ended = True
-                    ended.set()
-                    await asyncio.wait({handler}, timeout=_NOTICE_SECONDS)
-                    handler.cancel()
-                    raise
-                if answer.ended:
-                    raise ENGINE_ENDED.again()
-        except RequestError as e:
-            if answer.complete:
-                return  # the client left after it had its answer
-            record.status, record.error = e.status, e.type
-            if not isinstance(e, ClientGone):
-                await answer.refuse(e, record.id, scope, receive)
+        async def send_until_ended(message: Message) -> None:
+            if not ended.is_set():
+                await send(message)
 
-
-class _Answer:
-    """What a route sends, until its request is ended; then an error instead of the rest."""
-
-    def __init__(self, send: Send, state: ServiceState) -> None:
-        self._send = send
-        self._state = state
-        self._started = False
-        self._events = False
-        self.complete = False
-        self.ended = False
-
-    async def send(self, message: Message) -> None:
-        if self._events and self._state.engine_dead:
-            self.ended = True  # vLLM's event for it says 500
-        if self.ended:
-            return
-        if message["type"] == "http.response.start":
-            self._started = True
-            media_type = Headers(raw=message["headers"]).get("content-type", "")
-            self._events = media_type.startswith("text/event-stream")
-        else:
-            self.complete = not message.get("more_body", False)
-        await self._send(message)
-
-    async def refuse(
-        self, error: RequestError, request_id: str, scope: Scope, receive: Receive
-    ) -> None:
-        response = refusal(error, request_id)
-        if not self._started:
-            await response(scope, receive, self._send)
-        elif self._events:
-            body = b"data: " + bytes(response.body) + b"\n\ndata: [DONE]\n\n"
-            await self._send({"type": "http.response.body", "body": body})
+        async with (
+            self.endings.watch(receive, deadline_of(scope)),
+            self.admission.slot(record.client, sequences),
+        ):
+            handler = asyncio.ensure_future(self.app(scope, read, send_until_ended))
+            try:
+                await asyncio.shield(handler)
+            except asyncio.CancelledError:
+                # vLLM's handlers do not pass a cancellation on to the engine; what they notice is
+                # that the client leaves.
+                ended.set()
+                handler.add_done_callback(lambda task: task.cancelled() or task.exception())
+                await asyncio.wait({handler}, timeout=_NOTICE_SECONDS)
+                handler.cancel()
+                raise

@@ -2,14 +2,13 @@
 
 import asyncio
 import json
-import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -17,11 +16,8 @@ from service import metrics, prompting, sampling
 from service.admission import Admission, Client
 from service.contract_request import ContractRequest, parse
 from service.ending import Endings, deadline_of
-from service.errors import ClientGone, RequestError, refusal, refusal_body
 from service.model_config import ModelConfig
 from service.request_record import RequestRecord
-
-_logger = logging.getLogger("service")
 
 
 class Chunk(NamedTuple):
@@ -99,34 +95,22 @@ class Contract:
         self._generation_tokens = metrics.GENERATION_TOKENS.labels(config.name)
 
     async def create(self, request: Request) -> Response:
-        """Answer one request. A refusal is answered too, with its own HTTP status."""
+        """Answer one request. Raises RequestError."""
         record = RequestRecord.of(request.scope)
-        try:
-            asked = self._parse(await request.body(), record)
-            deadline = deadline_of(request.scope, asked.timeout)
-            self.admission.check(record.client)  # before any work is spent on it
-            async with self.endings.watch(request.receive, deadline):
-                generation = await self._start(asked, deadline, record)
-                if not asked.stream:
-                    answer = await self._answer(generation, record)
-                else:
-                    async with AsyncExitStack() as stack:
-                        await stack.enter_async_context(generation.held)
-                        # Refusals of the engine still get their own HTTP status this way.
-                        first = await anext(generation.chunks)
-                        generation.held = stack.pop_all()
-            if asked.stream:
-                frames = self._events(generation, first, record)
-                return EventStream(frames, generation, self.endings)
-            return Response(answer, media_type="application/json")
-        except ClientDisconnect:
-            error: RequestError = ClientGone("the client closed the connection")
-        except RequestError as e:
-            error = e
-        except Exception:
-            error = _unexpected(record)
-        record.error = error.type
-        return refusal(error, record.id)
+        asked = self._parse(await request.body(), record)
+        deadline = deadline_of(request.scope, asked.timeout)
+        self.admission.check(record.client)  # before any work is spent on it
+        async with self.endings.watch(request.receive, deadline):
+            generation = await self._start(asked, deadline, record)
+            if not asked.stream:
+                answer = await self._answer(generation, record)
+                return Response(answer, media_type="application/json")
+            async with AsyncExitStack() as stack:
+                await stack.enter_async_context(generation.held)
+                # Refusals of the engine still get their own HTTP status this way.
+                first = await anext(generation.chunks)
+                generation.held = stack.pop_all()
+        return EventStream(self._events(generation, first, record), generation, self.endings)
 
     def _parse(self, body: bytes, record: RequestRecord) -> ContractRequest:
         began = time.perf_counter()
@@ -199,10 +183,6 @@ class Contract:
                 if frame:
                     yield frame
                 following = await anext(generation.chunks, None)
-        except Exception as e:
-            error = e if isinstance(e, RequestError) else _unexpected(record)
-            record.status, record.error = error.status, error.type
-            yield b"data: " + refusal_body(error, record.id) + b"\n\n"
         finally:
             self._count(generation, chunk, record)
 
@@ -259,34 +239,15 @@ class EventStream(Response):
 
     async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        last = b""
-        started = False
-        try:
-            async with (
-                self.endings.watch(receive, self.generation.deadline),
-                self.generation.held,
-                aclosing(self.frames) as frames,
-            ):
-                await send(start)
-                started = True
-                async for frame in frames:
-                    await send({"type": "http.response.body", "body": frame, "more_body": True})
-        except RequestError as e:
-            record = RequestRecord.of(scope)
-            record.status, record.error = e.status, e.type
-            if isinstance(e, ClientGone):
-                return
-            if not started:
-                await refusal(e, record.id)(scope, receive, send)
-                return
-            last = b"data: " + refusal_body(e, record.id) + b"\n\n"
-        await send({"type": "http.response.body", "body": last})
-
-
-def _unexpected(record: RequestRecord) -> RequestError:
-    """A fault of ours, for the log in full and for the client by its id."""
-    _logger.exception("request %s failed", record.id)
-    return RequestError(f"internal error; the server's log has more under request {record.id}")
+        async with (
+            self.endings.watch(receive, self.generation.deadline),
+            self.generation.held,
+            aclosing(self.frames) as frames,
+        ):
+            await send(start)
+            async for frame in frames:
+                await send({"type": "http.response.body", "body": frame, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
 
 
 _encode = json.JSONEncoder(ensure_ascii=False).encode

@@ -1,6 +1,7 @@
 """Requests that end before their answer: the client left, a deadline passed, the engine stopped."""
 
 import asyncio
+import copy
 import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -45,7 +46,7 @@ class Endings:
     def end_all(self, error: RequestError) -> None:
         """Raise `error` in every request that is in flight."""
         for request in list(self._requests):
-            request.end(error.again())
+            request.end(copy.copy(error))
 
     @asynccontextmanager
     async def watch(self, receive: Receive, deadline: float | None) -> AsyncIterator[None]:

@@ -3,7 +3,7 @@
 import asyncio
 import math
 from argparse import Namespace
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
@@ -85,7 +85,10 @@ class ServiceState:
         self.max_body_bytes = config.settings.max_body_bytes
         self.body_timeout = config.settings.body_timeout
         self.body_bytes = 0
-        self.budget: Budget  # when all routes are there
+        # When all routes are there.
+        self.budget: Budget
+        self.body_keys: Collection[str]
+        self._models = state.openai_serving_models
         self.engine = Engine(client, state)
         self.contract = Contract(
             config.model,
@@ -100,6 +103,13 @@ class ServiceState:
         """POST / as an ASGI application."""
         response = await self.contract.create(Request(scope, receive, send))
         await response(scope, receive, send)
+
+    @property
+    def model_names(self) -> Sequence[str]:
+        """What a request may name as its model: this one, and adapters of it."""
+        return [model.name for model in self._models.base_model_paths] + list(
+            self._models.lora_requests
+        )
 
     @property
     def engine_dead(self) -> bool:
@@ -134,9 +144,17 @@ class ChatService:
             ("/health/ready", _ready, "200 when requests are answered; else 503 and the phase"),
             ("/health/generate", _generate, "200 when the engine has just made one token"),
         ):
-            # Before vLLM's own /health, which is in the app already.
-            app.add_api_route(path, handler, methods=["GET"], summary=summary)
-            app.router.routes.insert(0, app.router.routes.pop())
+            # Before vLLM's own /health, which is in the app already. Many checkers send HEAD, which
+            # FastAPI adds by itself to none.
+            for method in ("HEAD", "GET"):
+                app.add_api_route(
+                    path,
+                    handler,
+                    methods=[method],
+                    summary=summary,
+                    include_in_schema=method == "GET",
+                )
+                app.router.routes.insert(0, app.router.routes.pop())
         # FastAPI describes `/`. One route answers, so that 405 names all methods, and without what
         # FastAPI does for a handler.
         methods = ["GET", "HEAD", "POST"]
@@ -168,6 +186,8 @@ def _lifespan(inner: Lifespan[FastAPI]) -> Lifespan[FastAPI]:
             service.engine.context,
             service.engine.max_characters,
         )
+        schemas = app.openapi()["components"]["schemas"].values()
+        service.body_keys = {key for schema in schemas for key in schema.get("properties", ())}
         _guard_routes(app, service)
         connection.guard(app.state.server.config, service.config.settings, service.max_connections)
         watch = Watch(

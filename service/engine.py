@@ -21,7 +21,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from service.contract import Chunk
 from service.errors import (
-    ENGINE_ENDED,
+    EngineDead,
     GenerationFailed,
     InvalidRequest,
     PromptTooLong,
@@ -275,7 +275,7 @@ class Engine:
         except RequestError:
             raise
         except EngineDeadError as e:
-            raise ENGINE_ENDED.again() from e
+            raise EngineDead() from e
         except GracefulHTTPError as e:
             raise Unavailable("the engine's queue is full", retry_after=1) from e
         except (VLLMClientError, ValueError) as e:

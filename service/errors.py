@@ -17,14 +17,14 @@ ServiceError
     ├── ClientGone            499  nobody is waiting for the answer any more
     ├── GenerationFailed      500  the engine failed this request alone
     ├── Unavailable           503  the engine cannot take or finish the request now
+    │   ├── EngineDead             it has ended, and with it the server
     │   └── WaitedTooLong          it waited in the queue for as long as the limit allows
     └── DeadlineExceeded      504  the client's own deadline passed
 """
 
-import copy
 import json
 import time
-from typing import Self
+from typing import Any
 
 from starlette.responses import Response
 
@@ -66,10 +66,6 @@ class RequestError(ServiceError):
         self.message = message
         self.param = param
         self.retry_after = retry_after
-
-    def again(self) -> Self:
-        """The same refusal for another request: one that is raised twice keeps both requests."""
-        return copy.copy(self).with_traceback(None)
 
 
 class MalformedBody(RequestError):
@@ -131,7 +127,9 @@ class Unavailable(RequestError):
     type = "unavailable"
 
 
-ENGINE_ENDED = Unavailable("the engine has stopped; the server is restarting", retry_after=5)
+class EngineDead(Unavailable):
+    def __init__(self) -> None:
+        super().__init__("the engine has stopped; the server is restarting", retry_after=5)
 
 
 class WaitedTooLong(Unavailable):
@@ -143,24 +141,73 @@ class DeadlineExceeded(RequestError):
     type = "deadline_exceeded"
 
 
-def refusal(error: RequestError, request_id: str) -> Response:
-    """The HTTP answer for a refused or failed request."""
+# Anthropic's names for what an HTTP status means.
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def refusal(error: RequestError, request_id: str, path: str) -> Response:
+    """The HTTP answer for a refused or failed request to `path`."""
     headers = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(error.retry_after)
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
-    body = refusal_body(error, request_id)
+    body = refusal_body(error, request_id, path)
     return Response(body, error.status, headers, media_type="application/json")
 
 
-def refusal_body(error: RequestError, request_id: str) -> bytes:
-    """The contract's answer object for an error; OpenAI clients read the same `error` key."""
+def refusal_body(error: RequestError, request_id: str, path: str = "/") -> bytes:
+    """An error as the protocol of `path` has it: the contract's, Anthropic's, or OpenAI's."""
     message = f"{error.message} (request {request_id})"
-    body = {
-        "response": "",
-        "status": error.status,
-        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "error": {"type": error.type, "message": message, "param": error.param},
-    }
+    body: dict[str, Any]
+    if path == "/":
+        body = {
+            "response": "",
+            "status": error.status,
+            "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "error": {"type": error.type, "message": message, "param": error.param},
+        }
+    elif path.startswith("/v1/messages"):
+        default = "api_error" if error.status >= 500 else "invalid_request_error"
+        kind = _ANTHROPIC_TYPES.get(error.status, default)
+        body = {
+            "type": "error",
+            "error": {"type": kind, "message": message},
+            "request_id": request_id,
+        }
+    else:
+        body = {
+            "error": {
+                "message": message,
+                "type": error.type,
+                "param": error.param,
+                "code": error.status,
+            }
+        }
     return json.dumps(body, ensure_ascii=False).encode()
+
+
+def refusal_event(error: RequestError, request_id: str, path: str, number: int) -> bytes:
+    """The end of a stream that fails after `number` events, as the protocol of `path` has it."""
+    body = refusal_body(error, request_id, path)
+    if path.startswith("/v1/responses"):
+        event = {
+            "type": "error",
+            "code": error.type,
+            "message": f"{error.message} (request {request_id})",
+            "param": error.param,
+            "sequence_number": number,
+        }
+        body = json.dumps(event, ensure_ascii=False).encode()
+    if path.startswith(("/v1/responses", "/v1/messages")):
+        return b"event: error\ndata: " + body + b"\n\n"
+    return b"data: " + body + b"\n\n" + (b"" if path == "/" else b"data: [DONE]\n\n")

@@ -6,38 +6,46 @@ from the application's state.
 
 import asyncio
 import json
+import logging
 import re
 import time
+import traceback
 import uuid
-from http import HTTPStatus
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import logs, metrics, tracing
+from service import logs, metrics, tracing, vllm_errors
 from service.budget import Budget
 from service.errors import (
-    ENGINE_ENDED,
     BodyTooLarge,
     BodyTooSlow,
     ClientGone,
+    EngineDead,
     Overloaded,
     RequestError,
     Unauthorized,
     refusal,
+    refusal_event,
 )
 from service.keys import Keys
 from service.request_record import RequestRecord
+
+_logger = logging.getLogger("service")
 
 REQUEST_ID = "x-request-id"
 # Probes carry no key, and are not worth a log line each.
 HEALTH = frozenset({"/health", "/health/live", "/health/ready", "/ping"})
 _QUIET = HEALTH | {"/metrics"}
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-# So much of an answer with an error is read; vLLM's own repeat what the client sent.
-_LONGEST_ERROR = 65_536
-_LONGEST_MESSAGE = 300
+# Read at most this much of an error body: vLLM repeats what the client sent.
+_MAX_ERROR_BYTES = 65_536
+# How an error of vLLM's begins in a stream; its other events are named, or begin with an id.
+_ERROR_EVENTS = (b'data: {"error"', b"event: error")
 # So many bodies of the longest kind may be held at one time.
 _MOST_BODIES = 64
 _SHORT_BODY = 65_536  # bytes; these are let in always
@@ -59,7 +67,10 @@ class ServiceState(Protocol):
     budget: Budget
     traces: bool
     body_bytes: int  # of all bodies that are held now
+    body_keys: Collection[str]  # all that the bodies of vLLM's routes may have
 
+    @property
+    def model_names(self) -> Sequence[str]: ...
     @property
     def engine_dead(self) -> bool: ...
 
@@ -90,9 +101,6 @@ class Observe:
         metrics.IN_FLIGHT.inc()
         try:
             await self.app(scope, receive, observed)
-        except Exception:
-            record.status = 500  # what the server answers after us
-            raise
         finally:
             metrics.IN_FLIGHT.dec()
             seconds = time.perf_counter() - began
@@ -105,8 +113,12 @@ class Observe:
             logs.request(record, scope["method"], route, seconds, quiet=scope["path"] in _QUIET)
 
 
-class CleanErrors:
-    """Makes the errors of vLLM's routes short, free of input, and findable by the request's id."""
+class Refusals:
+    """Writes every error, in the form of the route's protocol.
+
+    Handlers raise: a RequestError says what it is, anything else is a fault of ours, and 500. Of
+    vLLM's own errors, in an answer or in a stream, the texts are replaced.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -115,40 +127,112 @@ class CleanErrors:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        record = RequestRecord.of(scope)
-        start: Message | None = None
-        body = b""
+        answer = _Answer(scope, receive, send)
+        try:
+            await self.app(scope, receive, answer.send)
+        except ClientDisconnect:
+            await answer.refuse(ClientGone("the client closed the connection"))
+        except RequestError as e:
+            await answer.refuse(e)
+        except Exception as e:
+            await answer.refuse(answer.unexpected(e))
 
-        async def cleaned(message: Message) -> None:
-            nonlocal start, body
-            if message["type"] == "http.response.start":
-                if message["status"] >= 400 and record.error is None:
-                    start = message
-                    return
-            elif start:
-                body += message.get("body", b"")[: _LONGEST_ERROR - len(body)]
-                if not message.get("more_body"):
-                    await self._send(start, body, scope, receive, send)
+
+CleanErrors = Refusals  # as launch.py names it
+
+
+class _Answer:
+    """What is sent to a client; an error in it gives way to ours."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._record = RequestRecord.of(scope)
+        self._state: ServiceState = scope["app"].state.service
+        self._failed: Message | None = None  # the start of an error of vLLM's
+        self._body = b""  # of that
+        self._started = False
+        self._events: int | None = None  # sent so far, in a stream of them
+        self._complete = False
+
+    async def send(self, message: Message) -> None:
+        if self._complete:
+            return  # an error has ended it already
+        if message["type"] == "http.response.start":
+            if message["status"] >= 400 and self._record.error is None:
+                self._failed = message
                 return
-            await send(message)
+            self._started = True
+            headers = MutableHeaders(scope=message)
+            if headers.get("content-type", "").startswith("text/event-stream"):
+                self._events = 0
+                headers["x-accel-buffering"] = "no"  # nginx would keep the events back
+        elif message["type"] == "http.response.body":
+            body = message.get("body", b"")
+            if self._failed:
+                self._body += body[: _MAX_ERROR_BYTES - len(self._body)]
+                if not message.get("more_body"):
+                    await self.refuse(self._explain(self._body, self._failed["status"]))
+                return
+            if self._events is not None and body:
+                if body.startswith(_ERROR_EVENTS):
+                    await self.refuse(self._explain(body.partition(b"data: ")[2]))
+                    return
+                self._events += 1
+            self._complete = not message.get("more_body", False)
+        await self._send(message)
 
-        await self.app(scope, receive, cleaned)
-
-    async def _send(
-        self, start: Message, body: bytes, scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        record = RequestRecord.of(scope)
-        state: ServiceState = scope["app"].state.service
-        if start["status"] >= 500 and state.engine_dead:
-            record.error = ENGINE_ENDED.type
-            await refusal(ENGINE_ENDED, record.id)(scope, receive, send)
+    async def refuse(self, error: RequestError) -> None:
+        """End the answer with an error, unless it is complete."""
+        if self._complete:
             return
-        answer = _clean_error(body, start["status"], record.id)
-        headers = MutableHeaders(raw=list(start["headers"]))
-        headers["content-type"] = "application/json"
-        headers["content-length"] = str(len(answer))
-        await send({**start, "headers": headers.raw})
-        await send({"type": "http.response.body", "body": answer})
+        self._record.status = error.status
+        self._record.error = error.type.replace(" ", "")
+        path = path_of(self._scope)
+        if isinstance(error, ClientGone):
+            return
+        if not self._started:
+            answer = refusal(error, self._record.id, path)
+            if self._failed and "allow" in (headers := Headers(raw=self._failed["headers"])):
+                answer.headers["allow"] = headers["allow"]
+            await self._with_cors(answer)(self._scope, self._receive, self._send)
+        elif self._events is not None:
+            event = refusal_event(error, self._record.id, path, self._events)
+            await self._send({"type": "http.response.body", "body": event})
+        self._complete = True
+
+    def unexpected(self, error: Exception) -> RequestError:
+        """A fault of ours, for the log with its place and for the client by the request's id."""
+        if self._state.engine_dead:
+            return EngineDead()
+        stack = "".join(traceback.format_tb((error.__cause__ or error).__traceback__))
+        # What it says may repeat what the client sent.
+        _logger.error("request %s failed: %s\n%s", self._record.id, type(error).__name__, stack)
+        _logger.debug("request %s", self._record.id, exc_info=error)
+        return RequestError("internal error; the server's log has more under the request's id")
+
+    def _explain(self, body: bytes, status: int = 500) -> RequestError:
+        """An error of vLLM's or FastAPI's as ours."""
+        try:
+            answer = json.loads(body)
+        except ValueError:
+            answer = None
+        found = answer.get("error", answer) if isinstance(answer, dict) else None
+        error = found if isinstance(found, dict) else {}
+        _logger.debug("request %s: vLLM says %r", self._record.id, vllm_errors.text(error))
+        if status >= 500 and self._state.engine_dead:
+            return EngineDead()
+        return vllm_errors.explain(status, error, self._state.model_names, self._state.body_keys)
+
+    def _with_cors(self, answer: ASGIApp) -> ASGIApp:
+        """A page of another site may read an error too, where it may read answers."""
+        if "origin" not in Headers(scope=self._scope):
+            return answer
+        args = self._scope["app"].state.args
+        return CORSMiddleware(
+            answer, allow_origins=args.allowed_origins, allow_credentials=args.allow_credentials
+        )
 
 
 class ApiKey:
@@ -177,11 +261,7 @@ class ApiKey:
         if state.keys and not open_to_all and not _is_preflight(scope):
             client = state.keys.client(_bearer(scope))
             if client is None:
-                record = RequestRecord.of(scope)
-                error = Unauthorized("send an API key in the header `Authorization: Bearer <key>`")
-                record.error = error.type
-                await refusal(error, record.id)(scope, receive, send)
-                return
+                raise Unauthorized("send an API key in the header `Authorization: Bearer <key>`")
             RequestRecord.of(scope).client = client
         await self.app(scope, receive, send)
 
@@ -206,34 +286,26 @@ class Body:
         state: ServiceState = scope["app"].state.service
         held = _Held(state)
         try:
-            await self._pass(held, scope, receive, send)
+            try:
+                async with asyncio.timeout(state.body_timeout):
+                    body = await _read(headers, receive, held)
+            except TimeoutError:
+                seconds = state.body_timeout
+                raise BodyTooSlow(f"the body did not come within {seconds:g} s") from None
+            if scope["path"] == "/" or not _is_form(scope):
+                state.budget.check(path_of(scope), body)
+            whole: Message | None = {"type": "http.request", "body": body, "more_body": False}
+
+            async def read() -> Message:
+                nonlocal whole
+                if whole is not None:
+                    message, whole = whole, None
+                    return message
+                return await receive()
+
+            await self.app(scope, read, send)
         finally:
             state.body_bytes -= held.bytes
-
-    async def _pass(self, held: "_Held", scope: Scope, receive: Receive, send: Send) -> None:
-        state = held.state
-        try:
-            async with asyncio.timeout(state.body_timeout):
-                body = await _read(Headers(scope=scope), receive, held)
-            if scope["path"] == "/" or not _is_form(scope):
-                state.budget.check(scope["path"].removeprefix(scope.get("root_path", "")), body)
-        except (TimeoutError, RequestError) as e:
-            error = e if isinstance(e, RequestError) else _too_slow(state.body_timeout)
-            record = RequestRecord.of(scope)
-            record.error = error.type
-            if not isinstance(error, ClientGone):
-                await refusal(error, record.id)(scope, receive, send)
-            return
-        whole: Message | None = {"type": "http.request", "body": body, "more_body": False}
-
-        async def read() -> Message:
-            nonlocal whole
-            if whole is not None:
-                message, whole = whole, None
-                return message
-            return await receive()
-
-        await self.app(scope, read, send)
 
 
 class Shortcut:
@@ -305,10 +377,6 @@ def _too_large(most: int) -> RequestError:
     return BodyTooLarge(f"the body is longer than the limit of {most} bytes")
 
 
-def _too_slow(seconds: float) -> RequestError:
-    return BodyTooSlow(f"the body did not come within {seconds:g} s")
-
-
 def _is_preflight(scope: Scope) -> bool:
     """Whether a browser asks, without the key, if it may send it; vLLM's CORS layer answers."""
     headers = Headers(scope=scope)
@@ -325,45 +393,10 @@ def _bearer(scope: Scope) -> bytes:
     return b""
 
 
-def _clean_error(body: bytes, status: int, request_id: str) -> bytes:
-    """An error answer of vLLM's or FastAPI's in OpenAI's form, without what the client sent."""
-    try:
-        answer = json.loads(body)
-    except ValueError:
-        answer = None
-    found = answer.get("error", answer) if isinstance(answer, dict) else {}
-    error: dict[str, Any] = found if isinstance(found, dict) else {"message": found}
-    message = error.get("message") or error.get("detail") or HTTPStatus(status).phrase
-    message = _without_input(str(message))
-    cleaned = {
-        "message": f"{message} (request {request_id})",
-        "type": error.get("type") or HTTPStatus(status).phrase,
-        "param": error.get("param"),
-        "code": error.get("code") or status,
-    }
-    outer = {k: v for k, v in answer.items() if k == "type"} if isinstance(answer, dict) else {}
-    return json.dumps({**outer, "error": cleaned}, ensure_ascii=False).encode()
-
-
-_VALIDATION = re.compile(
-    r"\d+ validation errors?:\s+\{.*?'loc': '([^']*)', 'msg': (['\"])(.*?)\2", re.S
-)
-# What vLLM quotes is the name of a parameter, or what the client sent.
-_QUOTED = re.compile(r"(?<!\w)([`'\"])(.*?)\1(?!\w)", re.S)
-_NAME = re.compile(r"[a-z_.]{1,40}|application/json")
-
-
-def _without_input(message: str) -> str:
-    """A message of vLLM's less the value that it repeats."""
-    if found := _VALIDATION.match(message):
-        message = f"{found[1].removeprefix('body.')}: {found[3]}"
-    message = re.sub(r"^\d+ validation errors?:\s+", "", message)
-    message = re.sub(r", value=.*\)$", ")", message, flags=re.S)
-    message = _QUOTED.sub(
-        lambda quoted: quoted[0] if _NAME.fullmatch(quoted[2]) else "...", message
-    )
-    message = " ".join(message.split())
-    return message if len(message) <= _LONGEST_MESSAGE else message[:_LONGEST_MESSAGE] + " ..."
+def path_of(scope: Scope) -> str:
+    """The path of a request, without what a proxy in front of us adds."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("app_root_path", scope.get("root_path", "")))
 
 
 def _request_id(scope: Scope) -> str:

@@ -49,7 +49,8 @@ def stop_every_answer(
 def shorten_error_texts(most: int = 1000) -> None:
     """Have vLLM clean no more than the first characters of an error's text.
 
-    It repeats what the client sent, and takes minutes to clean a megabyte of slashes.
+    It repeats what the client sent, and takes minutes to clean a megabyte of slashes. We read no
+    more of it either.
     """
     from vllm.entrypoints.serve.exception_handling import error_response
     from vllm.entrypoints.serve.exception_handling.handlers import http, validation

@@ -1,0 +1,215 @@
+"""What vLLM's errors mean, in sentences of our own.
+
+vLLM's texts repeat what a client sent, and name paths and addresses of the server. Nothing of them
+comes back but numbers, and names of parameters that a route's schema has. Patterns run over the
+first characters alone.
+"""
+
+import re
+from collections.abc import Collection, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from service.errors import RequestError
+
+_MAX_CHARACTERS = 1000
+_MAX_DEPTH = 16  # of a param: `messages.0.content`
+# What vLLM names as too long, whichever key of the body it came in.
+_PROMPTS = ("input_tokens", "input_text")
+
+# The beginnings of vLLM 0.32's texts, and what to say; {0} and so on are numbers of the text.
+_SENTENCES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern), sentence)
+    for pattern, sentence in (
+        (r"The model `", "there is no model of this name; this server has {models}"),
+        (
+            r"This model's maximum context length is (\d{1,9}) tokens\. However, your prompt "
+            r"contains (?:at least )?(\d{1,9}) input tokens",
+            "the prompt has {1} tokens or more, and the model's context of {0} must hold it and "
+            "the answer; shorten it",
+        ),
+        (
+            r"This model's maximum context length is (\d{1,9}) tokens\. However, your prompt "
+            r"contains (\d{1,9}) characters",
+            "the prompt has {1} characters, and the model's context of {0} tokens must hold it and "
+            "the answer; shorten it",
+        ),
+        (
+            r"The engine prompt length (\d{1,9}) exceeds the max_model_len (\d{1,9})",
+            "the prompt has {0} tokens, and the model's context of {1} must hold it and the "
+            "answer; shorten it",
+        ),
+        (
+            r"max_\w{1,24}=(\d{1,9}) cannot be greater than \w{1,40}=(\d{1,9})",
+            "{0} tokens of answer are more than the model's context of {1}; ask for fewer",
+        ),
+        (
+            r"1 validation error:\s{1,9}Unsupported Media Type",
+            "this route takes JSON only; send the header `Content-Type: application/json`",
+        ),
+        (
+            r'"auto" tool choice requires|tool_choice=',
+            "this server has no parser for tool calls, so tool_choice can only be none; its "
+            "operator can set engine.enable_auto_tool_choice and engine.tool_call_parser",
+        ),
+        (
+            r"Chat template is passed with request",
+            "chat_template is the server's own; leave it out",
+        ),
+        (
+            r"At most (\d{1,4}) (?:image|audio|video|vision_chunk)\(s\) may",
+            "a prompt holds at most {0} such pictures, sounds or videos for this model",
+        ),
+        (
+            r".{1,200} is not a multimodal model",
+            "this model takes text only: no pictures, sounds or videos",
+        ),
+        (r"You must set `--enable-prompt-embeds`", "prompt_embeds is not taken; send text"),
+        (
+            r"Token id -?\d{1,30} is out of vocabulary|(?:\w{1,40} )?token_id\(s\)",
+            "a token id is not in the model's vocabulary",
+        ),
+        (
+            r"Requested (?:sample|prompt) logprobs of -?\d{1,30}, which is greater than max "
+            r"allowed: (\d{1,9})",
+            "logprobs are given for at most {0} tokens at a place",
+        ),
+        (r"Stream options can only be defined", "stream_options goes with `stream: true` alone"),
+        (
+            r"Response with id '",
+            "there is no response of this id; this server keeps none unless its operator has "
+            "turned that on",
+        ),
+        (r"n must be 1 when using greedy", "n must be 1 where temperature is 0"),
+    )
+)
+# What vLLM's sampling takes, where it is not the type of a value that is wrong.
+_BOUNDS = {
+    "temperature": "a number from 0 to 2",
+    "top_p": "a number above 0, at most 1",
+    "top_k": "an integer of 1 or more; 0 or -1 considers every token",
+    "min_p": "a number from 0 to 1",
+    "presence_penalty": "a number from -2 to 2",
+    "frequency_penalty": "a number from -2 to 2",
+    "repetition_penalty": "a number above 0",
+    "max_tokens": "an integer of 1 or more",
+    "min_tokens": "an integer from 0 to max_tokens",
+    "logprobs": "an integer of 0 or more",
+    "prompt_logprobs": "an integer of 0 or more, and not with `stream: true`",
+    "top_logprobs": "an integer of 0 or more, with `logprobs: true`",
+    "stop": "strings that are not empty",
+    "bad_words": "strings of at least one token",
+    "logit_bias": "token ids of the model's vocabulary with numbers",
+    "allowed_token_ids": "token ids of the model's vocabulary",
+    "cache_salt": "a string of 1 to 128 characters without @ and slashes",
+    "tool_choice": 'none, auto, required, or one function of tools as {"type": "function", ...}',
+    "tools": "an array of at least one tool",
+    "response_format": "text, json_object, or json_schema with a schema that can be compiled",
+    "structured_outputs": "one constraint (json, regex, choice or grammar) that can be compiled",
+}
+_SUBJECT = re.compile(r"`?([a-z_]{1,40})`? must ")
+_UNSUPPORTED = re.compile(r".{0,200}?(?:not (?:currently )?|un|only )support", re.S)
+# Pydantic's kinds of mistakes with their places, and a bound that it names.
+_VALIDATION = re.compile(r"\d{1,9} validation errors?:\s{1,9}\{'type': '")
+_MISTAKE = re.compile(r"\{'type': '([a-z_]{1,40})', 'loc': '([^']{1,200})'")
+_BOUND = re.compile(
+    r"'msg': 'Input should be ((?:greater|less) than (?:or equal to )?-?[\d.]{1,20})'"
+)
+_KINDS: tuple[tuple[str, str], ...] = (
+    ("missing", "is required"),
+    ("extra_forbidden", "is not a parameter of this route"),
+    ("float", "must be a number"),
+    ("int", "must be an integer"),
+    ("string", "must be a string"),
+    ("bool", "must be true or false"),
+    ("list", "must be an array"),
+    ("dict", "must be an object"),
+    ("model", "must be an object"),
+    ("literal", "is not one of the values that this route takes"),
+    ("too_long", "is longer than this route takes"),
+    ("too_short", "is shorter than this route takes"),
+)
+_STATUSES = {
+    404: "there is no such route or object here; GET / lists the routes",
+    405: "this route does not take this method; the header Allow says which it takes",
+    501: "this server does not offer this",
+    503: "the engine cannot take this request now; send it again later",
+}
+
+
+class Refused(RequestError):
+    """What vLLM has refused or failed at, with its own status and type."""
+
+    def __init__(self, status: int, kind: str, message: str, param: str | None = None) -> None:
+        super().__init__(message, param=param, retry_after=1 if status == 503 else None)
+        self.status = status
+        self.type = kind
+
+
+def text(error: dict[str, Any]) -> str:
+    """The beginning of vLLM's own text, for the log of --verbose."""
+    return str(error.get("message") or error.get("detail") or "")[:_MAX_CHARACTERS]
+
+
+def explain(
+    status: int, error: dict[str, Any], models: Sequence[str], keys: Collection[str]
+) -> Refused:
+    """An error of vLLM's or FastAPI's as ours.
+
+    `models` are the names that this server answers to, `keys` all that its routes' bodies may have.
+    """
+    message = text(error)
+    param = _param(error.get("param"), keys)
+    kind = str(error.get("type") or "")
+    if not re.fullmatch(r"[A-Za-z_ ]{1,40}", kind):
+        kind = HTTPStatus(status).phrase
+    if status >= 500:
+        default = "the server failed at this request; its log has more under the request's id"
+        return Refused(status, kind, _STATUSES.get(status, default))
+    for pattern, sentence in _SENTENCES:
+        if found := pattern.match(message):
+            said = sentence.format(*found.groups(), models=", ".join(models))
+            return Refused(status, kind, said, param)
+    if _VALIDATION.match(message):
+        return Refused(status, kind, _of_validation(message, param), param)
+    if param is None and (found := _SUBJECT.match(message)):
+        param = _param(found[1], keys)
+    if param is None:
+        default = (
+            "the server does not take this request: its values do not go together, or the model's "
+            "chat template does not accept these turns"
+        )
+        return Refused(status, kind, _STATUSES.get(status, default))
+    if _UNSUPPORTED.match(message):
+        return Refused(status, kind, f"{param} is not supported by this server", param)
+    if bounds := _BOUNDS.get(param.partition(".")[0]):
+        return Refused(status, kind, f"{param} must be {bounds}", param)
+    return Refused(status, kind, f"{param} has a value that this server does not take", param)
+
+
+def _of_validation(message: str, param: str | None) -> str:
+    mistakes = _MISTAKE.findall(message)
+    # Where a value may have several forms, each has a mistake of its own in the same place.
+    kinds = {kind for kind, place in mistakes if place == mistakes[0][1]}
+    kind = kinds.pop() if len(kinds) == 1 else ""
+    if kind == "json_invalid":
+        return "the body is not valid JSON"
+    subject = param or "the body"
+    if kind.startswith(("greater", "less")) and (bound := _BOUND.search(message)):
+        return f"{subject} must be {bound[1]}"
+    for beginning, sentence in _KINDS:
+        if kind.startswith(beginning):
+            return f"{subject} {sentence}"
+    return f"{subject} does not have the form that this route takes"
+
+
+def _param(param: Any, keys: Collection[str]) -> str | None:
+    """A param of vLLM's as far as it is made of known keys and places in arrays."""
+    if param in _PROMPTS:
+        return str(param)
+    parts: list[str] = []
+    for part in str(param or "")[:_MAX_CHARACTERS].removeprefix("body.").split(".")[:_MAX_DEPTH]:
+        if part not in keys and not (parts and re.fullmatch(r"[0-9]{1,6}", part)):
+            break
+        parts.append(part)
+    return ".".join(parts) or None
