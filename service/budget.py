@@ -143,9 +143,9 @@ def _try(schema: SchemaValidator, value: Any) -> None:
     except ValidationError as e:
         error = e.errors(include_url=False, include_input=False, include_context=False)[0]
         param = str(error["loc"][0])[:64] if error["loc"] else None
-        raise InvalidRequest(
-            f"{param or 'the body'} does not have the form that this route takes", param=param
-        ) from None
+        missing = error["type"] == "missing"
+        wrong = "is required" if missing else "does not have the form that this route takes"
+        raise InvalidRequest(f"{param or 'the body'} {wrong}", param=param) from None
     except Exception:
         return  # vLLM's own refusal, which its route will tell
 
