@@ -1,13 +1,17 @@
-"""A route of vLLM's behind our queue: a slot at the engine, limits on the body, and a deadline."""
+"""vLLM's application behind our queue: a slot at the engine, limits on the body, and a deadline."""
 
 import asyncio
+from collections.abc import Mapping
+from typing import Any
 
 from pydantic_core import to_json
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import limits
 from service.admission import Admission
 from service.ending import Endings, deadline_of
+from service.errors import InvalidRequest
 from service.request_record import RequestRecord
 from service.settings import Settings
 
@@ -16,7 +20,7 @@ _NOTICE_SECONDS = 5.0
 
 
 class Admit:
-    """One of vLLM's own generating routes behind the queue, with limits and a deadline."""
+    """A request to what may generate: behind the queue, with limits and a deadline."""
 
     def __init__(
         self, app: ASGIApp, admission: Admission, endings: Endings, settings: Settings
@@ -30,10 +34,16 @@ class Admit:
         record = RequestRecord.of(scope)
         message: Message | None = await receive()
         assert message is not None
-        request = limits.parse(message.get("body", b""))
+        body = message.get("body", b"")
+        request: Mapping[str, Any] = {}
+        if Headers(scope=scope).get("content-type", "").startswith("multipart/form-data"):
+            if self.settings.cache_per_key:  # of which a form cannot tell vLLM
+                raise InvalidRequest("this server takes no forms, because it keeps a cache per key")
+        elif body:
+            request = limits.parse(body)
+            if self.settings.cache_per_key:
+                message["body"] = to_json({**request, "cache_salt": record.client.name})
         sequences = limits.sequences(request, self.settings.max_sequences)
-        if self.settings.cache_per_key:
-            message["body"] = to_json({**request, "cache_salt": record.client.name})
         ended = asyncio.Event()
 
         async def read() -> Message:

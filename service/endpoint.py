@@ -3,13 +3,12 @@
 import asyncio
 import math
 from argparse import Namespace
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.routing import APIRoute
 from starlette.datastructures import State
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -20,13 +19,12 @@ from vllm.envs import enable_envs_cache
 
 from service import connection, progress, prompting, settings, web
 from service.admission import Admission
-from service.admit import Admit
 from service.budget import Budget
 from service.contract import Contract
 from service.contract_request import OPENAPI
 from service.ending import Endings
 from service.engine import Engine
-from service.errors import ConfigError, LaunchError, RequestError
+from service.errors import ConfigError, RequestError
 from service.health import Health, Phase
 from service.keys import Keys
 from service.model_config import ModelConfig
@@ -35,20 +33,6 @@ from service.request_record import RequestRecord
 from service.settings import ApiProcessConfig
 from service.watch import Watch
 
-# vLLM's routes that make the engine generate; they pass our queue. A route that is not in this
-# version of vLLM's app ends the start.
-GENERATING = frozenset(
-    {
-        "/generative_scoring",
-        "/invocations",
-        "/v1/chat/completions",
-        "/v1/chat/completions/batch",
-        "/v1/completions",
-        "/v1/messages",
-        "/v1/responses",
-        "/v1/systemone",
-    }
-)
 # Not for clients: they change the engine that everybody uses.
 _OFF = frozenset({"/scale_elastic_ep", "/is_scaling_elastic_ep"})
 # Where vLLM's scale-out routes are off, as here, it has routes in their place that say so.
@@ -127,15 +111,7 @@ class ChatService:
         shorten_error_texts()
         app.title = "vllm-chat-service"
         app.version = version(app.title)
-        app.add_api_route(
-            "/",
-            _create,
-            methods=["POST"],
-            name="create",
-            summary="Answer one prompt",
-            openapi_extra=OPENAPI,
-            response_class=Response,
-        )
+        app.openapi = _openapi(app.openapi)  # type: ignore[method-assign]
         for path, handler, summary in (
             ("/", _index, "The chat page for browsers; for programs, what there is"),
             ("/health", _health, "200 when the engine works, 503 when it is dead or stalled"),
@@ -155,10 +131,9 @@ class ChatService:
                     include_in_schema=method == "GET",
                 )
                 app.router.routes.insert(0, app.router.routes.pop())
-        # FastAPI describes `/`. One route answers, so that 405 names all methods, and without what
-        # FastAPI does for a handler.
+        # One route answers on `/`, so that 405 names all methods; the gate has taken POST.
         methods = ["GET", "HEAD", "POST"]
-        app.router.routes.insert(0, Route("/", _root, methods=methods, include_in_schema=False))
+        app.router.routes.insert(0, Route("/", _index, methods=methods, include_in_schema=False))
         app.router.lifespan_context = _lifespan(app.router.lifespan_context)
 
     async def init_state(
@@ -188,7 +163,7 @@ def _lifespan(inner: Lifespan[FastAPI]) -> Lifespan[FastAPI]:
         )
         schemas = app.openapi()["components"]["schemas"].values()
         service.body_keys = {key for schema in schemas for key in schema.get("properties", ())}
-        _guard_routes(app, service)
+        _take_off(app)
         connection.guard(app.state.server.config, service.config.settings, service.max_connections)
         watch = Watch(
             service.engine_client,
@@ -209,32 +184,26 @@ def _lifespan(inner: Lifespan[FastAPI]) -> Lifespan[FastAPI]:
     return lifespan
 
 
-def _guard_routes(app: FastAPI, service: ServiceState) -> None:
-    """Put vLLM's generating routes behind the queue, and take off what is not for clients."""
+def _take_off(app: FastAPI) -> None:
+    """Take off vLLM's routes that are not for clients."""
     off = _OFF if not app.state.args.enable_elastic_ep else frozenset()
     app.router.routes[:] = [
         route
         for route in app.routes
         if getattr(route, "path", None) not in off and getattr(route, "name", None) != _DISABLED
     ]
-    guarded = set()
-    for route in app.routes:
-        if isinstance(route, APIRoute) and route.path in GENERATING:
-            route.app = Admit(
-                route.app, service.admission, service.endings, service.config.settings
-            )
-            guarded.add(route.path)
-    if missing := GENERATING - guarded:
-        raise LaunchError(f"vLLM's app lacks {', '.join(sorted(missing))}: not the pinned version")
 
 
-async def _create(request: Request) -> Response:
-    state: ServiceState = request.app.state.service
-    return await state.contract.create(request)
+def _openapi(described: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    """The schema of the application with POST /, which no route of FastAPI's answers."""
 
+    def openapi() -> dict[str, Any]:
+        schema = described()
+        operation = {"summary": "Answer one prompt", "operationId": "create", **OPENAPI}
+        schema["paths"].setdefault("/", {})["post"] = operation
+        return schema
 
-async def _root(request: Request) -> Response:
-    return await (_create if request.method == "POST" else _index)(request)
+    return openapi
 
 
 async def _index(request: Request) -> Response:

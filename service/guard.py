@@ -20,7 +20,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import logs, metrics, tracing, vllm_errors
+from service.admission import Admission
+from service.admit import Admit
 from service.budget import Budget
+from service.ending import Endings
 from service.errors import (
     BodyTooLarge,
     BodyTooSlow,
@@ -34,13 +37,25 @@ from service.errors import (
 )
 from service.keys import Keys
 from service.request_record import RequestRecord
+from service.settings import ApiProcessConfig
 
 _logger = logging.getLogger("service")
 
 REQUEST_ID = "x-request-id"
+# These methods generate nothing, on no route.
+_READING = frozenset({"GET", "HEAD", "OPTIONS"})
 # Probes carry no key, and are not worth a log line each.
 HEALTH = frozenset({"/health", "/health/live", "/health/ready", "/ping"})
 _QUIET = HEALTH | {"/metrics"}
+# What else generates nothing. A route that is not here passes the queue, known or not.
+_FREE = HEALTH | {
+    "/",
+    "/detokenize",
+    "/tokenize",
+    "/v1/load_lora_adapter",
+    "/v1/messages/count_tokens",
+    "/v1/unload_lora_adapter",
+}
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Read at most this much of an error body: vLLM repeats what the client sent.
 _MAX_ERROR_BYTES = 65_536
@@ -64,6 +79,9 @@ class ServiceState(Protocol):
     def body_timeout(self) -> float: ...
 
     create: ASGIApp  # POST /
+    admission: Admission
+    endings: Endings
+    config: ApiProcessConfig
     budget: Budget
     traces: bool
     body_bytes: int  # of all bodies that are held now
@@ -196,7 +214,7 @@ class _Answer:
             answer = refusal(error, self._record.id, path)
             if self._failed and "allow" in (headers := Headers(raw=self._failed["headers"])):
                 answer.headers["allow"] = headers["allow"]
-            await self._with_cors(answer)(self._scope, self._receive, self._send)
+            await with_cors(answer, self._scope)(self._scope, self._receive, self._send)
         elif self._events is not None:
             event = refusal_event(error, self._record.id, path, self._events)
             await self._send({"type": "http.response.body", "body": event})
@@ -224,15 +242,6 @@ class _Answer:
         if status >= 500 and self._state.engine_dead:
             return EngineDead()
         return vllm_errors.explain(status, error, self._state.model_names, self._state.body_keys)
-
-    def _with_cors(self, answer: ASGIApp) -> ASGIApp:
-        """A page of another site may read an error too, where it may read answers."""
-        if "origin" not in Headers(scope=self._scope):
-            return answer
-        args = self._scope["app"].state.args
-        return CORSMiddleware(
-            answer, allow_origins=args.allowed_origins, allow_credentials=args.allow_credentials
-        )
 
 
 class ApiKey:
@@ -308,27 +317,28 @@ class Body:
             state.body_bytes -= held.bytes
 
 
-class Shortcut:
-    """Innermost: takes POST / to its handler past layers of vLLM's that it has no use for.
+class Gate:
+    """Innermost: POST / goes to its handler, and whatever else may generate passes the queue.
 
-    They are CORS, which matters to browsers alone, HTTP metrics beside ours, and the router.
+    POST / passes by layers of vLLM's that it has no use for: HTTP metrics beside ours, the router.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if (
-            scope["type"] == "http"
-            and scope["path"] == "/"
-            and scope["method"] == "POST"
-            and not scope.get("root_path")
-            and not any(name == b"origin" for name, _ in scope["headers"])
-        ):
+        app = self.app
+        if scope["type"] == "http" and scope["method"] not in _READING:
             state: ServiceState = scope["app"].state.service
-            await state.create(scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
+            path = path_of(scope)
+            if path == "/" and scope["method"] == "POST":
+                app = with_cors(state.create, scope)
+            elif path not in _FREE and not path.startswith("/v1/responses/"):
+                app = Admit(app, state.admission, state.endings, state.config.settings)
+        await app(scope, receive, send)
+
+
+Shortcut = Gate  # as launch.py names it
 
 
 class _Held:
@@ -391,6 +401,16 @@ def _bearer(scope: Scope) -> bytes:
             scheme, _, key = value.partition(b" ")
             return bytes(key.strip()) if scheme.lower() == b"bearer" else b""
     return b""
+
+
+def with_cors(app: ASGIApp, scope: Scope) -> ASGIApp:
+    """Lets a page of another site read the answer, where vLLM's arguments let it."""
+    if "origin" not in Headers(scope=scope):
+        return app
+    args = scope["app"].state.args
+    return CORSMiddleware(
+        app, allow_origins=args.allowed_origins, allow_credentials=args.allow_credentials
+    )
 
 
 def path_of(scope: Scope) -> str:

@@ -1,0 +1,105 @@
+"""The gate is closed by default: what is not known to generate nothing passes the queue."""
+
+from argparse import Namespace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.testclient import TestClient
+from starlette.types import Receive, Scope, Send
+
+from service.admission import Admission
+from service.ending import Endings
+from service.errors import Overloaded
+from service.guard import Gate, Observe, Refusals
+from service.settings import Settings
+from tests.conftest import hardening
+
+
+class State:
+    """What the classes need of `app.state.service`, whose queue can be closed."""
+
+    traces = False
+    engine_dead = False
+    model_names = ("a-model",)
+    body_keys: frozenset[str] = frozenset()
+
+    def __init__(self, *, cache_per_key: bool = False) -> None:
+        self.admission = Admission(1, 0, 10)
+        self.endings = Endings()
+        self.config = SimpleNamespace(settings=Settings(cache_per_key=cache_per_key))
+
+    async def create(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await JSONResponse({"response": "ours"})(scope, receive, send)
+
+
+async def echo(request: Request) -> JSONResponse:
+    return JSONResponse({"body": (await request.body()).decode()})
+
+
+def application(state: State) -> FastAPI:
+    app = FastAPI()
+    app.state.service = state
+    app.state.args = Namespace(allowed_origins=["*"], allow_credentials=False)
+    for path in ("/v1/new", "/v1/audio/transcriptions", "/tokenize"):
+        app.add_route(path, echo, methods=["GET", "POST"])
+    app.add_middleware(Gate)
+    app.add_middleware(Refusals)
+    app.add_middleware(Observe)
+    return app
+
+
+def ask(state: State, method: str, path: str, *, closed: bool = False, **body: Any) -> Any:
+    if closed:
+        state.admission.close(Overloaded("the server is full", retry_after=1))
+    return TestClient(application(state)).request(method, path, **body)
+
+
+@hardening(22)
+@pytest.mark.parametrize(
+    ("method", "path", "status", "when_closed"),
+    [
+        ("POST", "/v1/new", 200, 429),
+        ("POST", "/v1/audio/transcriptions", 200, 429),
+        ("POST", "/v1/nowhere", 404, 429),
+        ("PUT", "/v1/new", 405, 429),
+        ("GET", "/v1/new", 200, 200),
+        ("POST", "/tokenize", 200, 200),
+        ("POST", "/v1/responses/resp_1/cancel", 404, 404),
+        ("POST", "/health", 404, 404),
+        ("POST", "/", 200, 200),  # whose handler asks the queue
+    ],
+)
+def test_what_may_generate_passes_the_queue(
+    method: str, path: str, status: int, when_closed: int
+) -> None:
+    assert ask(State(), method, path).status_code == status
+    closed = ask(State(), method, path, closed=True)
+    assert closed.status_code == when_closed
+    assert ("retry-after" in closed.headers) == (when_closed == 429)
+
+
+def test_limits_hold_on_routes_that_nobody_knows() -> None:
+    assert ask(State(), "POST", "/v1/new", json={"n": 65}).status_code == 422
+    assert ask(State(), "POST", "/v1/new", json={"n": 2}).json() == {"body": '{"n":2}'}
+
+
+def test_files_pass_where_no_cache_is_kept_per_key() -> None:
+    files = {"file": b"sound"}
+    path = "/v1/audio/transcriptions"
+    assert "sound" in ask(State(), "POST", path, files=files).json()["body"]
+    refused = ask(State(cache_per_key=True), "POST", path, files=files)
+    assert refused.status_code == 422 and "takes no forms" in refused.text
+
+
+def test_each_key_has_a_cache_of_its_own_on_every_route() -> None:
+    body = ask(State(cache_per_key=True), "POST", "/v1/new", json={"prompt": "hi"}).json()["body"]
+    assert body == '{"prompt":"hi","cache_salt":"anonymous"}'
+
+
+def test_a_page_of_another_site_may_post() -> None:
+    answer = ask(State(), "POST", "/", headers={"origin": "http://elsewhere"})
+    assert answer.headers["access-control-allow-origin"] == "*"
