@@ -156,9 +156,6 @@ class Refusals:
             await answer.refuse(answer.unexpected(e))
 
 
-CleanErrors = Refusals  # as launch.py names it
-
-
 class _Answer:
     """What is sent to a client; an error in it gives way to ours."""
 
@@ -336,9 +333,6 @@ class Gate:
             elif path not in _FREE and not path.startswith("/v1/responses/"):
                 app = Admit(app, state.admission, state.endings, state.config.settings)
         await app(scope, receive, send)
-
-
-Shortcut = Gate  # as launch.py names it
 
 
 class _Held:

@@ -38,8 +38,8 @@ PLUGINS = (
     ("vllm.endpoint_plugins", "chat_service"),
 )
 # The first is innermost.
-MIDDLEWARE = [f"service.guard.{name}" for name in ("Body", "ApiKey", "CleanErrors", "Observe")]
-INNERMOST = "service.guard.Shortcut"  # the user's own stand between
+MIDDLEWARE = [f"service.guard.{name}" for name in ("Body", "ApiKey", "Refusals", "Observe")]
+INNERMOST = "service.guard.Gate"  # the user's own stand between
 
 # For one worker on a CPU vLLM starts a process beside the engine's, so as to bind its threads to
 # all cores but one; and the engine spins on that one while it waits for it. In the engine's own
