@@ -14,15 +14,17 @@ import time
 from typing import Any
 
 from benchmarks import workload
-from service import check, launch, model_config, prompting, settings
+from service import model_config, prompting, settings
+from service.launch import server
+from service.preflight import check
 
 
 def main() -> None:
     config, origins = model_config.load(sys.argv[1], sys.argv[2:])
     chosen = settings.load()
-    with launch.prepared(config, origins, chosen) as (args, _):
-        launch.fetch_files(args, config, chosen)
-        launch.choose_compiled(args, config)
+    with server.prepared(config, origins, chosen) as (args, _):
+        server.fetch_files(args, config, chosen)
+        server.choose_compiled(args, config)
         from vllm import LLM, EngineArgs
 
         llm = LLM.from_engine_args(EngineArgs.from_cli_args(args))

@@ -30,7 +30,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import contenders, report, workload
 from benchmarks.contenders import HttpContender, Offline
-from service import compiled, model_config, settings, weights
+from service import model_config, settings, weights
+from service.launch import compile_cache
 
 Key = tuple[int, str, str, int]  # round, contender, mode, concurrency
 
@@ -100,7 +101,7 @@ class Benchmark:
             about.write_text(json.dumps({"settings": chosen, **_machine()}, indent=1) + "\n")
         config, _ = model_config.load(asked.model, asked.set)
         self.model_name = config.name
-        self.chosen = compiled.CHOICES & config.engine.keys()
+        self.chosen = compile_cache.CHOICES & config.engine.keys()
         self._tokenizer: Any = None
 
     def run(self) -> None:

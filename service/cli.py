@@ -8,17 +8,19 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from service import model_config, settings, weights
-from service.errors import ServiceError
+from service.errors import ConfigError, ServiceError
 
 if TYPE_CHECKING:
-    from service.verify import Report
+    from service.preflight.verify import Verification
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+_SMALLEST_MEMORY = 2**20  # bytes
 
 app = typer.Typer(
     help="Serve the models that the tutorials teach, the way their readers call them, on vLLM.",
@@ -93,7 +95,7 @@ def serve(
 
         chat-service serve my-model.yaml --set engine.max_model_len=2048
     """
-    from service import supervisor
+    from service.launch import supervisor
 
     config, origins = model_config.load(model, assignments or ())
     supervisor.serve(config, origins, settings.load(host=host, port=port, verbose=verbose))
@@ -131,8 +133,7 @@ def check(
 
         chat-service check my-model.yaml --memory 24GiB --concurrent 8 --context 2048
     """
-    from service import check as checker
-    from service import fit
+    from service.preflight import check as checker
 
     config, origins = model_config.load(model, assignments or ())
     print("Asking vLLM, which takes a while to import ...", file=sys.stderr, flush=True)
@@ -140,7 +141,7 @@ def check(
         config,
         origins,
         settings.load(verbose=verbose),
-        memory=fit.parse_size(memory) if memory else None,
+        memory=_size(memory) if memory else None,
         concurrent=concurrent,
         context=context,
     )
@@ -197,14 +198,15 @@ def compile_(
 
         chat-service compile my-model.yaml --set engine.max_model_len=2048
     """
-    from service import compiled, compiling
+    from service.launch import compile_cache
+    from service.preflight import compile
 
     config, origins = model_config.load(model, assignments or ())
-    found = compiling.make(config, origins, settings.load(verbose=verbose))
+    found = compile.make(config, origins, settings.load(verbose=verbose))
     if as_json:
         print(json.dumps({**asdict(found), "gain": found.gain, "used": found.worthwhile}))
         return
-    rows = zip(compiled.BATCHES, found.eager, found.compiled, strict=True)
+    rows = zip(compile_cache.BATCHES, found.eager, found.compiled, strict=True)
     _print_table(
         ("requests at once", "tokens/s eager", "compiled"),
         [(batch, f"{before:.1f}", f"{after:.1f}") for batch, before, after in rows],
@@ -232,7 +234,7 @@ def verify(
 
         chat-service verify baichuan2-7b-chat --set engine.dtype=float32 --json
     """
-    from service import verify
+    from service.preflight import verify
 
     config, origins = model_config.load(model, assignments or ())
     report = verify.verify(
@@ -325,7 +327,18 @@ def models(
         _print_table(columns, rows)
 
 
-def _print_report(report: "Report") -> None:
+def _size(text: str) -> int:
+    """Bytes of a size such as 24GiB or 24GB. Raises ConfigError."""
+    try:
+        size = TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError:
+        size = ByteSize(0)
+    if size < _SMALLEST_MEMORY:  # a number alone is bytes
+        raise ConfigError(f"--memory {text[:40]!r}: expected a size, such as 24GiB, 24GB or 512MiB")
+    return size
+
+
+def _print_report(report: "Verification") -> None:
     for number, comparison in enumerate(report.comparisons, 1):
         print(
             f"{number}. {comparison.agreeing} of {comparison.tokens} tokens agree, log "

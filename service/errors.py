@@ -1,4 +1,4 @@
-"""Every error this package raises, and the one place that turns a refusal into an answer.
+"""Every error this package raises, and the form in which a client reads a refusal.
 
 ServiceError
 ├── ConfigError               a user's mistake at start: YAML, flag, setting (exit status 2)
@@ -9,6 +9,8 @@ ServiceError
     ├── InvalidRequest        422  the JSON is not a valid request
     ├── PromptTooLong         422  the prompt leaves no room in the context
     ├── Unauthorized          401  no key, or a wrong one
+    ├── NotFound              404  there is no such route
+    ├── MethodNotAllowed      405  the route does not take this method
     ├── BodyTooSlow           408  the body did not come in time
     │   └── HeadersTooSlow         the headers did not
     ├── BodyTooLarge          413  the body is longer than the limit
@@ -25,8 +27,6 @@ ServiceError
 import json
 import time
 from typing import Any
-
-from starlette.responses import Response
 
 
 class ServiceError(Exception):
@@ -86,6 +86,22 @@ class InvalidRequest(RequestError):
 class PromptTooLong(RequestError):
     status = 422
     type = "prompt_too_long"
+
+
+class NotFound(RequestError):
+    status = 404
+    type = "not_found"
+
+
+class MethodNotAllowed(RequestError):
+    """`allow` is the header Allow: the methods that the route takes."""
+
+    status = 405
+    type = "method_not_allowed"
+
+    def __init__(self, allow: str) -> None:
+        super().__init__(f"this route takes {allow}")
+        self.allow = allow
 
 
 class BodyTooSlow(RequestError):
@@ -154,17 +170,6 @@ _ANTHROPIC_TYPES = {
 }
 
 
-def refusal(error: RequestError, request_id: str, path: str) -> Response:
-    """The HTTP answer for a refused or failed request to `path`."""
-    headers = {}
-    if error.retry_after is not None:
-        headers["retry-after"] = str(error.retry_after)
-    if isinstance(error, Unauthorized):
-        headers["www-authenticate"] = "Bearer"
-    body = refusal_body(error, request_id, path)
-    return Response(body, error.status, headers, media_type="application/json")
-
-
 def refusal_body(error: RequestError, request_id: str, path: str = "/") -> bytes:
     """An error as the protocol of `path` has it: the contract's, Anthropic's, or OpenAI's."""
     message = f"{error.message} (request {request_id})"
@@ -194,20 +199,3 @@ def refusal_body(error: RequestError, request_id: str, path: str = "/") -> bytes
             }
         }
     return json.dumps(body, ensure_ascii=False).encode()
-
-
-def refusal_event(error: RequestError, request_id: str, path: str, number: int) -> bytes:
-    """The end of a stream that fails after `number` events, as the protocol of `path` has it."""
-    body = refusal_body(error, request_id, path)
-    if path.startswith("/v1/responses"):
-        event = {
-            "type": "error",
-            "code": error.type,
-            "message": f"{error.message} (request {request_id})",
-            "param": error.param,
-            "sequence_number": number,
-        }
-        body = json.dumps(event, ensure_ascii=False).encode()
-    if path.startswith(("/v1/responses", "/v1/messages")):
-        return b"event: error\ndata: " + body + b"\n\n"
-    return b"data: " + body + b"\n\n" + (b"" if path == "/" else b"data: [DONE]\n\n")

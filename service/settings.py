@@ -6,18 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from service import keys
-from service.admission import Client
+from service.clients import Client, digest, read_file
 from service.errors import ConfigError
-from service.model_config import ModelConfig, nearest
+from service.model_config import nearest
 
 PREFIX = "SERVICE_"
-# Names the file with the ApiProcessConfig of this run.
-CONFIG_VARIABLE = "CHAT_SERVICE_CONFIG"
-
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -101,26 +97,14 @@ class Settings(BaseSettings):
         if self.api_key_file:
             if key:
                 raise ConfigError("give SERVICE_API_KEY or SERVICE_API_KEY_FILE, not both")
-            clients = keys.read(self.api_key_file, f"SERVICE_API_KEY_FILE: {self.api_key_file}")
+            clients = read_file(self.api_key_file, f"SERVICE_API_KEY_FILE: {self.api_key_file}")
         elif key is None:
             return None
         else:
-            clients = {keys.digest(key.encode()): Client("default")} if key else {}
+            clients = {digest(key.encode()): Client("default")} if key else {}
         if not clients:
             raise ConfigError("the API key is empty; unset it to serve without a key")
         return clients
-
-
-class ApiProcessConfig(BaseModel):
-    """What `launch` hands to every API process, as a file named by one environment variable."""
-
-    model_config = ConfigDict(frozen=True)
-
-    model: ModelConfig
-    settings: Settings
-    # Of the API keys; None: no key is asked for.
-    clients: dict[str, Client] | None
-    instance: str  # tells this run's answers from those of another on the same port
 
 
 def load(**flags: object) -> Settings:
@@ -145,11 +129,3 @@ def load(**flags: object) -> Settings:
         field = str(error["loc"][0])
         place = f"--{field}" if field in given else f"{PREFIX}{field.upper()}"
         raise ConfigError(f"{place}: {error['msg'][0].lower()}{error['msg'][1:]}") from None
-
-
-def read_api_process_config() -> ApiProcessConfig:
-    """The config that `launch` wrote. Raises ConfigError outside of `chat-service serve`."""
-    file = os.environ.get(CONFIG_VARIABLE)
-    if not file:
-        raise ConfigError("this plugin runs inside `chat-service serve`, which sets it up")
-    return ApiProcessConfig.model_validate_json(Path(file).read_bytes(), strict=False)

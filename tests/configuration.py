@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from service.contract_request import ContractRequest
+from service.api.schema import ContractRequest
 from service.model_config import ModelConfig
 from service.settings import PREFIX, Settings
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from service.admission import Admission, Client
+from service.api.admission import Admission
+from service.clients import Client
 from service.errors import Overloaded, Unavailable, WaitedTooLong
 
 ALICE, BOB = Client("alice"), Client("bob")

@@ -126,7 +126,10 @@ def test_a_port_in_use_is_told_at_once() -> None:
 
 @pytest.mark.parametrize(
     ("module", "plugin"),
-    [("service.statistics", "chat_service_statistics"), ("service.models", "chat_service_models")],
+    [
+        ("service.api.statistics", "chat_service_statistics"),
+        ("service.models", "chat_service_models"),
+    ],
 )
 def test_nothing_goes_on_without_the_plugins(module: str, plugin: str) -> None:
     # An entry in sys.modules that is None makes the import of that module fail.

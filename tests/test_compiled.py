@@ -9,8 +9,9 @@ import httpx
 import pytest
 
 from benchmarks.server import Server
-from service import compiled, launch, model_config, settings
-from service.compiled import Compiled
+from service import model_config, settings
+from service.launch import compile_cache, server
+from service.launch.compile_cache import Compiled
 from tests import checkpoints
 
 
@@ -75,9 +76,9 @@ def test_another_float_type_is_other_code_and_a_larger_cache_is_not(tmp_path: Pa
 
     def file(*assignments: str) -> Path:
         config, origins = model_config.load(str(yaml), assignments)
-        with launch.prepared(config, origins, settings.load()) as (args, _):
-            launch.fetch_files(args, config, settings.load())
-            return compiled.file(args)
+        with server.prepared(config, origins, settings.load()) as (args, _):
+            server.fetch_files(args, config, settings.load())
+            return compile_cache.file(args)
 
     small = ["engine.kv_cache_memory_bytes=64M", "engine.dtype=bfloat16"]
     large = ["engine.kv_cache_memory_bytes=128M", "engine.dtype=bfloat16"]

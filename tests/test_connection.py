@@ -13,7 +13,7 @@ from prometheus_client import REGISTRY
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service import connection
+from service.api import connection
 from service.settings import Settings
 from tests.conftest import hardening
 

@@ -16,14 +16,15 @@ from starlette.types import Message
 from vllm import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from service import launch, settings
-from service.admission import Admission
-from service.contract import Contract
-from service.ending import Endings
-from service.engine import Engine
+from service import settings, vllm_arguments
+from service.api.admission import Admission
+from service.api.cancellation import Cancellations
+from service.api.contract import Contract
+from service.api.engine import Engine
+from service.api.record import RequestRecord
 from service.errors import InvalidRequest
+from service.launch import server
 from service.model_config import ModelConfig
-from service.request_record import RequestRecord
 from tests import checkpoints
 
 LIMIT = 3
@@ -50,8 +51,8 @@ def run(
 async def engine(folder: Path) -> AsyncIterator[tuple[AsyncLLM, Engine, ModelConfig]]:
     assignments = ("engine.enforce_eager=true", "engine.dtype=float32")
     config, origins = checkpoints.load("xverse", folder, *assignments)
-    with launch.prepared(config, origins, settings.load()) as (args, _):
-        launch.use_files(args, folder, folder)
+    with server.prepared(config, origins, settings.load()) as (args, _):
+        vllm_arguments.use_files(args, folder, folder)
         client = AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args))
         online = SimpleNamespace(
             chat_template=None,
@@ -71,7 +72,7 @@ def test_the_engine_never_holds_more_than_the_limit(checkpoint: Path) -> None:
     async def scenario(client: AsyncLLM, engine: Engine, config: ModelConfig) -> None:
         admission = Admission(LIMIT, 1000, 60)
         contract = Contract(
-            config, engine, admission, Endings(), log_prompts=False, cache_per_key=False
+            config, engine, admission, Cancellations(), log_prompts=False, cache_per_key=False
         )
         held = 0
         numbers = itertools.count()

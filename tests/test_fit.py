@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from service import check, fit, model_config, settings
+from service import cli, model_config, settings
 from service.errors import ConfigError, WeightsError
-from service.fit import GIB
+from service.preflight import check, fit
+from service.preflight.fit import GIB
 from tests import checkpoints
 
 pytestmark = pytest.mark.usefixtures("environment")
@@ -290,7 +291,7 @@ def test_lines_for_a_person() -> None:
     ("text", "size"),
     [
         ("24GiB", 24 * 2**30),
-        ("24G", 24 * 2**30),
+        ("24G", 24 * 10**9),
         ("24GB", 24 * 10**9),
         ("1.5 gib", 3 * 2**29),
         ("512MiB", 2**29),
@@ -298,13 +299,13 @@ def test_lines_for_a_person() -> None:
     ],
 )
 def test_sizes(text: str, size: int) -> None:
-    assert fit.parse_size(text) == size
+    assert cli._size(text) == size
 
 
 @pytest.mark.parametrize("text", ["24", "GiB", "-1G", "24Gb/s", "24 cards", "0GiB"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ConfigError, match="--memory .*: expected a size"):
-        fit.parse_size(text)
+        cli._size(text)
 
 
 def test_a_fit_that_is_asked_for_needs_the_files(

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from service import check, float_type, model_config, settings
+from service import model_config, settings
+from service.launch import float_type
+from service.preflight import check
 
 pytestmark = pytest.mark.usefixtures("environment")
 

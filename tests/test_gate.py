@@ -11,10 +11,11 @@ from starlette.responses import JSONResponse
 from starlette.testclient import TestClient
 from starlette.types import Receive, Scope, Send
 
-from service.admission import Admission
-from service.ending import Endings
+from service.api.admission import Admission
+from service.api.cancellation import Cancellations
+from service.api.gate import Gate
+from service.api.middleware import Observe, Refusals
 from service.errors import Overloaded
-from service.guard import Gate, Observe, Refusals
 from service.settings import Settings
 from tests.conftest import hardening
 
@@ -26,11 +27,12 @@ class State:
     engine_dead = False
     model_names = ("a-model",)
     body_keys: frozenset[str] = frozenset()
+    hidden = frozenset({"/v1/hidden"})
 
     def __init__(self, *, cache_per_key: bool = False) -> None:
         self.admission = Admission(1, 0, 10)
-        self.endings = Endings()
-        self.config = SimpleNamespace(settings=Settings(cache_per_key=cache_per_key))
+        self.cancellations = Cancellations()
+        self.deployment = SimpleNamespace(settings=Settings(cache_per_key=cache_per_key))
 
     async def create(self, scope: Scope, receive: Receive, send: Send) -> None:
         await JSONResponse({"response": "ours"})(scope, receive, send)
@@ -44,7 +46,7 @@ def application(state: State) -> FastAPI:
     app = FastAPI()
     app.state.service = state
     app.state.args = Namespace(allowed_origins=["*"], allow_credentials=False)
-    for path in ("/v1/new", "/v1/audio/transcriptions", "/tokenize"):
+    for path in ("/v1/new", "/v1/hidden", "/v1/audio/transcriptions", "/tokenize"):
         app.add_route(path, echo, methods=["GET", "POST"])
     app.add_middleware(Gate)
     app.add_middleware(Refusals)
@@ -69,7 +71,10 @@ def ask(state: State, method: str, path: str, *, closed: bool = False, **body: A
         ("GET", "/v1/new", 200, 200),
         ("POST", "/tokenize", 200, 200),
         ("POST", "/v1/responses/resp_1/cancel", 404, 404),
-        ("POST", "/health", 404, 404),
+        ("POST", "/health", 405, 405),
+        ("DELETE", "/", 405, 405),
+        ("GET", "/v1/hidden", 404, 404),
+        ("POST", "/v1/hidden", 404, 404),
         ("POST", "/", 200, 200),  # whose handler asks the queue
     ],
 )

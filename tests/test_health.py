@@ -1,6 +1,7 @@
 """Ready, stalled, failed: what is concluded from what is seen of the engine."""
 
-from service.health import Health, Phase
+from service.api.health import Health
+from service.phase import Phase
 
 
 class Clock:

@@ -7,20 +7,20 @@ from unittest import mock
 
 import pytest
 
-from service import keys
-from service.admission import Client
+from service import clients
+from service.api.keys import Keys
+from service.clients import Client
 from service.errors import ConfigError
-from service.keys import Keys
 from tests.conftest import hardening
 
 
 @hardening(14)
 def test_a_line_is_a_name_a_key_and_a_weight() -> None:
     hashed = hashlib.sha256(b"k2").hexdigest()
-    clients = keys.parse(f"# ours\nalice k1 2.5\n\nbob sha256:{hashed}  # hashed\n", "keys")
-    assert list(clients.values()) == [Client("alice", 2.5), Client("bob", 1.0)]
-    assert clients[hashed] == Client("bob")
-    assert list(keys.parse("secret\n", "keys").values()) == [Client("default")]
+    found = clients.parse(f"# ours\nalice k1 2.5\n\nbob sha256:{hashed}  # hashed\n", "keys")
+    assert list(found.values()) == [Client("alice", 2.5), Client("bob", 1.0)]
+    assert found[hashed] == Client("bob")
+    assert list(clients.parse("secret\n", "keys").values()) == [Client("default")]
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_a_line_is_a_name_a_key_and_a_weight() -> None:
 )
 def test_a_mistake_names_its_line_and_no_key(text: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        keys.parse(text, "keys")
+        clients.parse(text, "keys")
     assert str(error.value) == message
 
 
@@ -45,7 +45,7 @@ def test_a_key_is_revoked_by_writing_the_file_anew(
 ) -> None:
     file = tmp_path / "keys"
     file.write_text("alice k1\nbob k2\n")
-    current = Keys(keys.read(file, "keys"), file)
+    current = Keys(clients.read_file(file, "keys"), file)
     assert current.client(b"k2") == Client("bob")
     assert current.client(b"k3") is None
     file.write_text("alice k1\n")

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from service import launch, model_config, settings
+from service import model_config, settings, vllm_arguments, vllm_plugins
 from service.errors import ConfigError
+from service.launch import server
 from tests.conftest import MODEL, hardening
 
 
@@ -15,7 +16,7 @@ def arguments(tmp_path: Path, engine: str) -> Namespace:
     file = tmp_path / "m.yaml"
     file.write_text(f"name: m\nsource: {{path: .}}\nengine:\n  {engine}\n")
     config, origins = model_config.load(str(file))
-    return launch.arguments(config, origins, settings.load())
+    return vllm_arguments.arguments(config, origins, settings.load())
 
 
 @pytest.mark.parametrize(
@@ -36,10 +37,10 @@ def arguments(tmp_path: Path, engine: str) -> Namespace:
         (
             "middleware: [a.b, c.d]",
             "middleware",
-            [launch.INNERMOST, "a.b", "c.d", *launch.MIDDLEWARE],
+            ["a.b", "c.d"],
         ),
         ("hf_overrides: {vocab_size: 7}", "hf_overrides", {"vocab_size": 7}),
-        ("dtype: bfloat16", "distributed_executor_backend", launch.CPU_EXECUTOR),
+        ("dtype: bfloat16", "distributed_executor_backend", vllm_arguments.CPU_EXECUTOR),
         ("distributed_executor_backend: mp", "distributed_executor_backend", "mp"),
         ("tensor_parallel_size: 2", "distributed_executor_backend", None),
     ],
@@ -70,7 +71,7 @@ def test_values_are_read_as_vllm_reads_them(
     ],
 )
 def test_one_api_process_serves_on_our_socket(tmp_path: Path, engine: str, here: bool) -> None:
-    assert launch.serves_here(arguments(tmp_path, engine)) is here
+    assert vllm_arguments.serves_here(arguments(tmp_path, engine)) is here
 
 
 @pytest.mark.usefixtures("environment")
@@ -89,10 +90,10 @@ def test_vllm_loads_the_plugins_that_it_would_load_alone(
 
     def named() -> set[str]:
         config, origins = model_config.load(MODEL)
-        with launch.prepared(config, origins, settings.load()):
+        with server.prepared(config, origins, settings.load()):
             return set(os.environ["VLLM_PLUGINS"].split(","))
 
-    ours = {name for _, name in launch.PLUGINS}
+    ours = {name for _, name in vllm_plugins.OURS}
     assert named() >= ours | {f"an_{group}" for group in groups if group != "endpoint"}
     assert "an_endpoint" not in named()
     os.environ["VLLM_PLUGINS"] = "an_endpoint"

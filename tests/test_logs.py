@@ -8,9 +8,9 @@ import httpx
 import openai
 
 from benchmarks.server import Server
-from service.health import Phase
-from service.logs import Report
-from service.run_folder import RunFolder
+from service.launch.log_config import ToSupervisor
+from service.launch.run_folder import RunFolder
+from service.phase import Phase
 from tests.conftest import MODEL, logged
 
 
@@ -74,7 +74,7 @@ def test_probes_are_not_logged(service: Server, http: httpx.Client) -> None:
 
 def test_a_server_that_is_ready_stays_so_whatever_vllm_loads_or_compiles(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    report = Report(str(tmp_path))
+    report = ToSupervisor(str(tmp_path))
 
     def log(message: str) -> None:
         report.filter(logging.LogRecord("vllm", logging.INFO, "", 0, message, (), None))

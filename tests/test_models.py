@@ -14,8 +14,8 @@ from vllm.model_executor.models.llama import LlamaAttention, LlamaModel
 from vllm.plugins import load_general_plugins
 from vllm.transformers_utils.config import get_config
 
-from service import reference
 from service.models import baichuan2, bluelm, openelm
+from service.preflight import reference
 from tests import checkpoints
 from tests.conftest import PATIENCE
 from tests.engine import PROMPTS, Answer, ask, engine

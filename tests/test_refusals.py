@@ -8,7 +8,7 @@ import json
 import logging
 from argparse import Namespace
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -22,10 +22,11 @@ from vllm.entrypoints.openai.responses import api_router as responses_router
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 
 from service import model_config
-from service.admission import Admission
-from service.contract import Chunk, Contract
-from service.ending import Endings
-from service.guard import Observe, Refusals
+from service.api.admission import Admission
+from service.api.cancellation import Cancellations
+from service.api.contract import Contract
+from service.api.engine import Chunk, Engine
+from service.api.middleware import Observe, Refusals
 from service.prompting import Message
 from tests.conftest import MODEL, hardening
 
@@ -94,6 +95,7 @@ class State:
     engine_dead = False
     model_names = (MODEL,)
     body_keys = frozenset({"messages"})
+    hidden: frozenset[str] = frozenset()
 
 
 def application(handler: BrokenHandler | None = None) -> FastAPI:
@@ -105,9 +107,9 @@ def application(handler: BrokenHandler | None = None) -> FastAPI:
     app.state.openai_serving_chat = app.state.anthropic_serving_messages = handler
     contract = Contract(
         model_config.load(MODEL)[0],
-        BrokenEngine(),
+        cast(Engine, BrokenEngine()),
         Admission(4, 4, 10),
-        Endings(),
+        Cancellations(),
         log_prompts=False,
         cache_per_key=False,
     )

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from service import sampling
-from service.contract_request import ContractRequest
+from service.api import sampling
+from service.api.schema import ContractRequest
 from service.errors import PromptTooLong
 from service.model_config import MaxLength
 

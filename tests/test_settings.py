@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from service import settings
-from service.admission import Client
+from service.clients import Client
 from service.errors import ConfigError
 
 

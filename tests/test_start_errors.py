@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from service import checkpoint, start_errors
 from service.errors import WeightsError
+from service.launch import start_errors
+from service.weights import checkpoint
 from tests import checkpoints
 from tests.conftest import PATIENCE
 
@@ -53,17 +54,19 @@ def test_what_vllm_says_becomes_what_to_do(cause: str, advice: str) -> None:
     assert start_errors.explain(cause).startswith(advice)
 
 
-# Runs `launch.run` for each case of stdin in a fork: importing vLLM once takes long enough.
+# Runs `server.run` for each case of stdin in a fork: importing vLLM once takes long enough.
 RUNNER = """
 import json, os, sys, tempfile
 from pathlib import Path
 os.environ["PYTHONWARNINGS"] = "ignore"
 import vllm.entrypoints.cli.serve
 import vllm.v1.engine.async_llm
-from service import launch, model_config, settings
+from service import model_config, settings
+from service.launch import server
 from service.errors import ServiceError
-from service.run_folder import RunFolder
-from service.settings import ApiProcessConfig
+from service.launch.run_folder import RunFolder
+from service.api.application import Deployment
+from service.launch import environment
 
 for case in json.load(sys.stdin):
     reader, writer = os.pipe()
@@ -74,11 +77,11 @@ for case in json.load(sys.stdin):
                 loaded = model_config.load(case[0], case[1:])
                 loading = settings.load()
                 folder = RunFolder(Path(path))
-                folder.write_config(
-                    ApiProcessConfig(model=loaded[0], settings=loading, clients=None, instance="x")
+                folder.write_deployment(
+                    Deployment(model=loaded[0], settings=loading, clients=None, instance="x")
                 )
-                launch.prepare_environment(folder, loading)
-                launch.run(*loaded, loading, folder, None)
+                environment.prepare(folder, loading)
+                server.run(folder, loaded[1], None)
         except ServiceError as e:
             os.write(writer, str(e).encode())
         finally:

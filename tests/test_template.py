@@ -10,11 +10,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from vllm import AsyncEngineArgs
 from vllm.renderers import renderer_from_config
 
-from service import launch, model_config, settings
-from service.check import Report
-from service.check import check as check_model
-from service.engine import chat_params, chat_template
+from service import model_config, settings, vllm_arguments
+from service.api.fast_render import chat_params, chat_template
+from service.launch import server
 from service.model_config import ModelConfig, Origins
+from service.preflight.check import CheckReport
+from service.preflight.check import check as check_model
 from service.prompting import Message
 from tests import checkpoints
 from tests.conftest import MODEL
@@ -61,7 +62,7 @@ def load(
     return model_config.load(str(file))
 
 
-def check(folder: Path, tmp_path: Path, template: str | None, **keys: Any) -> Report:
+def check(folder: Path, tmp_path: Path, template: str | None, **keys: Any) -> CheckReport:
     loaded = load(folder, tmp_path, template, **keys)
     return check_model(*loaded, settings.load(), memory=1 << 34)
 
@@ -74,8 +75,8 @@ def test_short_turns_take_no_more_than_the_template(
     engine = {"tokenizer_mode": "literal", "default_chat_template_kwargs": variables}
     text = SANE + "{{ enable_thinking is defined and not enable_thinking }}"
     loaded = load(checkpoint, tmp_path, text, engine=engine)
-    with launch.prepared(*loaded, settings.load()) as (args, _):
-        launch.use_files(args, checkpoint, checkpoint)
+    with server.prepared(*loaded, settings.load()) as (args, _):
+        vllm_arguments.use_files(args, checkpoint, checkpoint)
         renderer = renderer_from_config(AsyncEngineArgs.from_cli_args(args).create_engine_config())
     renderer.shutdown()  # its threads
     chat = chat_params(text, "auto", resolve_default_chat_template_kwargs(args))

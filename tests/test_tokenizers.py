@@ -17,8 +17,9 @@ from vllm.sampling_params import SamplingParams
 from vllm.tokenizers import get_tokenizer
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
-from service import launch, settings
-from service.engine import chat_params
+from service import settings, vllm_arguments
+from service.api.fast_render import chat_params
+from service.launch import server
 from tests import checkpoints
 
 TEXTS = ["你好", " 你好 ", "Who are you?", "a  b", "😀 龘", "第一行\n第二行\n", "12345", "</s>"]
@@ -158,8 +159,8 @@ def renderer(
     """vLLM's renderer for each mode, as the server makes it, and the options of a chat."""
     checkpoints.write(request.param, tmp_path)
     config, origins = checkpoints.load(request.param, tmp_path)
-    with launch.prepared(config, origins, settings.load()) as (args, _):
-        launch.use_files(args, tmp_path, tmp_path)
+    with server.prepared(config, origins, settings.load()) as (args, _):
+        vllm_arguments.use_files(args, tmp_path, tmp_path)
         renderer = renderer_from_config(AsyncEngineArgs.from_cli_args(args).create_engine_config())
     yield renderer, chat_params(config.prompt.template, "auto", None)
     renderer.shutdown()

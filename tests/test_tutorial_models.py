@@ -12,7 +12,8 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from benchmarks.server import Server
-from service import engine, reference
+from service.api import engine
+from service.preflight import reference
 from tests import checkpoints
 from tests.conftest import PATIENCE
 

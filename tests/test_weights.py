@@ -398,13 +398,17 @@ def test_serve_downloads_what_is_missing_and_check_does_not(
 ) -> None:
     code = (
         "import sys; from pathlib import Path\n"
-        "from service import launch, model_config, settings; from service.cli import app\n"
-        "from service.run_folder import RunFolder\n"
-        "launch._launch = lambda args, listener: print(args.model, args.tokenizer, sep='\\n')\n"
-        "launch.checkpoint.check = lambda folder: None\n"  # these files hold nothing
+        "from service import model_config, settings; from service.cli import app\n"
+        "from service.api.application import Deployment; from service.launch import server\n"
+        "from service.launch.run_folder import RunFolder\n"
+        "server._serve = lambda args, *others: print(args.model, args.tokenizer, sep='\\n')\n"
+        "server.checkpoint.check = lambda folder: None\n"  # these files hold nothing
         "app(['check', sys.argv[1]], standalone_mode=False)\n"
-        "loaded = model_config.load(sys.argv[1], ['engine.enforce_eager=true'])\n"
-        "launch.run(*loaded, settings.load(), RunFolder(Path(sys.argv[2])), None)\n"
+        "config, origins = model_config.load(sys.argv[1], ['engine.enforce_eager=true'])\n"
+        "folder = RunFolder(Path(sys.argv[2]))\n"
+        "folder.write_deployment(Deployment(\n"
+        "    model=config, settings=settings.load(), clients=None, instance='x'))\n"
+        "server.run(folder, origins, None)\n"
     )
     status, output, error = run_cli(hub, tmp_path, code, tiny_yaml, str(tmp_path))
     assert status == 0, error

@@ -1,0 +1,228 @@
+"""Limits on connections that uvicorn lacks: their number, headers, and clients that do not read."""
+
+import asyncio
+import socket
+import uuid
+from collections import deque
+from http import HTTPStatus
+from typing import Any, ClassVar
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from service.api import metrics
+from service.api.middleware import HEALTH
+from service.errors import (
+    HeadersTooLarge,
+    HeadersTooSlow,
+    LaunchError,
+    MalformedBody,
+    RequestError,
+    Unavailable,
+    refusal_body,
+)
+from service.settings import Settings
+
+_MOST_HEADERS = 128
+_MOST_HEADER_BYTES = 65_536
+_MOST_AHEAD = 16  # requests sent before the answers to earlier ones
+# How long what a refused client goes on sending is read and dropped: to close at once would make
+# its machine throw our answer away.
+_LINGER_SECONDS = 2.0
+# Connections beyond the limit, on which only health checks are answered.
+_SPARE_CONNECTIONS = 64
+# How long uvicorn waits at the end for answers that are being written.
+_GRACE_SECONDS = 5
+
+
+def guard(config: uvicorn.Config, settings: Settings, most: int) -> None:
+    """Make the server that runs `config` hold its connections, `most` of them, to the limits.
+
+    Raises LaunchError when uvicorn uses another protocol than the one whose methods are overridden.
+    """
+    if config.http_protocol_class is not HttpToolsProtocol:
+        raise LaunchError("uvicorn does not use its httptools protocol; install httptools")
+
+    class Limited(GuardedProtocol):
+        max_connections = most
+        idle: ClassVar[dict[GuardedProtocol, None]] = {}
+        header_timeout = settings.body_timeout
+        write_timeout = settings.write_timeout
+
+    config.http_protocol_class = Limited
+    config.ws_protocol_class = None
+    config.timeout_graceful_shutdown = _GRACE_SECONDS
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP protocol; ends connections whose headers or whose reader go beyond a limit."""
+
+    max_connections: ClassVar[int]
+    # Those on which nothing is asked now; the one that has been so for longest stands first.
+    idle: ClassVar[dict["GuardedProtocol", None]]
+    header_timeout: ClassVar[float]
+    write_timeout: ClassVar[float]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._unparsed_bytes = 0  # since headers were complete or a body grew
+        self._in_headers = False
+        self._header_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._refused = False
+        self._spare = False
+        self._cycles: deque[RequestResponseCycle] = deque()  # a client may send several ahead
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=1)  # `pause_writing` tells of all that waits
+        if (peer := transport.get_extra_info("socket")) is not None and self.client:
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # notices vanished clients
+        self._expect_headers()
+        if len(self.connections) > self.max_connections:
+            self._make_room()
+        self.idle[self] = None
+
+    def _make_room(self) -> None:
+        """Close the connection that has been idle for longest; if none is, this one is spare."""
+        if self.idle:
+            metrics.IDLE_CLOSED.inc()
+            oldest = next(iter(self.idle))
+            del self.idle[oldest]
+            oldest.transport.close()
+            return
+        self._spare = True
+        if len(self.connections) > self.max_connections + _SPARE_CONNECTIONS:
+            self._refuse_connection()
+
+    def _refuse_connection(self) -> None:
+        metrics.REFUSED.labels("connections").inc()
+        self._refuse(
+            Unavailable(
+                f"the server has {self.max_connections} connections open, which is the limit",
+                retry_after=1,
+            )
+        )
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.idle.pop(self, None)
+        self._cancel(self._header_timer)
+        self._cancel(self._write_timer)
+        for cycle in self._cycles:  # uvicorn tells only the last of them
+            cycle.disconnected = True
+            cycle.message_event.set()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        self._unparsed_bytes += len(data)
+        super().data_received(data)
+        if self._unparsed_bytes > _MOST_HEADER_BYTES:
+            self._refuse_headers()
+        elif not self._cycles and self._header_timer is None:
+            self._expect_headers()  # it sent something, and no whole head of a request
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.idle.pop(self, None)
+        self._in_headers = True
+        self._expect_no_headers()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        if len(self.headers) > _MOST_HEADERS or len(value) > _MOST_HEADER_BYTES:
+            self._refuse_headers()
+
+    def on_headers_complete(self) -> None:
+        self._unparsed_bytes = 0
+        self._in_headers = False
+        self._expect_no_headers()
+        if self.parser.should_upgrade() and self._has_body():
+            # The parser takes it for another protocol, and what follows for the next request.
+            self._refuse(MalformedBody("a request with `Upgrade` can have no body here"))
+        if self._spare and self.url.partition(b"?")[0].decode("latin-1") not in HEALTH:
+            self._refuse_connection()
+        if len(self._cycles) >= _MOST_AHEAD:
+            self._refuse(HeadersTooLarge(f"at most {_MOST_AHEAD} requests may be sent ahead"))
+        if not self._refused:
+            super().on_headers_complete()
+            self._cycles.append(self.cycle)
+
+    def on_body(self, body: bytes) -> None:
+        self._unparsed_bytes = 0
+        if not self._refused:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if not self._refused:
+            super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        answered = self._cycles.popleft()
+        super().on_response_complete()
+        if answered.more_body:  # it was refused before all of it was read
+            self._expect_no_headers()
+            self._header_timer = self.loop.call_later(_LINGER_SECONDS, self.transport.close)
+        elif self._in_headers and not self._cycles:
+            self._expect_headers()  # of a request that was sent ahead
+        elif not self._cycles and not self.transport.is_closing():
+            self.idle[self] = None
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._cancel(self._write_timer)
+        self._write_timer = self.loop.call_later(self.write_timeout, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._cancel(self._write_timer)
+
+    def send_400_response(self, msg: str) -> None:
+        if not self._refused:
+            super().send_400_response(msg)
+
+    def _has_body(self) -> bool:
+        headers = dict(self.headers)
+        return b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
+
+    def _expect_no_headers(self) -> None:
+        self._cancel(self._header_timer)
+        self._header_timer = None
+
+    def _expect_headers(self) -> None:
+        self._header_timer = self.loop.call_later(self.header_timeout, self._refuse_slow_headers)
+
+    def _refuse_slow_headers(self) -> None:
+        self._refuse(HeadersTooSlow(f"the headers did not come within {self.header_timeout:g} s"))
+
+    def _refuse_headers(self) -> None:
+        self._refuse(
+            HeadersTooLarge(
+                f"a request has at most {_MOST_HEADERS} headers, of {_MOST_HEADER_BYTES} bytes"
+            )
+        )
+
+    def _refuse(self, error: RequestError) -> None:
+        if self._refused or self.transport.is_closing():
+            return
+        self._refused = True
+        if self._cycles:  # those have their answers; after the last uvicorn closes
+            self._cycles[-1].keep_alive = False
+            return
+        body = refusal_body(error, uuid.uuid4().hex)
+        retry_after = f"retry-after: {error.retry_after}\r\n" if error.retry_after else ""
+        head = (
+            f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n"
+            f"content-type: application/json\r\n{retry_after}"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.loop.call_later(_LINGER_SECONDS, self.transport.close)
+
+    @staticmethod
+    def _cancel(timer: asyncio.TimerHandle | None) -> None:
+        if timer:
+            timer.cancel()

@@ -1,0 +1,228 @@
+"""`POST /`: the tutorials' wire contract, from the body's bytes to the answer's."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from service import prompting
+from service.api import metrics, sampling
+from service.api.admission import Admission
+from service.api.cancellation import Cancellations, deadline_of
+from service.api.engine import Chunk, Engine
+from service.api.record import RequestRecord
+from service.api.schema import ContractRequest, parse
+from service.clients import Client
+from service.model_config import ModelConfig
+
+
+@dataclass(slots=True)
+class _Generation:
+    """One accepted request on its way through the engine."""
+
+    asked: ContractRequest
+    params: dict[str, Any]
+    prompt_tokens: int
+    chunks: AsyncGenerator[Chunk, None]
+    deadline: float | None
+    # Its place at the engine, while its chunks are taken.
+    held: AbstractAsyncContextManager[object]
+
+
+class Contract:
+    """The handler of `POST /` for one model on one engine."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        engine: Engine,
+        admission: Admission,
+        cancellations: Cancellations,
+        *,
+        log_prompts: bool,
+        cache_per_key: bool,
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.admission = admission
+        self.cancellations = cancellations
+        self.log_prompts = log_prompts
+        self.cache_per_key = cache_per_key
+        self._prompt_tokens = metrics.PROMPT_TOKENS.labels(config.name)
+        self._generation_tokens = metrics.GENERATION_TOKENS.labels(config.name)
+
+    async def create(self, request: Request) -> Response:
+        """Answer one request. Raises RequestError."""
+        record = RequestRecord.of(request.scope)
+        asked = self._parse(await request.body(), record)
+        deadline = deadline_of(request.scope, asked.timeout)
+        self.admission.check(record.client)  # before any work is spent on it
+        async with self.cancellations.watch(request.receive, deadline):
+            generation = await self._start(asked, deadline, record)
+            if not asked.stream:
+                answer = await self._answer(generation, record)
+                return Response(answer, media_type="application/json")
+            async with AsyncExitStack() as stack:
+                await stack.enter_async_context(generation.held)
+                # Refusals of the engine still get their own HTTP status this way.
+                first = await anext(generation.chunks)
+                generation.held = stack.pop_all()
+        return EventStream(self._events(generation, first, record), generation, self.cancellations)
+
+    def _parse(self, body: bytes, record: RequestRecord) -> ContractRequest:
+        began = time.perf_counter()
+        asked = parse(body)
+        record.layer_seconds += time.perf_counter() - began
+        return asked
+
+    async def _start(
+        self, asked: ContractRequest, deadline: float | None, record: RequestRecord
+    ) -> _Generation:
+        began = time.perf_counter()
+        prompt = prompting.render(asked.prompt, asked.history, self.config.prompt)
+        token_ids = await self.engine.tokenize(prompt)
+        params = sampling.resolve(
+            asked,
+            self.engine.defaults,
+            self.config.max_length,
+            prompt_tokens=len(token_ids),
+            context=self.engine.context,
+        )
+        record.prompt_tokens = len(token_ids)
+        record.layer_seconds += time.perf_counter() - began
+        chunks = self.engine.generate(
+            token_ids,
+            params,
+            record.id,
+            stream=bool(asked.stream),
+            echo=self.config.prompt.echo,
+            cache_salt=record.client.name if self.cache_per_key else None,
+            trace_headers=record.trace_headers,
+        )
+        held = self._admitted(record.client, chunks)
+        return _Generation(asked, params, len(token_ids), chunks, deadline, held)
+
+    @asynccontextmanager
+    async def _admitted(
+        self, client: Client, chunks: AsyncGenerator[Chunk, None]
+    ) -> AsyncIterator[None]:
+        """The engine's chunks may begin when the queue lets them; closed, they are aborted."""
+        async with self.admission.slot(client), aclosing(chunks):
+            yield
+
+    async def _answer(self, generation: _Generation, record: RequestRecord) -> bytes:
+        async with generation.held:
+            # To its end: a generator that is dropped makes vLLM abort a request that has finished.
+            (chunk,) = [chunk async for chunk in generation.chunks]
+        began = time.perf_counter()
+        body = self._body(generation, chunk.text, chunk, record)
+        record.layer_seconds += time.perf_counter() - began
+        self._count(generation, chunk, record)
+        return body
+
+    async def _events(
+        self, generation: _Generation, first: Chunk, record: RequestRecord
+    ) -> AsyncGenerator[bytes, None]:
+        """Server-sent events: the new text of each chunk, then the ordinary answer."""
+        text = ""
+        chunk = first
+        following: Chunk | None = first
+        try:
+            while following is not None:
+                chunk = following
+                began = time.perf_counter()
+                text += chunk.text
+                frame = _delta(chunk.text) if chunk.text else b""
+                if chunk.finish_reason:
+                    body = self._body(generation, text, chunk, record)
+                    frame += b"data: " + body + b"\n\n"
+                record.layer_seconds += time.perf_counter() - began
+                if frame:
+                    yield frame
+                following = await anext(generation.chunks, None)
+        finally:
+            self._count(generation, chunk, record)
+
+    def _count(self, generation: _Generation, last: Chunk, record: RequestRecord) -> None:
+        """Note what an answer took: a whole one, or as much as was streamed."""
+        self._prompt_tokens.inc(generation.prompt_tokens)
+        record.generation_tokens = last.tokens
+        record.finish_reason = last.finish_reason
+        self._generation_tokens.inc(last.tokens)
+        metrics.LAYER_SECONDS.observe(record.layer_seconds)
+
+    def _body(
+        self, generation: _Generation, text: str, last: Chunk, record: RequestRecord
+    ) -> bytes:
+        """The contract's answer object, its keys in the tutorials' order."""
+        asked = generation.asked
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        if self.log_prompts:
+            record.exchange = (now, asked.prompt, text)
+        body: dict[str, Any] = {"response": text, "status": 200, "time": now}
+        if asked.history is not None:
+            answer = text[last.echoed :]  # what the model said: it will read it again
+            body["history"] = prompting.append_turn(asked.history, asked.prompt, answer)
+        if asked.details:
+            body["details"] = {
+                "model": self.config.name,
+                "finish_reason": last.finish_reason,
+                "prompt_tokens": generation.prompt_tokens,
+                "completion_tokens": last.tokens,
+                "sampling": generation.params,
+            }
+        return _json(body)
+
+
+class EventStream(Response):
+    """Server-sent events, written frame by frame.
+
+    A client that leaves or a deadline that passes cancels the frames; the generation is closed in
+    every case, which aborts the engine's request if it is still running.
+    """
+
+    def __init__(
+        self,
+        frames: AsyncGenerator[bytes, None],
+        generation: _Generation,
+        cancellations: Cancellations,
+    ) -> None:
+        super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        del self.headers["content-length"]
+        self.frames = frames
+        self.generation = generation
+        self.cancellations = cancellations
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # A task of its own: resumed for each token, without all the layers that wait around it.
+        await asyncio.create_task(self._send(scope, receive, send))
+
+    async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        async with (
+            self.cancellations.watch(receive, self.generation.deadline),
+            self.generation.held,
+            aclosing(self.frames) as frames,
+        ):
+            await send(start)
+            async for frame in frames:
+                await send({"type": "http.response.body", "body": frame, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+_encode = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def _delta(text: str) -> bytes:
+    return f'data: {{"delta": {_encode(text)}}}\n\n'.encode()
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return _encode(value).encode()

@@ -1,0 +1,62 @@
+"""vLLM's endpoint plugin: brings our state and our description into the application it builds."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.datastructures import State
+from vllm.engine.protocol import EngineClient
+
+from service import prompting
+from service.api import routes
+from service.api.application import Deployment, Host
+from service.api.state import ServiceState
+from service.errors import ConfigError, RequestError
+from service.models.vllm_private import shorten_error_texts
+
+
+class ChatService:
+    """vLLM's EndpointPlugin protocol. What answers is in `gate`, before vLLM's routes."""
+
+    name = "chat_service"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        shorten_error_texts()
+        app.title = "vllm-chat-service"
+        app.version = version(app.title)
+        app.openapi = _described(app.openapi)  # type: ignore[method-assign]
+
+    async def init_state(
+        self, engine_client: EngineClient | None, state: State, args: Namespace
+    ) -> None:
+        assert engine_client is not None  # required_tasks keeps us off the render server
+        try:
+            given: tuple[Deployment, Host] = args.chat_service
+        except AttributeError:
+            raise ConfigError("this plugin runs in `chat-service`, which sets it up") from None
+        deployment, host = given
+        model = deployment.model
+        for served in state.openai_serving_models.base_model_paths:
+            served.model_path = model.name  # /v1/models would show a path of this machine
+        service = ServiceState(deployment, host, engine_client, state, args.api_server_count or 1)
+        service.engine.stop_at(model.sampling.stop or ())
+        try:  # so that a broken template ends the start, and not every request
+            await service.engine.tokenize(prompting.render("hi", None, model.prompt))
+        except RequestError as e:
+            reason = " ".join(str(e.__cause__).split())
+            raise ConfigError(f"prompt.template cannot render one user turn: {reason}") from e
+        state.service = service
+
+
+def _described(openapi: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    """FastAPI's schema with our routes, which are no routes of FastAPI's."""
+
+    def described() -> dict[str, Any]:
+        schema = openapi()
+        routes.describe(schema)
+        return schema
+
+    return described

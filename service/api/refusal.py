@@ -1,0 +1,37 @@
+"""A refusal as an HTTP answer, or as the last event of a stream."""
+
+import json
+
+from starlette.responses import Response
+
+from service.errors import MethodNotAllowed, RequestError, Unauthorized, refusal_body
+
+
+def refusal(error: RequestError, request_id: str, path: str) -> Response:
+    """The HTTP answer for a refused or failed request to `path`."""
+    headers = {}
+    if error.retry_after is not None:
+        headers["retry-after"] = str(error.retry_after)
+    if isinstance(error, MethodNotAllowed):
+        headers["allow"] = error.allow
+    if isinstance(error, Unauthorized):
+        headers["www-authenticate"] = "Bearer"
+    body = refusal_body(error, request_id, path)
+    return Response(body, error.status, headers, media_type="application/json")
+
+
+def refusal_event(error: RequestError, request_id: str, path: str, number: int) -> bytes:
+    """The end of a stream that fails after `number` events, as the protocol of `path` has it."""
+    body = refusal_body(error, request_id, path)
+    if path.startswith("/v1/responses"):
+        event = {
+            "type": "error",
+            "code": error.type,
+            "message": f"{error.message} (request {request_id})",
+            "param": error.param,
+            "sequence_number": number,
+        }
+        body = json.dumps(event, ensure_ascii=False).encode()
+    if path.startswith(("/v1/responses", "/v1/messages")):
+        return b"event: error\ndata: " + body + b"\n\n"
+    return b"data: " + body + b"\n\n" + (b"" if path == "/" else b"data: [DONE]\n\n")

@@ -1,0 +1,137 @@
+"""What a request to vLLM's generating routes may ask for, beyond what vLLM itself refuses."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from pydantic_core import from_json, to_json
+
+from service.api import body_budget
+from service.errors import InvalidRequest
+
+# Compiling a grammar takes time and memory that grow faster than its text.
+MAX_GRAMMAR_BYTES = 16_384
+MAX_REGEX = 1_024
+# xgrammar counts properties in a grammar that grows with the cube of how many there are.
+MAX_COUNTED_PROPERTIES = 32
+MAX_STOP = 1_000
+# Keys that count sequences side by side, whatever the route; a key that is absent counts as one.
+_COUNTS = ("n", "best_of")
+_LISTS = ("items", "prompt", "messages", "questions")
+# What is long by nature. Whatever else has parts may end in a grammar, under any route's name.
+_LONG = frozenset(
+    {"messages", "prompt", "input", "items", "query", "system", "questions", "documents"}
+    | {"allowed_token_ids", "stop_token_ids", "logit_bias", "bad_words", "stop"}
+)
+
+
+def parse(body: bytes) -> Mapping[str, Any]:
+    """The JSON object of a body. Raises MalformedBody, and InvalidRequest for what is no object."""
+    request = body_budget.parse(body)
+    if not isinstance(request, Mapping):
+        raise InvalidRequest("the body must be a JSON object")
+    return request
+
+
+def sequences(request: Mapping[str, Any], max_sequences: int) -> int:
+    """How many sequences a body asks the engine for.
+
+    Raises InvalidRequest for more than `max_sequences`, and for grammars and stop strings that are
+    too long.
+    """
+    count, param = 1, None
+    for key in _COUNTS:
+        value = request.get(key)
+        if value is not None and type(value) is not int:
+            raise InvalidRequest(f"{key} must be an integer", param=key)
+        if value is not None and value > 1:
+            count, param = max(count, value), key
+    for key in _LISTS:
+        prompts = _prompts(request.get(key), key)
+        if prompts > 1:
+            count, param = count * prompts, key
+    if count > max_sequences:
+        raise InvalidRequest(
+            f"one request may ask for {max_sequences} sequences at most (n times the number of "
+            "prompts)",
+            param=param,
+        )
+    _check_stop(request.get("stop"))
+    for key, value in request.items():
+        if key == "tools":
+            value = _forced(value, request.get("tool_choice"))
+        if isinstance(value, dict | list) and key not in _LONG:
+            _check_grammar(value, str(key)[:64])
+    return count
+
+
+def _prompts(value: Any, key: str) -> int:
+    """Prompts in a list of them; one prompt as token ids or as messages is a list too."""
+    if not isinstance(value, list) or not value:
+        return 1
+    first = value[0]
+    if key == "messages":
+        return len(value) if isinstance(first, list) else 1
+    return 1 if isinstance(first, int) else len(value)
+
+
+def _check_stop(stop: Any) -> None:
+    strings = stop if isinstance(stop, list) else [stop]
+    if any(isinstance(string, str) and len(string) > MAX_STOP for string in strings):
+        raise InvalidRequest(f"a stop string has at most {MAX_STOP} characters", param="stop")
+
+
+def _forced(tools: Any, choice: Any) -> list[Any]:
+    """The tools that become a grammar: those that the model must call, or call strictly.
+
+    A tool that it may call is only text of the prompt. OpenAI's two routes and Anthropic's differ
+    in where the name stands, and in the words for a choice.
+    """
+    if not isinstance(tools, list):
+        return []
+
+    def inner(value: Any) -> dict[str, Any]:
+        function = value.get("function", value) if isinstance(value, dict) else {}
+        return function if isinstance(function, dict) else {}
+
+    kind = choice.get("type") if isinstance(choice, dict) else choice
+    if kind in (None, "auto", "none"):
+        return [tool for tool in tools if inner(tool).get("strict")]
+    name = inner(choice).get("name")
+    return [tool for tool in tools if name in (None, inner(tool).get("name"))]
+
+
+def _check_grammar(grammar: Any, key: str) -> None:
+    if len(to_json(grammar)) > MAX_GRAMMAR_BYTES:
+        raise InvalidRequest(
+            f"{key} has at most {MAX_GRAMMAR_BYTES} bytes where it becomes a grammar", param=key
+        )
+    pending = [grammar]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):  # a schema as text
+            with suppress(ValueError):
+                value = from_json(value)
+        if isinstance(value, dict):
+            counted = "minProperties" in value or "maxProperties" in value
+            properties = value.get("properties")
+            if (
+                counted
+                and isinstance(properties, dict)
+                and len(properties) > MAX_COUNTED_PROPERTIES
+            ):
+                raise InvalidRequest(
+                    f"an object in {key} with minProperties or maxProperties has at most "
+                    f"{MAX_COUNTED_PROPERTIES} properties",
+                    param=key,
+                )
+            for name in ("regex", "pattern"):
+                regex = value.get(name)
+                if isinstance(regex, str) and len(regex) > MAX_REGEX:
+                    raise InvalidRequest(
+                        f"a regular expression in {key} has at most {MAX_REGEX} characters",
+                        param=key,
+                    )
+            pending.extend(value.values())
+        elif isinstance(value, list):
+            pending.extend(value)

@@ -1,0 +1,88 @@
+"""Everything of ours that the requests to one application share: `app.state.service`."""
+
+import asyncio
+import math
+from collections.abc import Collection, Sequence
+
+from starlette.datastructures import State
+from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
+from vllm.engine.protocol import EngineClient
+
+from service.api.admission import Admission
+from service.api.application import Deployment, Host
+from service.api.body_budget import Budget
+from service.api.cancellation import Cancellations
+from service.api.contract import Contract
+from service.api.engine import Engine
+from service.api.health import Health
+from service.api.keys import Keys
+
+# So many times what runs may wait, when the setting does not say.
+_WAITING_FACTOR = 4
+
+
+class ServiceState:
+    """Made when the engine runs, one for each API process."""
+
+    # Known when all routes are there.
+    budget: Budget
+    body_keys: Collection[str]  # all that the bodies of vLLM's routes may have
+    hidden: Collection[str]  # paths of vLLM's that are not for clients
+
+    def __init__(
+        self,
+        deployment: Deployment,
+        host: Host,
+        client: EngineClient,
+        state: State,
+        processes: int,
+    ) -> None:
+        self.deployment = deployment
+        self.host = host
+        self.engine_client = client
+        settings = deployment.settings
+        # Each of several API processes takes its part of the limits: vLLM shares connections out.
+        vllm = client.vllm_config
+        sequences = vllm.scheduler_config.max_num_seqs * vllm.parallel_config.data_parallel_size
+        limit = math.ceil(sequences / processes)
+        waiting = settings.max_waiting
+        queue = limit * _WAITING_FACTOR if waiting is None else math.ceil(waiting / processes)
+        self.admission = Admission(limit, queue, settings.queue_timeout)
+        # Enough that a full queue is told before the connections run out.
+        self.max_connections = settings.max_connections or max(4096, limit + queue + 512)
+        self.cancellations = Cancellations()
+        self.health = Health(settings.stall_timeout, settings.step_timeout)
+        self.probe: asyncio.Task[None] | None = None
+        self.keys: Keys | None = None
+        if deployment.clients is not None:
+            self.keys = Keys(deployment.clients, settings.api_key_file)
+        self.traces = vllm.observability_config.otlp_traces_endpoint is not None
+        self.held_body_bytes = 0  # of all bodies that are held now
+        self._models = state.openai_serving_models
+        self.engine = Engine(client, state)
+        self.contract = Contract(
+            deployment.model,
+            self.engine,
+            self.admission,
+            self.cancellations,
+            log_prompts=settings.log_prompts,
+            cache_per_key=settings.cache_per_key,
+        )
+
+    async def create(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """POST / as an ASGI application."""
+        response = await self.contract.create(Request(scope, receive, send))
+        await response(scope, receive, send)
+
+    @property
+    def model_names(self) -> Sequence[str]:
+        """What a request may name as its model: this one, and adapters of it."""
+        return [model.name for model in self._models.base_model_paths] + list(
+            self._models.lora_requests
+        )
+
+    @property
+    def engine_dead(self) -> bool:
+        """Whether the engine has ended under us."""
+        return bool(self.engine_client.errored)

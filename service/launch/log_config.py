@@ -1,0 +1,162 @@
+"""What every process of a server logs, and how it looks: the start-up is told in phases."""
+
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from service.launch import start_errors
+from service.launch.run_folder import RunFolder
+from service.phase import Phase
+
+# vLLM 0.32's own messages that begin or end a phase of the start, and what we say instead. The
+# last element: whether the time since the previous phase is worth saying.
+_PHASES: tuple[tuple[re.Pattern[str], str, bool], ...] = tuple(
+    (re.compile(pattern), phase, timed)
+    for pattern, phase, timed in (
+        (r"Starting to load model ", "Loading the weights ...", False),
+        (r"Loading weights took ([\d.]+) seconds", r"Weights loaded in \1 s", False),
+        (r"Warming up model for the compilation", "Compiling and warming up ...", False),
+        (r"Warming up done", "Compiled and warmed up", True),
+        (r"torch\.compile took ([\d.]+) s in total", r"Compiled in \1 s", False),
+        (r"Graph capturing finished in ([\d.]+) secs", r"CUDA graphs captured in \1 s", False),
+        (r"KV cache size: ([\d,]+) tokens", r"KV cache: room for \1 tokens", False),
+        (r"init engine \(.*\) took ([\d.]+) s", r"Engine ready in \1 s", False),
+    )
+)
+# The same messages as phases that /health/ready tells.
+_HEALTH_PHASES: tuple[tuple[re.Pattern[str], Phase], ...] = (
+    (re.compile(r"Starting to load model "), Phase.LOADING),
+    (re.compile(r"Warming up model for the compilation|Dynamo bytecode"), Phase.COMPILING),
+    (re.compile(r"Loading weights took|Warming up done|Graph captur|KV cache size"), Phase.WARMING),
+)
+# Warnings of vLLM and its libraries that ask nothing of the user here; --verbose shows them.
+_HARMLESS = re.compile(
+    "|".join(
+        (
+            "Triton",
+            "libtcmalloc|libiomp",
+            "Enforce eager set",
+            "Inductor compilation",
+            "Model Runner V2",
+            "Reset SSM cache",
+            "Reducing Torch threads",
+            "Default vLLM sampling parameters have been overridden",
+            "disabling stats logging",
+            r"\[shutdown\]",
+            "ulimit",
+            "Using a slow tokenizer",
+            r"torch\.set_num_threads",
+            "The global random seed",
+            "Attempted to load weight",
+            "requires system-first ordering",
+            "Failed to create oneDNN linear",  # bfloat16 on a processor without it
+            "is already registered. Overwriting",  # a second engine in one process
+        )
+    )
+)
+
+
+# Of a worker's start, of a worker's later work, of the engine's start.
+_FAILED = re.compile(r"failed to start|WorkerProc hit an exception")
+
+
+class ToSupervisor(logging.Filter):
+    """Tells the supervisor what vLLM's processes only log: how far they are, and why they fail."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self._folder = RunFolder(Path(folder))
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name.partition(".")[0] == "service":
+            return True
+        message = record.getMessage()
+        if record.levelno >= logging.ERROR:
+            error = record.exc_info[1] if record.exc_info else None
+            if error and _FAILED.search(message) and start_errors.is_root(error):
+                self._folder.report_cause(start_errors.sentence(error))
+        else:
+            for pattern, phase in _HEALTH_PHASES:
+                # A server that is ready may load an adapter, or compile a shape that is new.
+                if pattern.search(message) and self._folder.phase()[0] is not Phase.READY:
+                    self._folder.set_phase(phase)
+        return True
+
+
+class StartUp(logging.Filter):
+    """Keeps what a user needs: phases with their durations, warnings that matter, and our lines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._phase_began = 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name.partition(".")[0] == "service":
+            return True
+        message = record.getMessage()
+        if record.exc_info and type(record.exc_info[1]).__name__ == "EngineDeadError":
+            return False  # told once, by our own line
+        if "Exception occurred while running API servers" in message:
+            return False  # told by the supervisor
+        if message.startswith("Error with model "):
+            return False  # a client's mistake, with what the client sent
+        if record.levelno >= logging.ERROR:
+            if "failed to start" in message:
+                # Our own last line tells the cause. multiprocessing would print the traceback.
+                sys.stderr = open(os.devnull, "w")
+                return False
+            if _FAILED.search(message) and record.exc_info:
+                record.msg, record.args = f"{message} {record.exc_info[1]}", ()
+                record.exc_info = record.exc_text = None
+            return "died unexpectedly" not in message
+        if record.levelno >= logging.WARNING:
+            return not _HARMLESS.search(message)
+        for pattern, phase, timed in _PHASES:
+            if found := pattern.search(message):
+                text = found.expand(phase)
+                if timed:
+                    text += f" in {record.created - self._phase_began:.0f} s"
+                self._phase_began = record.created
+                record.msg, record.args = text, ()
+                return True
+        return False
+
+
+def configuration(folder: RunFolder, *, verbose: bool) -> dict[str, Any]:
+    """The logging.config.dictConfig of every process of the server, vLLM's and uvicorn's too."""
+    handler: dict[str, Any] = {
+        "class": "logging.StreamHandler",
+        "stream": "ext://sys.stderr",
+        "formatter": "verbose" if verbose else "plain",
+        "filters": ["report"] if verbose else ["report", "start_up"],
+    }
+    date = "%Y-%m-%d %H:%M:%S"
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {
+            "plain": {"format": "%(asctime)s %(levelname)s %(message)s", "datefmt": date},
+            "verbose": {
+                "format": "%(asctime)s %(levelname)s [%(process)d %(name)s] %(message)s",
+                "datefmt": date,
+            },
+        },
+        "filters": {
+            "report": {
+                "()": "service.launch.log_config.ToSupervisor",
+                "folder": str(folder.config_file.parent),
+            },
+            "start_up": {"()": "service.launch.log_config.StartUp"},
+        },
+        "handlers": {"stderr": handler},
+        "root": {"level": "INFO" if verbose else "WARNING", "handlers": ["stderr"]},
+        "loggers": {
+            "vllm": {"level": "INFO"},
+            "service": {"level": "DEBUG" if verbose else "INFO"},
+            "uvicorn": {"level": "INFO"},
+            "opentelemetry": {"level": "ERROR"},  # its warnings repeat a client's headers
+        },
+    }

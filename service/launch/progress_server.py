@@ -1,0 +1,163 @@
+"""What answers on the service's port while the model is still loading.
+
+It runs in the supervisor, which imports neither torch nor vLLM, so that it answers from the first
+second, and quickly. The API processes take over from it (`RunFolder.take_over`).
+"""
+
+import json
+import socket
+import ssl
+import threading
+import time
+import uuid
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from service import web
+from service.errors import Unavailable, refusal_body
+from service.launch.run_folder import RunFolder
+
+_MOST_CONNECTIONS = 256
+_RETRY_AFTER = 5
+
+
+class ProgressServer:
+    """Answers health checks with the phase of the start, and everything else with 503.
+
+    A browser gets the chat page with it, which shows the phase and waits.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        tls: ssl.SSLContext | None,
+        folder: RunFolder,
+        model: str,
+        instance: str,
+    ) -> None:
+        self._handed_over = threading.Event()
+        self._server = _Server(listener, tls, folder, model, instance)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.05,), name="progress", daemon=True
+        )
+        self._handover = socket.socket(socket.AF_UNIX)
+        self._handover.bind(str(folder.handover_socket))
+        self._handover.listen()
+        self._waiter = threading.Thread(target=self._wait, name="handover", daemon=True)
+
+    @property
+    def handed_over(self) -> bool:
+        """Whether an API process answers now."""
+        return self._handed_over.is_set()
+
+    def start(self) -> None:
+        self._thread.start()
+        self._waiter.start()
+
+    def _wait(self) -> None:
+        """Stop answering when an API process is about to begin; it goes on when we hang up."""
+        connection, _ = self._handover.accept()
+        with connection, self._handover:
+            self._server.shutdown()
+            self._server.server_close()
+            self._handed_over.set()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        tls: ssl.SSLContext | None,
+        folder: RunFolder,
+        model: str,
+        instance: str,
+    ) -> None:
+        super().__init__(listener.getsockname()[:2], _Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener
+        self.tls = tls
+        self.folder = folder
+        self.model = model
+        self.instance = instance
+        self.connections = threading.Semaphore(_MOST_CONNECTIONS)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        if not self.connections.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        try:
+            request.settimeout(5)
+            if self.tls:
+                request = self.tls.wrap_socket(request, server_side=True)
+            super().process_request_thread(request, client_address)
+        except OSError:  # the handshake failed, or the client left
+            self.shutdown_request(request)
+        finally:
+            self.connections.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that leaves is not worth a traceback."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+    protocol_version = "HTTP/1.1"
+    server_version = "chat-service"
+    sys_version = ""
+
+    def _answer(self) -> None:
+        phase, percent = self.server.folder.phase()
+        headers = {"content-type": "application/json"}
+        path = self.path.partition("?")[0]
+        if path == "/health/live":
+            status, body = 200, json.dumps({"status": "alive"}).encode()
+        elif path.startswith("/health"):
+            told: dict[str, object] = {"status": phase.value, "model": self.server.model}
+            if percent is not None:
+                told["percent"] = percent
+            status = 503
+            body = json.dumps({**told, "instance": self.server.instance}).encode()
+        elif (
+            path == "/"
+            and self.command in ("GET", "HEAD")
+            and web.wants_page(self.headers.get("accept"))
+        ):
+            status, body = 503, web.PAGE.encode()  # which asks again until the model answers
+            headers = {**web.HEADERS, "content-type": "text/html; charset=utf-8"}
+        else:
+            error = Unavailable(f"the model is not ready yet: {phase}", retry_after=_RETRY_AFTER)
+            status, body = error.status, refusal_body(error, uuid.uuid4().hex)
+            headers["retry-after"] = str(_RETRY_AFTER)
+        self._read_body()
+        self.send_response_only(status)
+        for name, value in {
+            **headers,
+            "date": self.date_time_string(),
+            "content-length": str(len(body)),
+            "connection": "close",
+        }.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_OPTIONS = do_PATCH = _answer
+
+    def _read_body(self) -> None:
+        """As much as a client sends at once: closing on unread bytes would cut our answer off."""
+        self.connection.settimeout(0.2)
+        deadline = time.monotonic() + 2
+        try:
+            length = int(self.headers.get("content-length", "0"))
+            while length > 0 and time.monotonic() < deadline:
+                if not (part := self.rfile.read1(min(length, 65536))):
+                    break
+                length -= len(part)
+        except (OSError, ValueError):
+            pass
+        self.connection.settimeout(5)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Probes during the start are not worth a line."""

@@ -1,0 +1,179 @@
+"""The server process: from a deployment to a running engine and vLLM's own launcher.
+
+The only file that knows the launcher. vLLM is imported inside functions: it takes seconds, and
+reads the environment that the supervisor prepares.
+"""
+
+import argparse
+import functools
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver
+from pathlib import Path
+
+from service import vllm_arguments, vllm_plugins, weights
+from service.api import application
+from service.errors import LaunchError, ServiceError
+from service.launch import compile_cache, environment, float_type, start_errors
+from service.launch.run_folder import RunFolder
+from service.model_config import ModelConfig, Origins
+from service.phase import Phase
+from service.settings import Settings
+from service.weights import checkpoint
+
+
+def run(folder: RunFolder, origins: Origins, listener: socket.socket) -> None:
+    """Serve what `folder` describes on `listener`, until it ends.
+
+    Several API processes share the listener's address. `environment.prepare` comes before it.
+    Raises ServiceError when it cannot start, or has failed.
+    """
+    deployment = folder.read_deployment()
+    config, settings = deployment.model, deployment.settings
+    with explained(settings, folder):
+        vllm_plugins.load()
+        args = vllm_arguments.arguments(config, origins, settings)
+        _work_around_vllm()
+        of_fork_server = forkserver.get_inherited_fds() is not None
+        if of_fork_server and args.distributed_executor_backend == vllm_arguments.CPU_EXECUTOR:
+            from service.models.vllm_private import fork_engine
+
+            fork_engine()
+        folder.set_phase(Phase.DOWNLOADING)
+        report = functools.partial(folder.set_phase, Phase.DOWNLOADING)
+        fetch_files(args, config, settings, report)
+        if args.load_format == "auto":  # others need no weights, or keep them in other files
+            checkpoint.check(Path(args.model))
+        choose_compiled(args, config)
+        folder.set_phase(Phase.LOADING)
+        _serve(args, deployment, folder, listener)
+
+
+@contextmanager
+def prepared(
+    config: ModelConfig, origins: Origins, settings: Settings
+) -> Iterator[tuple[argparse.Namespace, RunFolder]]:
+    """The environment and vLLM's arguments for this model, to ask vLLM or run its engine here.
+
+    Raises ServiceError.
+    """
+    with tempfile.TemporaryDirectory(prefix="chat-service-") as path:
+        folder = RunFolder(Path(path))
+        environment.prepare(folder, settings)
+        vllm_plugins.load()
+        args = vllm_arguments.arguments(config, origins, settings)
+        _work_around_vllm()
+        yield args, folder
+
+
+def fetch_files(
+    args: argparse.Namespace,
+    config: ModelConfig,
+    settings: Settings,
+    report: Callable[[int], None] | None = None,
+) -> None:
+    """Fetch what is missing of the model and its tokenizer, and put both into `args`."""
+    loads = args.load_format != "dummy"  # which makes random ones
+    model = weights.fetch(config.source, settings.cache_dir, report=report, weights=loads)
+    tokenizer = model
+    if config.tokenizer:
+        tokenizer = weights.fetch(config.tokenizer, settings.cache_dir, weights=False)
+    vllm_arguments.use_files(args, model, tokenizer)
+    if reason := float_type.choose(args, config):
+        print(f"Computing in {args.dtype}: {reason}", file=sys.stderr, flush=True)
+
+
+def choose_compiled(args: argparse.Namespace, config: ModelConfig) -> None:
+    """Choose between eager and compiled code (`compile_cache.choose`), and say why."""
+    if reason := compile_cache.choose(args, config):
+        print(reason, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def explained(settings: Settings, folder: RunFolder) -> Iterator[None]:
+    """Turn what vLLM raises into one sentence; --verbose keeps its traceback."""
+    try:
+        yield
+    except ServiceError:
+        raise
+    except Exception as e:
+        if settings.verbose:
+            raise
+        served = folder.phase()[0] is Phase.READY
+        what = "the server has failed" if served else "vLLM could not start"
+        cause = start_errors.explain(folder.cause() or start_errors.sentence(e))
+        raise LaunchError(f"{what}: {cause} (--verbose shows all)") from e
+
+
+def _work_around_vllm() -> None:
+    """vLLM 0.32 on CPU cannot load its ahead-of-time compiled model again, and compiles at every
+    start; its older way works (15 s instead of 56 for the embedded model on 2 cores)."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
+
+
+def _serve(
+    args: argparse.Namespace,
+    deployment: application.Deployment,
+    folder: RunFolder,
+    listener: socket.socket,
+) -> None:
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.logger import configure_logging_from_args
+
+    configure_logging_from_args(args)
+    command = ServeSubcommand()
+    command.validate(args)
+    if vllm_arguments.serves_here(args):
+        import uvloop
+
+        uvloop.run(_serve_here(args, deployment, folder, listener))
+        return
+    application.configure(args, deployment, folder)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    listener.close()  # the supervisor has it too, and answers until the API processes do
+    command.cmd(args)
+
+
+async def _serve_here(
+    args: argparse.Namespace,
+    deployment: application.Deployment,
+    folder: RunFolder,
+    listener: socket.socket,
+) -> None:
+    """What vLLM's command does for one API process, with our application and our socket."""
+    from vllm import envs
+    from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+    from vllm.entrypoints.launchers.launcher import serve_http, validate_api_server_args
+    from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tool_parsers import ToolParserManager
+
+    args.api_server_count = None
+    if args.tool_parser_plugin:
+        ToolParserManager.import_tool_parser(args.tool_parser_plugin)
+    if args.reasoning_parser_plugin:
+        ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
+    validate_api_server_args(args)
+    options = ["host", "port", "h11_max_incomplete_event_size", "h11_max_header_count"]
+    options += ["ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers"]
+    logging = {"log_config": config} if (config := get_uvicorn_log_config(args)) else {}
+    async with build_async_engine_client(args) as client:
+        app = await application.build(args, deployment, client, folder)
+        ended = await serve_http(
+            app,
+            sock=listener,
+            enable_ssl_refresh=args.enable_ssl_refresh,
+            log_level=args.uvicorn_log_level,
+            access_log=not args.disable_uvicorn_access_log,
+            timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+            **{name: getattr(args, name) for name in options},
+            **logging,
+        )
+    await ended

@@ -1,0 +1,285 @@
+"""`serve`: runs the server as a child process, answers for it until it does, and says how it ended.
+
+The child and all its processes are one process group without a terminal: Ctrl-C reaches only the
+supervisor, which decides in which order they end.
+"""
+
+import errno
+import multiprocessing
+import multiprocessing.connection
+import os
+import resource
+import signal
+import socket
+import ssl
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections import defaultdict
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+import setproctitle
+
+from service.api.application import Deployment
+from service.errors import ConfigError, LaunchError, ServiceError
+from service.launch import environment, server
+from service.launch.announcer import Announcer
+from service.launch.progress_server import ProgressServer
+from service.launch.run_folder import RunFolder
+from service.model_config import ModelConfig, Origins
+from service.phase import PATIENCE, Phase
+from service.settings import Settings
+
+# How long the server has to end by itself after it was told to, or has said that it failed.
+_GRACE_SECONDS = 10
+_LOOK_EVERY = 0.2  # seconds
+_LEAST_SILENCE = 5.0  # seconds; a busy machine may keep a process waiting for so long
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_BACKLOG = 2048
+_FORK_SERVER_GONE = 255  # what multiprocessing then says of its processes
+# Variables of vLLM that would undo what this service promises.
+_REFUSED = {
+    "VLLM_SERVER_DEV_MODE": "opens routes that change the engine: unset it",
+    "VLLM_ENABLE_COHERE_API": "opens routes that go past the queue: unset it",
+    "VLLM_API_KEY": "guards /v1 and leaves POST / open: unset it, and set SERVICE_API_KEY, which "
+    "guards both",
+    "VLLM_USE_RUST_FRONTEND": "serves without POST / and without the queue: unset it",
+}
+
+
+def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
+    """Run the server until it is stopped. Raises ServiceError when it cannot start, or fails."""
+    clients = settings.clients()
+    for variable, reason in _REFUSED.items():
+        if os.environ.get(variable, "0") != "0":
+            raise ConfigError(f"{variable} {reason}")
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # connections are files
+    listener = _listen(settings.host, settings.port)
+    if clients is None and not _is_loopback(listener):
+        print(
+            f"WARNING: {settings.host} can be reached from other machines, and no API key is set: "
+            "whoever reaches it may use it. Set SERVICE_API_KEY_FILE, or listen on 127.0.0.1.",
+            file=sys.stderr,
+        )
+    if not settings.verbose:
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    with tempfile.TemporaryDirectory(prefix="chat-service-") as path:
+        folder = RunFolder(Path(path))
+        deployment = Deployment(
+            model=config,
+            settings=settings,
+            clients=None if clients is None else dict(clients),
+            instance=uuid.uuid4().hex,
+        )
+        folder.write_deployment(deployment)
+        tls = _tls(config, origins)
+        progress = ProgressServer(listener, tls, folder, config.name, deployment.instance)
+        progress.start()
+        announcer = Announcer(
+            config, settings, deployment.instance, tls=tls is not None, key=clients is not None
+        )
+        announcer.start()
+        environment.prepare(folder, settings)
+        print(f"Starting {config.name}; vLLM takes a while to import ...", file=sys.stderr)
+        sys.stderr.flush()
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["service.launch.fork_server"])
+        process = context.Process(
+            target=_run_server,
+            args=(path, origins, listener),
+            name="MainProcess",
+        )
+        _Supervisor(process, folder, progress, announcer, settings).run()
+
+
+class _Stopped(Exception):
+    """A signal came while the fork server imports vLLM."""
+
+
+class _Supervisor:
+    """One run of the server process."""
+
+    def __init__(
+        self,
+        server: "multiprocessing.context.ForkServerProcess",
+        folder: RunFolder,
+        progress: ProgressServer,
+        announcer: Announcer,
+        settings: Settings,
+    ) -> None:
+        self.announcer = announcer
+        self.drain_timeout = settings.drain_timeout
+        self.hung_after = max(settings.stall_timeout * PATIENCE, _LEAST_SILENCE)
+        self.server = server
+        self.folder = folder
+        self.progress = progress
+        self.group: int | None = None  # of the server's processes, once there are some
+        self.asked_to_stop = 0
+        self.kill_at: float | None = None
+        self._beats: dict[str, int] = {}
+        self._silent_seconds: defaultdict[str, float] = defaultdict(float)  # of each process
+
+    def run(self) -> None:
+        """Return when the server has ended as it was asked to. Raises LaunchError otherwise."""
+        before = {number: signal.signal(number, self._on_signal) for number in _STOP_SIGNALS}
+        try:
+            self._start()
+            while not multiprocessing.connection.wait([self.server.sentinel], _LOOK_EVERY):
+                self._listen_for_beats()
+                if self.kill_at is None and self.folder.failure():
+                    self.kill_at = time.monotonic() + _GRACE_SECONDS
+                if self.kill_at is not None and time.monotonic() > self.kill_at:
+                    self._signal_all(signal.SIGKILL)
+            self._signal_all(signal.SIGKILL)  # what it left behind
+            self.server.join()
+            if self.group:
+                with suppress(ChildProcessError):
+                    os.waitpid(self.group, 0)  # the fork server
+        except _Stopped:
+            for process in psutil.Process().children():
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # the fork server leads its group
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        self._explain()
+
+    def _start(self) -> None:
+        """Return when the fork server has imported vLLM and forked the server."""
+        try:
+            self.server.start()
+            self.group = os.getpgid(self.server.pid or 0)
+        except (EOFError, OSError):
+            raise LaunchError(
+                "the process that imports vLLM has ended; when the system killed it for lack of "
+                "memory, stop what else uses it"
+            ) from None
+
+    def _listen_for_beats(self) -> None:
+        """Give up when an API process has hung: its clients' connections would, too.
+
+        Seconds are counted in looks: when the whole service was stopped for a while, so was this.
+        """
+        before, self._beats = self._beats, self.folder.beats()
+        if self.asked_to_stop or self.kill_at is not None:
+            return
+        for process, beat in self._beats.items():
+            if beat != before.get(process):
+                self._silent_seconds[process] = 0
+            self._silent_seconds[process] += _LOOK_EVERY
+            if self._silent_seconds[process] > self.hung_after:
+                self.folder.report_failure("the API process has hung")
+                self.kill_at = time.monotonic()
+
+    def _explain(self) -> None:
+        status = self.server.exitcode or 0
+        if failure := self.folder.failure():
+            raise LaunchError(f"{failure}; start it again")
+        if self.announcer.failure:
+            raise LaunchError(self.announcer.failure)
+        if self.asked_to_stop:
+            print("Stopped.", file=sys.stderr)
+        elif status == _FORK_SERVER_GONE:
+            raise LaunchError("the server's processes were killed; start it again")
+        elif status < 0:
+            name = signal.Signals(-status).name
+            raise LaunchError(f"the server process was killed by {name}; start it again")
+        elif status:
+            raise SystemExit(status)  # it has said why
+        else:
+            raise LaunchError("the server ended though nobody asked it to; start it again")
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.asked_to_stop += 1
+        if self.group is None:
+            if self.asked_to_stop == 1:
+                raise _Stopped
+            return
+        if not self.progress.handed_over:
+            self.kill_at = time.monotonic()  # nobody is being answered; `run` does it
+            return
+        if self.asked_to_stop > 2:
+            self._signal_all(signal.SIGKILL)
+        elif number == signal.SIGTERM and self.asked_to_stop == 1:
+            if self.server.pid:
+                with suppress(ProcessLookupError):
+                    os.kill(self.server.pid, signal.SIGTERM)  # drains
+                self.kill_at = time.monotonic() + self.drain_timeout + 2 * _GRACE_SECONDS
+        else:
+            self._signal_all(signal.SIGINT)
+            self.kill_at = time.monotonic() + _GRACE_SECONDS
+
+    def _signal_all(self, number: signal.Signals) -> None:
+        """To every process of the run, the fork server too."""
+        if self.group:
+            with suppress(ProcessLookupError):
+                os.killpg(self.group, number)
+
+
+def _run_server(path: str, origins: Origins, listener: socket.socket) -> None:
+    """The child's main function."""
+    setproctitle.setproctitle("chat-service server")
+    supervisor = multiprocessing.parent_process()
+    assert supervisor is not None
+    folder = RunFolder(Path(path))
+    threading.Thread(target=_end_with, args=(supervisor, folder), daemon=True).start()
+    try:
+        server.run(folder, origins, listener)
+    except ServiceError as e:
+        if not folder.failure():  # which the supervisor tells
+            print(f"error: {e}", file=sys.stderr)
+        raise SystemExit(e.exit_status) from None
+
+
+def _end_with(supervisor: Any, folder: RunFolder) -> None:
+    """End when the supervisor is gone without a word; drain first, when there may be clients."""
+    multiprocessing.connection.wait([supervisor.sentinel])
+    if folder.phase()[0] is Phase.READY:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(folder.read_deployment().settings.drain_timeout + _GRACE_SECONDS)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """The socket of the service."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+        return listener
+    except (OSError, UnicodeError) as e:
+        reason = getattr(e, "strerror", None) or "not a host name"
+        remedy = (
+            "stop the program that uses it, or choose another with --port or SERVICE_PORT"
+            if isinstance(e, OSError) and e.errno == errno.EADDRINUSE
+            else "choose another with --host and --port, or SERVICE_HOST and SERVICE_PORT"
+        )
+        raise LaunchError(f"cannot listen on {host[:80]} port {port}: {reason}; {remedy}") from None
+
+
+def _is_loopback(listener: socket.socket) -> bool:
+    address = str(listener.getsockname()[0])
+    return address.startswith("127.") or address == "::1"
+
+
+def _tls(config: ModelConfig, origins: Origins) -> ssl.SSLContext | None:
+    """What the YAML's ssl_certfile and ssl_keyfile say. Raises ConfigError for unusable ones."""
+    values = {key.replace("-", "_"): value for key, value in config.engine.items()}
+    if not (certificate := values.get("ssl_certfile")):
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(str(certificate), values.get("ssl_keyfile"))
+    except OSError as e:
+        place = origins.of(("engine", "ssl_certfile"))
+        raise ConfigError(f"{place}: the certificate and key cannot be loaded: {e}") from None
+    return context

@@ -1,0 +1,202 @@
+"""`chat-service check`: what `serve` would run with, does it fit, and are its prompts sane.
+
+vLLM validates its arguments and builds its whole configuration; weights are never loaded.
+"""
+
+import argparse
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psutil
+
+from service import vllm_arguments, weights
+from service.errors import WeightsError
+from service.launch import float_type, server
+from service.model_config import ModelConfig, Origins, catalogue
+from service.preflight import chat_template, fit
+from service.prompting import Message
+from service.settings import Settings
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What `check` found. A problem keeps the model from being served well."""
+
+    rows: list[tuple[str, object, str]]  # each effective value with its origin
+    fit: list[str]
+    problems: list[str]
+    warnings: list[str]
+
+
+def check(
+    config: ModelConfig,
+    origins: Origins,
+    settings: Settings,
+    *,
+    memory: int | None = None,
+    concurrent: int = 1,
+    context: int | None = None,
+) -> CheckReport:
+    """Each effective value, after vLLM has validated its arguments; whether it fits and is sane.
+
+    When the model's files are here, vLLM's whole configuration is built from them too; weights are
+    never loaded. `memory` is that of each GPU in bytes, absent: this machine's. Raises
+    ServiceError.
+    """
+    asked = memory is not None or context is not None or concurrent > 1
+    with server.prepared(config, origins, settings) as (args, folder):
+        rows = [
+            (".".join(map(str, path)), value, origins.place(path))
+            for path, value in _leaves(config.model_dump(exclude_unset=True))
+        ]
+        if args.distributed_executor_backend == vllm_arguments.CPU_EXECUTOR:
+            key = "engine.distributed_executor_backend"
+            rows.append((key, vllm_arguments.CPU_EXECUTOR, "faster on a CPU"))
+        model = weights.present(config.source, settings.cache_dir)
+        tokenizer = (
+            weights.present(config.tokenizer, settings.cache_dir, weights=False)
+            if config.tokenizer
+            else model
+        )
+        if model is None or tokenizer is None:
+            known = catalogue().get(config.name) == origins.file
+            name = config.name if known else origins.file
+            download = f"run `chat-service download {name}` first"
+            if asked:
+                raise WeightsError(f"whether it fits is read from the model's files; {download}")
+            # Without its files nobody knows whether a model is quantised.
+            warnings = _float_type(args, config, rows) if config.dtype else []
+            rows.append(("files", "not downloaded yet", "`serve` does it"))
+            return CheckReport(rows, [f"fit and template: not checked; {download}"], [], warnings)
+        rows.append(("files", str(model), "this machine"))
+        vllm_arguments.use_files(args, model, tokenizer)
+        warnings = _float_type(args, config, rows) if memory is None else []
+        with server.explained(settings, folder):
+            from vllm import AsyncEngineArgs
+            from vllm.platforms import current_platform
+            from vllm.usage.usage_lib import UsageContext
+
+            if memory is not None:
+                rows += plan_for_gpu(args, memory)
+            vllm_config = AsyncEngineArgs.from_cli_args(args).create_engine_config(
+                UsageContext.OPENAI_API_SERVER
+            )
+            on_gpu = memory is not None or not current_platform.is_cpu()
+            if memory is None:
+                memory = current_platform.get_device_total_memory()
+            short = [] if on_gpu else _short_of_memory(vllm_config, memory)
+            try:
+                room = fit.estimate(vllm_config, model, memory, on_gpu=on_gpu)
+                lines, problems = room.lines(), room.problems(concurrent, context)
+            except WeightsError as e:
+                if asked:
+                    raise
+                lines, problems = [f"fit: not computed; {e}"], []
+            with rendering(args, vllm_config) as (render, loaded):
+                findings = chat_template.check(render, loaded, vllm_config.model_config, config)
+        if not {"max_model_len", "max-model-len"} & config.engine.keys():
+            length = vllm_config.model_config.max_model_len
+            rows.append(("engine.max_model_len", length, "the model's config.json"))
+        for name, value in vllm_config.model_config.get_diff_sampling_param().items():
+            if getattr(config.sampling, name, None) is None:
+                rows.append((f"sampling.{name}", value, "generation_config.json"))
+    lines.append(f"template: {'see below' if findings.problems else 'ok'}")
+    return CheckReport(
+        rows, lines, short + problems + findings.problems, warnings + findings.warnings
+    )
+
+
+def _float_type(
+    args: argparse.Namespace, config: ModelConfig, rows: list[tuple[str, object, str]]
+) -> list[str]:
+    """Choose it for this machine: a row where it is not the model's, warnings where it is slow."""
+    reason = float_type.choose(args, config)
+    if reason and "dtype" in config.engine:
+        return [f"engine.dtype: {reason}"]
+    if reason:
+        rows.append(("engine.dtype", args.dtype, reason))
+    return []
+
+
+def _short_of_memory(vllm_config: Any, memory: int) -> list[str]:
+    """On a CPU vLLM wants its share of the memory to be free when it starts."""
+    cache = vllm_config.cache_config
+    wanted, free = memory * cache.gpu_memory_utilization, psutil.virtual_memory().available
+    if cache.kv_cache_memory_bytes is not None or wanted <= free:
+        return []
+    return [
+        f"only {free / fit.GIB:.1f} GiB of memory are free, and vLLM wants {wanted / fit.GIB:.1f}; "
+        "set engine.kv_cache_memory_bytes, such as 2G"
+    ]
+
+
+def plan_for_gpu(args: argparse.Namespace, memory: int) -> list[tuple[str, object, str]]:
+    """vLLM's defaults on a GPU of this many bytes, whatever this machine has
+    (EngineArgs.get_batch_defaults). Returns rows for those that another GPU of this size has not.
+    """
+    sequences, tokens = 256, 2048
+    if memory >= 70 * fit.GIB:
+        sequences, tokens = 1024, 8192
+    if memory >= 160 * fit.GIB:
+        tokens = 16384
+    rows: list[tuple[str, object, str]] = []
+    for name, value, of_a100 in (
+        ("max_num_seqs", sequences, 256),
+        ("max_num_batched_tokens", tokens, 2048),
+    ):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+            if 70 * fit.GIB <= memory < 160 * fit.GIB:
+                rows.append((f"engine.{name}", value, f"of an H100 or H200; an A100: {of_a100}"))
+    return rows
+
+
+@contextmanager
+def rendering(
+    args: argparse.Namespace, vllm_config: Any
+) -> Iterator[tuple[chat_template.Render, Any]]:
+    """The prompts as the server makes them (vLLM's init_app_state and `api.engine.Engine`), and the
+    tokenizer."""
+    try:
+        from vllm.entrypoints.common.cli_args import resolve_default_chat_template_kwargs
+    except ImportError:  # vLLM 0.32
+        from vllm.entrypoints.launchers.cli_args import resolve_default_chat_template_kwargs
+    from vllm.renderers import renderer_from_config
+    from vllm.renderers.chat_utils import load_chat_template
+
+    from service.api.fast_render import chat_params
+
+    renderer = renderer_from_config(vllm_config)
+    chat = chat_params(
+        load_chat_template(args.chat_template),
+        args.chat_template_content_format,
+        resolve_default_chat_template_kwargs(args),
+    )
+
+    def render(prompt: list[Message] | str, answering: bool) -> list[int]:
+        if isinstance(prompt, str):
+            (rendered,) = renderer.render_cmpl([{"prompt": prompt}])
+        else:
+            kwargs = {**chat.chat_template_kwargs, "add_generation_prompt": answering}
+            _, (rendered,) = renderer.render_chat(
+                [prompt], replace(chat, chat_template_kwargs=kwargs)
+            )
+        ids: list[int] = rendered["prompt_token_ids"]
+        return ids
+
+    try:
+        yield render, renderer.get_tokenizer()
+    finally:
+        renderer.shutdown()
+
+
+def _leaves(
+    section: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], object]]:
+    for key, value in section.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, (*path, key))
+        else:
+            yield (*path, key), value

@@ -1,0 +1,96 @@
+"""`chat-service compile`: compiles a model for this CPU, and measures what that brings."""
+
+import argparse
+import copy
+import gc
+import json
+import os
+import random
+import sys
+import time
+from dataclasses import asdict
+from typing import Any
+
+from service.errors import ConfigError
+from service.launch import compile_cache, server
+from service.model_config import ModelConfig, Origins
+from service.settings import Settings
+
+_PROMPT_TOKENS, _ANSWER_TOKENS = 48, 24
+_ROUNDS = 3
+
+
+def make(config: ModelConfig, origins: Origins, settings: Settings) -> compile_cache.Compiled:
+    """Compile for later starts of `serve`, and measure what it brings. Raises ServiceError."""
+    if chosen := compile_cache.CHOICES & config.engine.keys():
+        place = origins.of(("engine", sorted(chosen)[0]))
+        raise ConfigError(f"{place}: decides whether `serve` compiles; leave it out")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    with server.prepared(config, origins, settings) as (args, folder):
+        from vllm.platforms import current_platform
+
+        if not current_platform.is_cpu():
+            raise ConfigError("on a GPU `serve` compiles by itself, in a minute or two")
+        server.fetch_files(args, config, settings)
+        file = compile_cache.file(args)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.unlink(missing_ok=True)  # what follows may be cut short
+        except OSError as e:
+            raise ConfigError(
+                f"cannot write to {file.parent}: {e.strerror}; choose another folder with "
+                "SERVICE_CACHE_DIR"
+            ) from None
+        with server.explained(settings, folder):
+            _as_the_server(args)
+            print("Measuring without compiled code ...", file=sys.stderr, flush=True)
+            eager = _measure(args, enforce_eager=True)
+            print("Compiling, which takes some minutes ...", file=sys.stderr, flush=True)
+            found = compile_cache.Compiled(eager, _measure(args, enforce_eager=False))
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(asdict(found)))
+    part.replace(file)
+    return found
+
+
+def _as_the_server(args: argparse.Namespace) -> None:
+    """Give vLLM's LLM class the sizes that its server has by default: they are in the code."""
+    from vllm import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    sizes = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER).scheduler_config
+    args.max_num_batched_tokens = sizes.max_num_batched_tokens
+    args.max_num_seqs = sizes.max_num_seqs
+
+
+def _measure(args: argparse.Namespace, *, enforce_eager: bool) -> list[float]:
+    """Tokens/s for each of compile_cache.BATCHES."""
+    from vllm import LLM, EngineArgs
+
+    args = copy.copy(args)
+    args.enforce_eager = enforce_eager
+    llm = LLM.from_engine_args(EngineArgs.from_cli_args(args))
+    _tokens_per_second(llm, 1)  # the first allocates
+    found = [
+        max(_tokens_per_second(llm, batch) for _ in range(_ROUNDS))
+        for batch in compile_cache.BATCHES
+    ]
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()  # the next engine wants its memory
+    return found
+
+
+def _tokens_per_second(llm: Any, batch: int) -> float:
+    from vllm import SamplingParams
+
+    vocabulary = llm.llm_engine.model_config.get_vocab_size()
+    prompts = [
+        {"prompt_token_ids": random.choices(range(vocabulary), k=_PROMPT_TOKENS)}
+        for _ in range(batch)
+    ]
+    sampling = SamplingParams(max_tokens=_ANSWER_TOKENS, ignore_eos=True, detokenize=False)
+    began = time.perf_counter()
+    llm.generate(prompts, sampling, use_tqdm=False)
+    return batch * _ANSWER_TOKENS / (time.perf_counter() - began)

@@ -1,0 +1,327 @@
+"""The tutorials' architectures in plain PyTorch, to compare an engine with.
+
+Written from the published descriptions, and from config.json and the weights' own names: nothing is
+shared with `service.models`, so that a mistake there shows. Slow, float32, on the CPU, and one
+layer in memory at a time.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, layer_norm, linear, normalize, silu, softmax
+
+from service.weights.tensor_files import weight_files
+
+
+class Weights:
+    """Tensors of a checkpoint by name, in float32; read from its files when they are asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import safe_open
+
+        self._read: dict[str, Any] = {}
+        for file in weight_files(folder, "*.safetensors"):
+            tensors: Any = safe_open(file, "pt")
+            self._read |= dict.fromkeys(tensors.keys(), tensors.get_tensor)
+        if not self._read:
+            for file in weight_files(folder, "*.bin"):
+                state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+                self._read |= dict.fromkeys(state, state.__getitem__)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._read:
+            raise ValueError(f"the weights have no {name}")
+        tensor: Tensor = self._read[name](name)
+        return tensor.float()
+
+
+@dataclass
+class Layer:
+    """One decoder layer: shapes and float32 weights; q and k carry a norm over head_dim or not."""
+
+    query_heads: int
+    kv_heads: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    attention_norm: Tensor
+    mlp_norm: Tensor
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+
+
+class Architecture(Protocol):
+    """What differs between the architectures. Attributes are named as in Llama's config.json."""
+
+    layers: int
+    head_dim: int
+    rms_norm_eps: float
+    residual_scale: float
+
+    def __init__(self, config: dict[str, Any], weights: Weights) -> None: ...
+
+    def inverse_frequencies(self) -> Tensor:
+        """Radians per position of each rotated pair, [head_dim / 2]."""
+        ...
+
+    def embed(self, ids: Tensor) -> Tensor: ...
+    def layer(self, index: int) -> Layer: ...
+    def final_norm(self) -> Tensor: ...
+    def head(self) -> Tensor:
+        """Output weights, [vocabulary, hidden]."""
+        ...
+
+
+class Llama:
+    """XVERSE is this; the others differ by what they override."""
+
+    residual_scale = 1.0
+    tied_by_default = False
+
+    def __init__(self, config: dict[str, Any], weights: Weights) -> None:
+        self.config = config
+        self.weights = weights
+        self.layers: int = config["num_hidden_layers"]
+        self.heads: int = config["num_attention_heads"]
+        self.kv_heads: int = config.get("num_key_value_heads") or self.heads
+        self.head_dim: int = config["hidden_size"] // self.heads
+        self.rms_norm_eps: float = config.get("rms_norm_eps", 1e-6)
+        self.rope_theta: float = config.get("rope_theta", 10000.0)
+
+    def inverse_frequencies(self) -> Tensor:
+        return _inverse_frequencies(self.rope_theta, self.head_dim)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return embedding(ids, self.weights["model.embed_tokens.weight"])
+
+    def qkv(self, prefix: str) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (self.weights[f"{prefix}.{name}_proj.weight"] for name in "qkv")
+        return q, k, v
+
+    def layer(self, index: int) -> Layer:
+        prefix = f"model.layers.{index}"
+        q, k, v = self.qkv(f"{prefix}.self_attn")
+        return Layer(
+            self.heads,
+            self.kv_heads,
+            q,
+            k,
+            v,
+            self.weights[f"{prefix}.self_attn.o_proj.weight"],
+            self.weights[f"{prefix}.mlp.gate_proj.weight"],
+            self.weights[f"{prefix}.mlp.up_proj.weight"],
+            self.weights[f"{prefix}.mlp.down_proj.weight"],
+            self.weights[f"{prefix}.input_layernorm.weight"],
+            self.weights[f"{prefix}.post_attention_layernorm.weight"],
+        )
+
+    def final_norm(self) -> Tensor:
+        return self.weights["model.norm.weight"]
+
+    def head(self) -> Tensor:
+        tied = self.config.get("tie_word_embeddings", self.tied_by_default)
+        return self.weights["model.embed_tokens.weight" if tied else "lm_head.weight"]
+
+
+class Baichuan2(Llama):
+    """Source: baichuan-inc's modeling_baichuan.py."""
+
+    def qkv(self, prefix: str) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.weights[f"{prefix}.W_pack.weight"].chunk(3)
+        return q, k, v
+
+    def head(self) -> Tensor:
+        return normalize(super().head(), dim=1)
+
+
+class BlueLM(Llama):
+    """Source: vivo-ai's modeling_bluelm.py, and vivo-ai-lab/BlueLM for the 32K variants."""
+
+    def __init__(self, config: dict[str, Any], weights: Weights) -> None:
+        super().__init__(config, weights)
+        self.kv_heads = self.heads
+
+    def inverse_frequencies(self) -> Tensor:
+        frequencies = super().inverse_frequencies()
+        scaling = self.config.get("rope_scaling")
+        if not scaling:
+            return frequencies
+        if scaling["type"] != "ntkmixed":
+            raise ValueError(f"rope_scaling of type {scaling['type']} is not BlueLM's")
+        pairs, power = self.head_dim // 2, scaling["power"]
+        a = math.log(int(scaling["factor"])) / pairs**power
+        return frequencies / torch.exp(a * torch.arange(1, pairs + 1).float() ** power)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        embedded = super().embed(ids)
+        if not self.config.get("use_stable_embedding", True):
+            return embedded
+        weight = self.weights["model.embed_layer_norm.weight"]
+        bias = self.weights["model.embed_layer_norm.bias"]
+        return layer_norm(embedded, weight.shape, weight, bias, self.rms_norm_eps)
+
+
+class MiniCPM(Llama):
+    """Source: OpenBMB/MiniCPM's modeling_minicpm.py."""
+
+    tied_by_default = True
+
+    def __init__(self, config: dict[str, Any], weights: Weights) -> None:
+        super().__init__(config, weights)
+        self.residual_scale = config["scale_depth"] / math.sqrt(self.layers)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return super().embed(ids) * float(self.config["scale_emb"])
+
+    def head(self) -> Tensor:
+        scale: float = self.config["dim_model_base"] / self.config["hidden_size"]
+        return super().head() * scale
+
+
+class OpenELM:
+    """Source: apple's modeling_openelm.py and apple/corenet's general_gpt.py."""
+
+    residual_scale = 1.0
+    rms_norm_eps = 1e-6
+
+    def __init__(self, config: dict[str, Any], weights: Weights) -> None:
+        self.config = config
+        self.weights = weights
+        self.layers: int = config["num_transformer_layers"]
+        self.head_dim: int = config["head_dim"]
+
+    def inverse_frequencies(self) -> Tensor:
+        return _inverse_frequencies(self.config["rope_freq_constant"], self.head_dim)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return embedding(ids, self.weights["transformer.token_embeddings.weight"])
+
+    def layer(self, index: int) -> Layer:
+        prefix = f"transformer.layers.{index}"
+        query_heads = self.config["num_query_heads"][index]
+        kv_heads = self.config["num_kv_heads"][index]
+        sizes = [heads * self.head_dim for heads in (query_heads, kv_heads, kv_heads)]
+        q, k, v = torch.split(self.weights[f"{prefix}.attn.qkv_proj.weight"], sizes)
+        gate, up = self.weights[f"{prefix}.ffn.proj_1.weight"].chunk(2)
+        return Layer(
+            query_heads,
+            kv_heads,
+            q,
+            k,
+            v,
+            self.weights[f"{prefix}.attn.out_proj.weight"],
+            gate,
+            up,
+            self.weights[f"{prefix}.ffn.proj_2.weight"],
+            self.weights[f"{prefix}.attn_norm.weight"],
+            self.weights[f"{prefix}.ffn_norm.weight"],
+            self.weights[f"{prefix}.attn.q_norm.weight"],
+            self.weights[f"{prefix}.attn.k_norm.weight"],
+        )
+
+    def final_norm(self) -> Tensor:
+        return self.weights["transformer.norm.weight"]
+
+    def head(self) -> Tensor:
+        return self.weights["transformer.token_embeddings.weight"]
+
+
+# Architecture in config.json -> its description above.
+ARCHITECTURES: dict[str, type[Architecture]] = {
+    "BaichuanForCausalLM": Baichuan2,
+    "BlueLMForCausalLM": BlueLM,
+    "MiniCPMForCausalLM": MiniCPM,
+    "OpenELMForCausalLM": OpenELM,
+    "XverseForCausalLM": Llama,
+}
+
+
+def logits(folder: Path, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+    """What the model says after each token of each sequence: [tokens, vocabulary] float32 logits.
+
+    `folder` is a checkpoint as published. Architectures that transformers has are run by
+    transformers. Raises ValueError for a weight and KeyError for a key of config.json that is
+    missing.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    (architecture,) = config["architectures"]
+    if architecture not in ARCHITECTURES:
+        return list(_transformers_logits(folder, sequences))
+    return forward(ARCHITECTURES[architecture](config, Weights(folder)), sequences)
+
+
+@torch.inference_mode()
+def forward(model: Architecture, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Every sequence through every layer, layer by layer."""
+    frequencies = model.inverse_frequencies()
+    hidden = [model.embed(torch.tensor(ids)) for ids in sequences]
+    for index in range(model.layers):
+        layer = model.layer(index)
+        for x in hidden:  # in place
+            attended = _attention(
+                model, layer, _rms_norm(model, x, layer.attention_norm), frequencies
+            )
+            x += attended * model.residual_scale
+            x += _mlp(layer, _rms_norm(model, x, layer.mlp_norm)) * model.residual_scale
+    norm, head = model.final_norm(), model.head()
+    return [linear(_rms_norm(model, x, norm), head) for x in hidden]
+
+
+def _inverse_frequencies(theta: float, head_dim: int) -> Tensor:
+    """RoFormer, arXiv:2104.09864."""
+    return torch.tensor(float(theta)) ** -(torch.arange(0, head_dim, 2).float() / head_dim)
+
+
+def _rms_norm(model: Architecture, x: Tensor, weight: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + model.rms_norm_eps) * weight
+
+
+def _attention(model: Architecture, layer: Layer, x: Tensor, frequencies: Tensor) -> Tensor:
+    tokens = len(x)
+    q = linear(x, layer.q).view(tokens, layer.query_heads, -1)
+    k = linear(x, layer.k).view(tokens, layer.kv_heads, -1)
+    v = linear(x, layer.v).view(tokens, layer.kv_heads, -1)
+    if layer.q_norm is not None and layer.k_norm is not None:
+        q, k = _rms_norm(model, q, layer.q_norm), _rms_norm(model, k, layer.k_norm)
+    angles = torch.outer(torch.arange(tokens).float(), frequencies)[:, None]
+    q, k = _rotate(q, angles), _rotate(k, angles)
+    group = layer.query_heads // layer.kv_heads
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(model.head_dim)
+    scores += torch.full((tokens, tokens), -torch.inf).triu(1)
+    mixed = torch.einsum("hqk,khd->qhd", softmax(scores, -1), v)
+    return linear(mixed.flatten(1), layer.o)
+
+
+def _rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + head_dim / 2) of [tokens, heads, head_dim] by [tokens, 1, pairs]."""
+    first, second = x.chunk(2, -1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def _mlp(layer: Layer, x: Tensor) -> Tensor:
+    return linear(silu(linear(x, layer.gate)) * linear(x, layer.up), layer.down)
+
+
+def _transformers_logits(folder: Path, sequences: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    ).eval()
+    with torch.inference_mode():
+        for ids in sequences:
+            yield model(torch.tensor([list(ids)])).logits[0]

@@ -1,0 +1,177 @@
+"""From a model's YAML and the settings to vLLM's own arguments."""
+
+import argparse
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from service.errors import ConfigError, WeightsError
+from service.model_config import ModelConfig, Origins, nearest
+from service.settings import Settings
+
+if TYPE_CHECKING:
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+# For one worker on a CPU vLLM starts a process beside the engine's, so as to bind its threads to
+# all cores but one; and the engine spins on that one while it waits for it. In the engine's own
+# process, threads on all cores make twice as many tokens on 2 cores, and the server starts a
+# process less. By its full name, because vLLM replaces "uni" on CPUs.
+CPU_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+
+# vLLM arguments that another key or setting decides here.
+_OWNED = {
+    "model": "source",
+    "model_tag": "source",
+    "revision": "source.revision",
+    "tokenizer": "tokenizer",
+    "tokenizer_revision": "tokenizer.revision",
+    "served_model_name": "name",
+    "chat_template": "prompt.template",
+    "override_generation_config": "sampling",
+    "host": "--host",
+    "port": "--port",
+    "api_key": "SERVICE_API_KEY",
+    "hf_token": "the environment variable HF_TOKEN",
+    "log_config_file": "--verbose",
+}
+_REFUSED = {
+    "trust_remote_code": "remote code is never run",
+    "headless": "it serves no HTTP",
+    "grpc": "it serves no HTTP",
+    "grpc_port": "it serves no HTTP",
+    "enable_scale_out": "its routes would go past the queue",
+    "tokens_only": "its routes would go past the queue",
+    "uds": "the service listens on an address and a port",
+    "config": "the model's YAML is the configuration",
+    "help": "see `chat-service serve --help`",
+}
+
+
+def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argparse.Namespace:
+    """vLLM's own arguments for this model, without its files.
+
+    Raises ConfigError with file, line and nearest name for what vLLM's parser does not know or
+    does not accept.
+    """
+    try:
+        from vllm.entrypoints.common.cli_args import make_arg_parser
+    except ImportError:  # vLLM 0.32
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]  # vLLM is not typed for us
+        def error(self, message: str) -> NoReturn:
+            raise ValueError(message)
+
+    parser = make_arg_parser(Parser())
+    args: argparse.Namespace = parser.parse_args([])
+    given: set[str] = set()
+    for key, value in config.engine.items():
+        place = origins.of(("engine", key))
+        name = key.replace("-", "_")
+        if name in given:
+            raise ConfigError(f"{place}: given twice, with a dash and with an underscore")
+        given.add(name)
+        if name in _OWNED:
+            raise ConfigError(f"{place}: given by {_OWNED[name]} here")
+        if name in _REFUSED:
+            raise ConfigError(f"{place}: cannot be set: {_REFUSED[name]}")
+        setattr(args, name, _parse(parser, name, value, place))
+    args.host, args.port = settings.host, settings.port
+    args.served_model_name = [config.name]
+    if config.dtype and "dtype" not in given:
+        args.dtype = config.dtype
+    args.chat_template = config.prompt.template
+    sampling = config.sampling.model_dump(exclude_none=True, exclude={"stop"})
+    if "max_tokens" in sampling:  # its name in generation_config.json
+        sampling["max_new_tokens"] = sampling.pop("max_tokens")
+    args.override_generation_config = sampling
+    if "shutdown_timeout" not in given and not serves_here(args):
+        # vLLM's parent process kills its API processes at once, unless it is told to wait.
+        args.shutdown_timeout = math.ceil(settings.drain_timeout) + 10
+    if "disable_uvicorn_access_log" not in given:
+        args.disable_uvicorn_access_log = True
+    if "enable_offline_docs" not in given:
+        args.enable_offline_docs = True  # else /docs asks a CDN, which not every reader reaches
+    if "use_tqdm_on_load" not in given:
+        args.use_tqdm_on_load = settings.verbose
+    if "distributed_executor_backend" not in given and _is_one_cpu(args):
+        args.distributed_executor_backend = CPU_EXECUTOR
+    return args
+
+
+def use_files(args: argparse.Namespace, model: Path, tokenizer: Path) -> None:
+    """The model's files, and what vLLM does not read of them: transformers is greedy without
+    `do_sample` in generation_config.json, whatever temperature stands beside it."""
+    args.model, args.tokenizer = str(model), str(tokenizer)
+    try:
+        generation = json.loads((model / "generation_config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        generation = {}
+    except (OSError, ValueError) as e:
+        raise WeightsError(
+            f"{model / 'generation_config.json'} is not readable JSON: {e}"
+        ) from None
+    if not generation.get("do_sample"):
+        args.override_generation_config.setdefault("temperature", 0.0)
+
+
+def serves_here(args: argparse.Namespace) -> bool:
+    """Whether vLLM will serve in this process, and not start several API processes.
+
+    As ServeSubcommand.cmd decides it.
+    """
+    if args.data_parallel_multi_port_external_lb:
+        return False  # a supervisor starts one server for each rank
+    if args.enable_elastic_ep:
+        return True
+    if args.api_server_count is not None:
+        return bool(args.api_server_count == 1)
+    if args.data_parallel_external_lb or args.data_parallel_rank is not None:
+        return True
+    if args.data_parallel_hybrid_lb or args.data_parallel_start_rank is not None:
+        return (args.data_parallel_size_local or 1) == 1
+    return bool(args.data_parallel_size == 1)
+
+
+def _parse(parser: "FlexibleArgumentParser", name: str, value: object, place: str) -> object:
+    """One YAML value as vLLM's parser reads it from the command line."""
+    actions = {action.dest: action for action in parser._actions}
+    if name not in actions:
+        raise ConfigError(f"{place}: vLLM has no such argument{nearest(name, actions)}")
+    action = actions[name]
+    flag, no_flag = f"--{name.replace('_', '-')}", f"--no-{name.replace('_', '-')}"
+    try:
+        if value is None or (value is False and no_flag not in action.option_strings):
+            words = []  # absent is what vLLM calls off, or its default
+        elif isinstance(value, bool) and action.nargs == 0:
+            words = [flag if value else no_flag]
+        elif isinstance(value, list) and isinstance(action, argparse._AppendAction):
+            words = [f"{flag}={v}" for v in value]
+        elif isinstance(value, list) and action.nargs:
+            words = [flag, *(json.dumps(v) if isinstance(v, dict) else str(v) for v in value)]
+        elif isinstance(value, dict | list):
+            words = [flag, json.dumps(value)]
+        else:
+            words = [f"{flag}={value}"]
+        return getattr(parser.parse_args(words), name)
+    except (ValueError, TypeError, argparse.ArgumentError) as e:
+        reason = str(e).partition(": ")[2] or str(e)
+        reason = re.sub(r"<function (\w+) at \w+>", r"\1", reason)
+        raise ConfigError(f"{place}: {' '.join(reason.split())[:300]}") from None
+
+
+def _is_one_cpu(args: argparse.Namespace) -> bool:
+    """Whether one worker runs on a CPU with one memory, whose threads nobody wants bound."""
+    from vllm.platforms import current_platform
+
+    sizes = (args.tensor_parallel_size, args.pipeline_parallel_size, args.data_parallel_size)
+    return (
+        bool(current_platform.is_cpu())
+        and set(sizes) == {1}
+        and len([*Path("/sys/devices/system/node").glob("node[0-9]*")]) <= 1
+        and os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind") == "nobind"
+    )
