@@ -3,76 +3,95 @@
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from pathlib import Path
+import os
+import socket
+from argparse import Namespace
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
+import httpx
 import pytest
+import uvicorn
 from starlette.datastructures import State
 from starlette.requests import Request
 from starlette.types import Message
 from vllm import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from service import settings, vllm_arguments
+from service import clients, settings, vllm_arguments, vllm_plugins
+from service.api import application
 from service.api.admission import Admission
+from service.api.application import Deployment, Host
 from service.api.cancellation import Cancellations
 from service.api.contract import Contract
 from service.api.engine import Engine
 from service.api.record import RequestRecord
-from service.errors import InvalidRequest
-from service.launch import server
+from service.clients import Client
+from service.errors import ClientGone, InvalidRequest
 from service.model_config import ModelConfig
 from tests import checkpoints
+from tests.conftest import PATIENCE
 
 LIMIT = 3
 
 
+Scenario = Callable[["Made"], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Made:
+    """An engine with its arguments, and `engine.Engine` on it."""
+
+    args: Namespace
+    client: AsyncLLM
+    engine: Engine
+    config: ModelConfig
+
+
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoints.write("xverse", tmp_path_factory.mktemp("xverse"))
-
-
-def run(
-    checkpoint: Path, scenario: Callable[[AsyncLLM, Engine, ModelConfig], Awaitable[None]]
-) -> None:
-    """`scenario` with an engine of its own."""
-
-    async def started() -> None:
-        async with engine(checkpoint) as made:
-            await scenario(*made)
-
-    asyncio.run(started())
-
-
-@asynccontextmanager
-async def engine(folder: Path) -> AsyncIterator[tuple[AsyncLLM, Engine, ModelConfig]]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Scenario], None]]:
+    """Runs a scenario on one engine, which is made without `service.launch`."""
+    saved = dict(os.environ)
+    folder = checkpoints.write("xverse", tmp_path_factory.mktemp("xverse"))
+    vllm_plugins.choose()
+    vllm_plugins.load()
     assignments = ("engine.enforce_eager=true", "engine.dtype=float32")
     config, origins = checkpoints.load("xverse", folder, *assignments)
-    with server.prepared(config, origins, settings.load()) as (args, _):
-        vllm_arguments.use_files(args, folder, folder)
+    args = vllm_arguments.arguments(config, origins, settings.load())
+    vllm_arguments.use_files(args, folder, folder)
+
+    async def make() -> Made:
         client = AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args))
         online = SimpleNamespace(
             chat_template=None,
             chat_template_content_format="auto",
             default_chat_template_kwargs=None,
         )
-        try:
-            yield client, Engine(client, State({"online_renderer": online})), config
-        finally:
-            client.shutdown()
+        return Made(args, client, Engine(client, State({"online_renderer": online})), config)
+
+    with asyncio.Runner() as runner:
+        made = runner.run(make())
+        yield lambda scenario: runner.run(cast(Coroutine[Any, Any, None], scenario(made)))
+        made.client.shutdown()
+    os.environ.clear()
+    os.environ.update(saved)
 
 
-@pytest.mark.usefixtures("environment")
-def test_the_engine_never_holds_more_than_the_limit(checkpoint: Path) -> None:
+def test_the_engine_never_holds_more_than_the_limit(run: Callable[[Scenario], None]) -> None:
     """Clients leave in the middle of their streams, and those who wait take their places."""
 
-    async def scenario(client: AsyncLLM, engine: Engine, config: ModelConfig) -> None:
+    async def scenario(made: Made) -> None:
         admission = Admission(LIMIT, 1000, 60)
         contract = Contract(
-            config, engine, admission, Cancellations(), log_prompts=False, cache_per_key=False
+            made.config,
+            made.engine,
+            admission,
+            Cancellations(),
+            log_prompts=False,
+            cache_per_key=False,
         )
         held = 0
         numbers = itertools.count()
@@ -81,7 +100,7 @@ def test_the_engine_never_holds_more_than_the_limit(checkpoint: Path) -> None:
         async def watch() -> None:
             nonlocal held
             while True:
-                held = max(held, client.output_processor.get_num_unfinished_requests())
+                held = max(held, made.client.output_processor.get_num_unfinished_requests())
                 await asyncio.sleep(0)
 
         async def ask(stream: bool) -> None:
@@ -107,8 +126,9 @@ def test_the_engine_never_holds_more_than_the_limit(checkpoint: Path) -> None:
 
             scope: dict[str, Any] = {"type": "http", "method": "POST", "headers": [], "path": "/"}
             RequestRecord(f"leaver-{number}").attach(scope)
-            response = await contract.create(Request(scope, receive, send))
-            await response(scope, receive, send)
+            with suppress(ClientGone):
+                response = await contract.create(Request(scope, receive, send))
+                await response(scope, receive, send)
             left += gone.is_set()
 
         watching = asyncio.create_task(watch())
@@ -116,17 +136,16 @@ def test_the_engine_never_holds_more_than_the_limit(checkpoint: Path) -> None:
             await asyncio.gather(*(ask(stream=number % 2 == 0) for number in range(120)))
         watching.cancel()
         assert (held, left) == (LIMIT, 120)
-        assert client.output_processor.get_num_unfinished_requests() == 0
+        assert made.client.output_processor.get_num_unfinished_requests() == 0
 
-    run(checkpoint, scenario)
+    run(scenario)
 
 
-@pytest.mark.usefixtures("environment")
-def test_what_is_blamed_is_what_was_sent(checkpoint: Path) -> None:
-    async def scenario(client: AsyncLLM, engine: Engine, config: ModelConfig) -> None:
+def test_what_is_blamed_is_what_was_sent(run: Callable[[Scenario], None]) -> None:
+    async def scenario(made: Made) -> None:
         async def blamed(prompt: Any) -> str | None:
             with pytest.raises(InvalidRequest) as error:
-                await engine.tokenize(prompt)
+                await made.engine.tokenize(prompt)
             return error.value.param
 
         half = {"role": "user", "content": "\ud800"}
@@ -134,4 +153,44 @@ def test_what_is_blamed_is_what_was_sent(checkpoint: Path) -> None:
         assert await blamed([half]) == "prompt"
         assert await blamed([{"role": "system", "content": "S"}, half]) == "history"
 
-    run(checkpoint, scenario)
+    run(scenario)
+
+
+def test_the_whole_application_is_built_around_an_engine(run: Callable[[Scenario], None]) -> None:
+    """As in a process that nobody supervises: a replica of a cluster."""
+    ended: list[str] = []
+
+    class Recording(Host):
+        def report_failure(self, reason: str) -> None:
+            ended.append(reason)
+
+    async def scenario(made: Made) -> None:
+        deployment = Deployment(
+            model=made.config,
+            settings=settings.load(),
+            clients={clients.digest(b"secret"): Client("alice")},
+            instance="this one",
+        )
+        app = await application.build(made.args, deployment, made.client, Recording())
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            server = uvicorn.Server(uvicorn.Config(app, log_config=None))
+            app.state.server = server
+            serving = asyncio.create_task(server.serve([listener]))
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=PATIENCE) as http:
+                assert (await http.get("/health/ready")).json()["instance"] == "this one"
+                assert (await http.post("/", json={"prompt": "hi"})).status_code == 401
+                http.headers["authorization"] = "Bearer secret"
+                body = {"prompt": "hi", "max_new_tokens": 3, "details": True}
+                answer = (await http.post("/", json=body)).json()
+                assert answer["details"]["completion_tokens"] == 3
+                body = {"model": made.config.name, "prompt": "hi", "max_tokens": 3}
+                answer = (await http.post("/v1/completions", json=body)).json()
+                assert answer["usage"]["completion_tokens"] == 3
+                assert (await http.post("/v1/completions", json={**body, "n": 65})).is_client_error
+                assert "service_requests_total" in (await http.get("/metrics")).text
+            server.should_exit = True
+            await serving
+        assert not ended
+
+    run(scenario)

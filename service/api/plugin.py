@@ -27,7 +27,7 @@ class ChatService:
         shorten_error_texts()
         app.title = "vllm-chat-service"
         app.version = version(app.title)
-        app.openapi = _described(app.openapi)  # type: ignore[method-assign]
+        app.openapi = _described(app)  # type: ignore[method-assign]
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
@@ -51,11 +51,15 @@ class ChatService:
         state.service = service
 
 
-def _described(openapi: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+def _described(app: FastAPI) -> Callable[[], dict[str, Any]]:
     """FastAPI's schema with our routes, which are no routes of FastAPI's."""
+
+    openapi = app.openapi
 
     def described() -> dict[str, Any]:
         schema = openapi()
+        for path in app.state.service.hidden:
+            schema["paths"].pop(path, None)
         routes.describe(schema)
         return schema
 

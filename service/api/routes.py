@@ -35,7 +35,7 @@ async def index(request: Request) -> Response:
     routes: dict[str, set[str]] = {path: {"GET", "HEAD"} for path in ROUTES}
     routes["/"] |= {"POST"}
     for route in request.app.routes:
-        if isinstance(route, Route) and route.path not in service.hidden:
+        if isinstance(route, Route) and route.path not in {*ROUTES, *service.hidden}:
             routes.setdefault(route.path, set()).update(route.methods or ())
     return JSONResponse(
         {
