@@ -35,10 +35,11 @@ serve: $(INSTALLED) ## Serve a model (MODEL=name or file, PORT=6006, ARGS="--set
 test: $(TESTED) ## Run the tests (ARGS="-k name")
 	$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
 
-lint: $(TESTED) ## Check style and types
+lint: $(TESTED) ## Check style, types, and which room imports which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 bench: $(BENCHED) ## Measure it beside the tutorial's server and vLLM (MODEL=name, ARGS="--rounds 3")
 	$(BIN)/python -m benchmarks.run $(if $(MODEL),--model $(MODEL)) $(ARGS)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from service.preflight.verify import Verification
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-_SMALLEST_MEMORY = 2**20  # bytes
+_MIN_MEMORY = 2**20  # bytes
 
 app = typer.Typer(
     help="Serve the models that the tutorials teach, the way their readers call them, on vLLM.",
@@ -333,7 +333,7 @@ def _size(text: str) -> int:
         size = TypeAdapter(ByteSize).validate_python(text)
     except ValidationError:
         size = ByteSize(0)
-    if size < _SMALLEST_MEMORY:  # a number alone is bytes
+    if size < _MIN_MEMORY:  # a number alone is bytes
         raise ConfigError(f"--memory {text[:40]!r}: expected a size, such as 24GiB, 24GB or 512MiB")
     return size
 

@@ -248,6 +248,12 @@ def test_an_impossible_tensor_parallel_size_is_refused(monkeypatch: pytest.Monke
         openelm.kv_repeats(openelm_3b(), 0)
 
 
+def test_a_backend_that_counts_on_equal_layers_is_refused() -> None:
+    openelm.check_backend("FlashAttentionBackend")
+    with pytest.raises(ValueError, match="set engine.attention_backend to another"):
+        openelm.check_backend("FlexAttentionBackend")
+
+
 def openelm_3b() -> openelm.OpenELMConfig:
     """OpenELM-3B's four sizes of layer."""
     return openelm.OpenELMConfig(

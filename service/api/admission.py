@@ -21,7 +21,7 @@ from service.clients import Client
 from service.errors import Overloaded, RequestError, WaitedTooLong
 
 # Clients do not wait longer than this because a header says so (the OpenAI SDK: 60 s).
-_LONGEST_RETRY_AFTER = 60
+_MAX_RETRY_AFTER = 60
 # Of so many past requests the service rate is taken, or of four times the limit if that is fewer.
 _RATE_WINDOW = 64
 
@@ -220,11 +220,11 @@ class Admission:
         now = self._clock()
         if not self._ended:  # nothing says yet how long a request takes, but at least so long
             busy = math.ceil(now - self._busy_since)
-            return max(1, min(_LONGEST_RETRY_AFTER, busy))
+            return max(1, min(_MAX_RETRY_AFTER, busy))
         # Little's law: `limit` sequences at a time, each for the mean time that one ran.
         cost_seconds = sum(cost * seconds for cost, seconds in self._ended)
         rate = self.limit * sum(cost for cost, _ in self._ended) / max(cost_seconds, 0.001)
         rate *= share.weight / self._active_weight(share)
         promised = max(share.promised, now) + cost / rate
-        share.promised = min(promised, now + _LONGEST_RETRY_AFTER)
+        share.promised = min(promised, now + _MAX_RETRY_AFTER)
         return max(1, math.ceil(share.promised - now))

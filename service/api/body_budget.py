@@ -142,7 +142,8 @@ def _try(schema: SchemaValidator, value: Any) -> None:
         schema.validate_python(value)
     except ValidationError as e:
         error = e.errors(include_url=False, include_input=False, include_context=False)[0]
-        param = str(error["loc"][0])[:64] if error["loc"] else None
+        unknown = error["type"] == "extra_forbidden"  # whose name is the client's
+        param = str(error["loc"][0]) if error["loc"] and not unknown else None
         missing = error["type"] == "missing"
         wrong = "is required" if missing else "does not have the form that this route takes"
         raise InvalidRequest(f"{param or 'the body'} {wrong}", param=param) from None

@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope
 from service.errors import ClientGone, DeadlineExceeded, InvalidRequest, RequestError
 
 TIMEOUT_HEADER = "X-Request-Timeout"
-LONGEST_TIMEOUT = 86400.0
+MAX_TIMEOUT = 86400.0
 
 
 def deadline_of(scope: Scope, timeout: float | None = None) -> float | None:
@@ -27,10 +27,9 @@ def deadline_of(scope: Scope, timeout: float | None = None) -> float | None:
                 seconds = float(value)
             except ValueError:
                 seconds = math.nan
-            if not 0 < seconds <= LONGEST_TIMEOUT:
+            if not 0 < seconds <= MAX_TIMEOUT:
                 raise InvalidRequest(
-                    f"{TIMEOUT_HEADER} is a number of seconds above 0, at most "
-                    f"{LONGEST_TIMEOUT:.0f}",
+                    f"{TIMEOUT_HEADER} is a number of seconds above 0, at most {MAX_TIMEOUT:.0f}",
                     param=TIMEOUT_HEADER,
                 )
             timeout = min(seconds, timeout or seconds)

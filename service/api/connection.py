@@ -23,9 +23,9 @@ from service.errors import (
 )
 from service.settings import Settings
 
-_MOST_HEADERS = 128
-_MOST_HEADER_BYTES = 65_536
-_MOST_AHEAD = 16  # requests sent before the answers to earlier ones
+_MAX_HEADERS = 128
+_MAX_HEADER_BYTES = 65_536
+_MAX_PIPELINED = 16  # requests sent before the answers to earlier ones
 # How long what a refused client goes on sending is read and dropped: to close at once would make
 # its machine throw our answer away.
 _LINGER_SECONDS = 2.0
@@ -35,16 +35,18 @@ _SPARE_CONNECTIONS = 64
 _GRACE_SECONDS = 5
 
 
-def guard(config: uvicorn.Config, settings: Settings, most: int) -> None:
-    """Make the server that runs `config` hold its connections, `most` of them, to the limits.
+def guard(config: uvicorn.Config, settings: Settings, max_connections: int) -> None:
+    """Make uvicorn hold the connections of `config` to the limits, and to `max_connections`.
 
     Raises LaunchError when uvicorn uses another protocol than the one whose methods are overridden.
     """
     if config.http_protocol_class is not HttpToolsProtocol:
         raise LaunchError("uvicorn does not use its httptools protocol; install httptools")
 
+    limit = max_connections
+
     class Limited(GuardedProtocol):
-        max_connections = most
+        max_connections = limit
         idle: ClassVar[dict[GuardedProtocol, None]] = {}
         header_timeout = settings.body_timeout
         write_timeout = settings.write_timeout
@@ -118,7 +120,7 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         self._unparsed_bytes += len(data)
         super().data_received(data)
-        if self._unparsed_bytes > _MOST_HEADER_BYTES:
+        if self._unparsed_bytes > _MAX_HEADER_BYTES:
             self._refuse_headers()
         elif not self._cycles and self._header_timer is None:
             self._expect_headers()  # it sent something, and no whole head of a request
@@ -131,7 +133,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         super().on_header(name, value)
-        if len(self.headers) > _MOST_HEADERS or len(value) > _MOST_HEADER_BYTES:
+        if len(self.headers) > _MAX_HEADERS or len(value) > _MAX_HEADER_BYTES:
             self._refuse_headers()
 
     def on_headers_complete(self) -> None:
@@ -143,8 +145,8 @@ class GuardedProtocol(HttpToolsProtocol):
             self._refuse(MalformedBody("a request with `Upgrade` can have no body here"))
         if self._spare and self.url.partition(b"?")[0].decode("latin-1") not in HEALTH:
             self._refuse_connection()
-        if len(self._cycles) >= _MOST_AHEAD:
-            self._refuse(HeadersTooLarge(f"at most {_MOST_AHEAD} requests may be sent ahead"))
+        if len(self._cycles) >= _MAX_PIPELINED:
+            self._refuse(HeadersTooLarge(f"at most {_MAX_PIPELINED} requests may be sent ahead"))
         if not self._refused:
             super().on_headers_complete()
             self._cycles.append(self.cycle)
@@ -199,7 +201,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def _refuse_headers(self) -> None:
         self._refuse(
             HeadersTooLarge(
-                f"a request has at most {_MOST_HEADERS} headers, of {_MOST_HEADER_BYTES} bytes"
+                f"a request has at most {_MAX_HEADERS} headers, of {_MAX_HEADER_BYTES} bytes"
             )
         )
 

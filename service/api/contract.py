@@ -27,7 +27,7 @@ from service.model_config import ModelConfig
 class _Generation:
     """One accepted request on its way through the engine."""
 
-    asked: ContractRequest
+    request: ContractRequest
     params: dict[str, Any]
     prompt_tokens: int
     chunks: AsyncGenerator[Chunk, None]
@@ -58,15 +58,15 @@ class Contract:
         self._prompt_tokens = metrics.PROMPT_TOKENS.labels(config.name)
         self._generation_tokens = metrics.GENERATION_TOKENS.labels(config.name)
 
-    async def create(self, request: Request) -> Response:
+    async def create(self, http: Request) -> Response:
         """Answer one request. Raises RequestError."""
-        record = RequestRecord.of(request.scope)
-        asked = self._parse(await request.body(), record)
-        deadline = deadline_of(request.scope, asked.timeout)
+        record = RequestRecord.of(http.scope)
+        request = self._parse(await http.body(), record)
+        deadline = deadline_of(http.scope, request.timeout)
         self.admission.check(record.client)  # before any work is spent on it
-        async with self.cancellations.watch(request.receive, deadline):
-            generation = await self._start(asked, deadline, record)
-            if not asked.stream:
+        async with self.cancellations.watch(http.receive, deadline):
+            generation = await self._start(request, deadline, record)
+            if not request.stream:
                 answer = await self._answer(generation, record)
                 return Response(answer, media_type="application/json")
             async with AsyncExitStack() as stack:
@@ -78,18 +78,18 @@ class Contract:
 
     def _parse(self, body: bytes, record: RequestRecord) -> ContractRequest:
         began = time.perf_counter()
-        asked = parse(body)
+        request = parse(body)
         record.layer_seconds += time.perf_counter() - began
-        return asked
+        return request
 
     async def _start(
-        self, asked: ContractRequest, deadline: float | None, record: RequestRecord
+        self, request: ContractRequest, deadline: float | None, record: RequestRecord
     ) -> _Generation:
         began = time.perf_counter()
-        prompt = prompting.render(asked.prompt, asked.history, self.config.prompt)
+        prompt = prompting.render(request.prompt, request.history, self.config.prompt)
         token_ids = await self.engine.tokenize(prompt)
         params = sampling.resolve(
-            asked,
+            request,
             self.engine.defaults,
             self.config.max_length,
             prompt_tokens=len(token_ids),
@@ -101,13 +101,13 @@ class Contract:
             token_ids,
             params,
             record.id,
-            stream=bool(asked.stream),
+            stream=bool(request.stream),
             echo=self.config.prompt.echo,
             cache_salt=record.client.name if self.cache_per_key else None,
             trace_headers=record.trace_headers,
         )
         held = self._admitted(record.client, chunks)
-        return _Generation(asked, params, len(token_ids), chunks, deadline, held)
+        return _Generation(request, params, len(token_ids), chunks, deadline, held)
 
     @asynccontextmanager
     async def _admitted(
@@ -162,15 +162,15 @@ class Contract:
         self, generation: _Generation, text: str, last: Chunk, record: RequestRecord
     ) -> bytes:
         """The contract's answer object, its keys in the tutorials' order."""
-        asked = generation.asked
+        request = generation.request
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         if self.log_prompts:
-            record.exchange = (now, asked.prompt, text)
+            record.exchange = (now, request.prompt, text)
         body: dict[str, Any] = {"response": text, "status": 200, "time": now}
-        if asked.history is not None:
+        if request.history is not None:
             answer = text[last.echoed :]  # what the model said: it will read it again
-            body["history"] = prompting.append_turn(asked.history, asked.prompt, answer)
-        if asked.details:
+            body["history"] = prompting.append_turn(request.history, request.prompt, answer)
+        if request.details:
             body["details"] = {
                 "model": self.config.name,
                 "finish_reason": last.finish_reason,

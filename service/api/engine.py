@@ -33,6 +33,10 @@ _logger = logging.getLogger("service")
 
 # Up to here rendering and tokenising takes less time than handing it to vLLM's threads and back.
 _INLINE_CHARACTERS = 4096
+# A text has fewer characters for each token, 3 to 5 in prose. Tokenising takes 300 bytes for each
+# character: without this bound 1.2 GB for 4 MiB of text, where a token may have 128 characters.
+_MAX_CHARACTERS_PER_TOKEN = 16
+_MIN_CHARACTERS = 131_072  # a request that is allowed 100 kB of tools
 # What vLLM's TokenizeParams name as at fault when a prompt does not fit.
 _TOO_LONG = ("input_text", "input_tokens")
 # Up to here the text of an answer is made on the loop: about a millisecond.
@@ -68,8 +72,7 @@ class Engine:
         self._client = client
         self._renderer = client.renderer
         self._tokenizer = client.renderer.get_tokenizer()
-        # A longer text cannot fit, whatever it is.
-        self.max_characters: int = self.context * self._tokenizer.max_chars_per_token
+        self.max_characters = max(self.context * _MAX_CHARACTERS_PER_TOKEN, _MIN_CHARACTERS)
         self._fast = fast_render.rust_tokenizer(self._tokenizer)
         self._control_tokens = _control_tokens(self._tokenizer)
         online = state.online_renderer

@@ -45,8 +45,8 @@ _MAX_ERROR_BYTES = 65_536
 # How an error of vLLM's begins in a stream; its other events are named, or begin with an id.
 _ERROR_EVENTS = (b'data: {"error"', b"event: error")
 # So many bodies of the longest kind may be held at one time.
-_MOST_BODIES = 64
-_SHORT_BODY = 65_536  # bytes; these are let in always
+_MAX_BODIES = 64
+_MIN_COUNTED_BODY = 65_536  # bytes; these are let in always
 
 
 class Observe:
@@ -282,27 +282,27 @@ class _Held:
         self.bytes += count
         self.state.held_body_bytes += count
         if (
-            self.bytes > _SHORT_BODY
+            self.bytes > _MIN_COUNTED_BODY
             and self.state.held_body_bytes
-            > _MOST_BODIES * self.state.deployment.settings.max_body_bytes
+            > _MAX_BODIES * self.state.deployment.settings.max_body_bytes
         ):
             metrics.REFUSED.labels("bodies").inc()
             raise Overloaded("the server holds too many long bodies already", retry_after=1)
 
 
 async def _read(headers: Headers, receive: Receive, held: _Held) -> bytes:
-    most = held.state.deployment.settings.max_body_bytes
+    limit = held.state.deployment.settings.max_body_bytes
     length = headers.get("content-length", "")
-    if length.isdecimal() and int(length) > most:
-        raise _too_large(most)
+    if length.isdecimal() and int(length) > limit:
+        raise _too_large(limit)
     body = bytearray()
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientGone("the client closed the connection")
         body += message.get("body", b"")
-        if len(body) > most:
-            raise _too_large(most)
+        if len(body) > limit:
+            raise _too_large(limit)
         held.add(len(message.get("body", b"")))
         if not message.get("more_body"):
             return bytes(body)
@@ -313,8 +313,8 @@ def _is_form(scope: Scope) -> bool:
     return Headers(scope=scope).get("content-type", "").lower().startswith("multipart/form-data")
 
 
-def _too_large(most: int) -> RequestError:
-    return BodyTooLarge(f"the body is longer than the limit of {most} bytes")
+def _too_large(limit: int) -> RequestError:
+    return BodyTooLarge(f"the body is longer than the limit of {limit} bytes")
 
 
 def _is_preflight(scope: Scope) -> bool:

@@ -19,9 +19,15 @@ MAX_STOP = 1_000
 _COUNTS = ("n", "best_of")
 _LISTS = ("items", "prompt", "messages", "questions")
 # What is long by nature. Whatever else has parts may end in a grammar, under any route's name.
-_LONG = frozenset(
+_LONG_BY_NATURE = frozenset(
     {"messages", "prompt", "input", "items", "query", "system", "questions", "documents"}
     | {"allowed_token_ids", "stop_token_ids", "logit_bias", "bad_words", "stop"}
+)
+
+
+# Keys that may be named in an answer: any other is the client's own.
+_GRAMMARS = frozenset(
+    {"output_config", "response_format", "structured_outputs", "text", "tool_choice", "tools"}
 )
 
 
@@ -60,8 +66,8 @@ def sequences(request: Mapping[str, Any], max_sequences: int) -> int:
     for key, value in request.items():
         if key == "tools":
             value = _forced(value, request.get("tool_choice"))
-        if isinstance(value, dict | list) and key not in _LONG:
-            _check_grammar(value, str(key)[:64])
+        if isinstance(value, dict | list) and key not in _LONG_BY_NATURE:
+            _check_grammar(value, key if key in _GRAMMARS else None)
     return count
 
 
@@ -101,10 +107,11 @@ def _forced(tools: Any, choice: Any) -> list[Any]:
     return [tool for tool in tools if name in (None, inner(tool).get("name"))]
 
 
-def _check_grammar(grammar: Any, key: str) -> None:
+def _check_grammar(grammar: Any, param: str | None) -> None:
+    key = param or "what may become a grammar"
     if len(to_json(grammar)) > MAX_GRAMMAR_BYTES:
         raise InvalidRequest(
-            f"{key} has at most {MAX_GRAMMAR_BYTES} bytes where it becomes a grammar", param=key
+            f"{key} has at most {MAX_GRAMMAR_BYTES} bytes where it becomes a grammar", param=param
         )
     pending = [grammar]
     while pending:
@@ -123,14 +130,14 @@ def _check_grammar(grammar: Any, key: str) -> None:
                 raise InvalidRequest(
                     f"an object in {key} with minProperties or maxProperties has at most "
                     f"{MAX_COUNTED_PROPERTIES} properties",
-                    param=key,
+                    param=param,
                 )
             for name in ("regex", "pattern"):
                 regex = value.get(name)
                 if isinstance(regex, str) and len(regex) > MAX_REGEX:
                     raise InvalidRequest(
                         f"a regular expression in {key} has at most {MAX_REGEX} characters",
-                        param=key,
+                        param=param,
                     )
             pending.extend(value.values())
         elif isinstance(value, list):

@@ -1,38 +1,17 @@
 """Which sampling values one request gets: the request over the YAML over generation_config.json."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
+from service.api.schema import ContractRequest
 from service.errors import PromptTooLong
 from service.model_config import MaxLength
-
-
-class Asked(Protocol):
-    """The sampling fields of a request; None is "not given"."""
-
-    @property
-    def temperature(self) -> float | None: ...
-    @property
-    def top_p(self) -> float | None: ...
-    @property
-    def top_k(self) -> int | None: ...
-    @property
-    def repetition_penalty(self) -> float | None: ...
-    @property
-    def seed(self) -> int | None: ...
-    @property
-    def stop(self) -> str | list[str] | None: ...
-    @property
-    def max_new_tokens(self) -> int | None: ...
-    @property
-    def max_length(self) -> int | None: ...
-
 
 _FIELDS = ("temperature", "top_p", "top_k", "repetition_penalty", "seed", "stop")
 
 
 def resolve(
-    asked: Asked,
+    request: ContractRequest,
     defaults: Mapping[str, Any],
     max_length: MaxLength,
     *,
@@ -44,19 +23,19 @@ def resolve(
     `defaults` is the YAML's sampling over generation_config.json by vLLM's names; `context` is the
     model's length in tokens. Raises PromptTooLong when no room is left for a new token.
     """
-    given = {name: getattr(asked, name) for name in _FIELDS if getattr(asked, name) is not None}
+    given = {name: getattr(request, name) for name in _FIELDS if getattr(request, name) is not None}
     if "stop" in given and "stop" in defaults:  # the model's own ends hold beside the request's
         stop = given["stop"]
         given["stop"] = [*([stop] if isinstance(stop, str) else stop), *defaults["stop"]]
     return {
         **defaults,
         **given,
-        "max_tokens": _new_tokens(asked, defaults, max_length, prompt_tokens, context),
+        "max_tokens": _new_tokens(request, defaults, max_length, prompt_tokens, context),
     }
 
 
 def _new_tokens(
-    asked: Asked,
+    request: ContractRequest,
     defaults: Mapping[str, Any],
     max_length: MaxLength,
     prompt_tokens: int,
@@ -70,9 +49,9 @@ def _new_tokens(
             param="prompt",
         )
     # As in transformers, max_new_tokens wins over max_length.
-    if asked.max_new_tokens is not None:
-        return min(asked.max_new_tokens, room)
-    limit = asked.max_length or max_length.default
+    if request.max_new_tokens is not None:
+        return min(request.max_new_tokens, room)
+    limit = request.max_length or max_length.default
     if limit is None:
         return min(defaults.get("max_tokens") or room, room)
     if max_length.counts == "prompt_and_new_tokens":

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service import prompting
-from service.api.cancellation import LONGEST_TIMEOUT
+from service.api.cancellation import MAX_TIMEOUT
 from service.errors import InvalidRequest, MalformedBody
 from service.model_config import RepetitionPenalty, Temperature, TokenLimit, TopK, TopP
 
@@ -41,7 +41,7 @@ class ContractRequest(BaseModel):
         Field(None, description="The answer ends before the first of these.")
     )
     stream: bool | None = Field(None, description="Server-sent events instead of one answer.")
-    timeout: Annotated[float, Field(gt=0, le=LONGEST_TIMEOUT, allow_inf_nan=False)] | None = Field(
+    timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT, allow_inf_nan=False)] | None = Field(
         None, description="Seconds after which the answer is no longer wanted."
     )
     details: bool | None = Field(None, description="Add the sampling used and the token counts.")
@@ -53,9 +53,9 @@ def parse(body: bytes) -> ContractRequest:
     Raises MalformedBody or InvalidRequest, which name the key and never repeat its value.
     """
     try:
-        asked = ContractRequest.model_validate_json(body)
-        _check_extras(asked.history or ())
-        return asked
+        request = ContractRequest.model_validate_json(body)
+        _check_extras(request.history or ())
+        return request
     except ValidationError as e:
         error = e.errors(include_url=False, include_input=False, include_context=False)[0]
     if error["type"] == "json_invalid":

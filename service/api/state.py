@@ -44,7 +44,11 @@ class ServiceState:
         settings = deployment.settings
         # Each of several API processes takes its part of the limits: vLLM shares connections out.
         vllm = client.vllm_config
-        sequences = vllm.scheduler_config.max_num_seqs * vllm.parallel_config.data_parallel_size
+        parallel = vllm.parallel_config
+        # Behind a load balancer of data-parallel ranks a server has those of its machine alone.
+        local = parallel.local_engines_only
+        ranks = parallel.data_parallel_size_local if local else parallel.data_parallel_size
+        sequences = vllm.scheduler_config.max_num_seqs * ranks
         limit = math.ceil(sequences / processes)
         waiting = settings.max_waiting
         queue = limit * _WAITING_FACTOR if waiting is None else math.ceil(waiting / processes)

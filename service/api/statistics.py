@@ -12,8 +12,8 @@ from vllm.v1.metrics.loggers import PrometheusStatLogger
 from service.api.watch import EngineProgress
 
 # Steps are kept for so long, and so many of them.
-_MOST_SECONDS = 1.0
-_MOST_STEPS = 32
+_MAX_SECONDS = 1.0
+_MAX_STEPS = 32
 
 
 class Statistics(PrometheusStatLogger):  # type: ignore[misc]  # vLLM is not typed for us
@@ -27,7 +27,7 @@ class Statistics(PrometheusStatLogger):  # type: ignore[misc]  # vLLM is not typ
         self._steps: list[tuple[Any, Any, Any, int]] = []
         self._usage = -1.0
         # Where another process may be the one that is asked for our metrics, none may wait.
-        self._most_steps = 1 if "PROMETHEUS_MULTIPROC_DIR" in os.environ else _MOST_STEPS
+        self._most_steps = 1 if "PROMETHEUS_MULTIPROC_DIR" in os.environ else _MAX_STEPS
         REGISTRY.register(_BeforeScrape(self))  # vLLM's come after it
         super().__init__(vllm_config, engine_indexes)
 
@@ -47,7 +47,7 @@ class Statistics(PrometheusStatLogger):  # type: ignore[misc]  # vLLM is not typ
         if len(self._steps) >= self._most_steps:
             self.flush()
         elif len(self._steps) == 1:
-            asyncio.get_running_loop().call_later(_MOST_SECONDS, self.flush)
+            asyncio.get_running_loop().call_later(_MAX_SECONDS, self.flush)
 
     def flush(self) -> None:
         """Record the steps that are not recorded yet."""

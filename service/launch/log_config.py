@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,13 @@ class StartUp(logging.Filter):
             return False  # told by the supervisor
         if message.startswith("Error with model "):
             return False  # a client's mistake, with what the client sent
+        if record.exc_info and record.name.startswith("vllm.entrypoints."):
+            # The texts of errors in vLLM's handlers may repeat what a client sent.
+            kind, _, stack = record.exc_info
+            where = "".join(traceback.format_tb(stack))
+            record.msg, record.args = f"vLLM failed: {kind and kind.__name__}\n{where}", ()
+            record.exc_info = record.exc_text = None
+            return True
         if record.levelno >= logging.ERROR:
             if "failed to start" in message:
                 # Our own last line tells the cause. multiprocessing would print the traceback.

@@ -17,7 +17,7 @@ from service import web
 from service.errors import Unavailable, refusal_body
 from service.launch.run_folder import RunFolder
 
-_MOST_CONNECTIONS = 256
+_MAX_CONNECTIONS = 256
 _RETRY_AFTER = 5
 
 
@@ -81,7 +81,7 @@ class _Server(ThreadingHTTPServer):
         self.folder = folder
         self.model = model
         self.instance = instance
-        self.connections = threading.Semaphore(_MOST_CONNECTIONS)
+        self.connections = threading.Semaphore(_MAX_CONNECTIONS)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         if not self.connections.acquire(blocking=False):

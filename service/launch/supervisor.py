@@ -39,9 +39,11 @@ from service.settings import Settings
 # How long the server has to end by itself after it was told to, or has said that it failed.
 _GRACE_SECONDS = 10
 _LOOK_EVERY = 0.2  # seconds
-_LEAST_SILENCE = 5.0  # seconds; a busy machine may keep a process waiting for so long
+_MIN_SILENCE = 5.0  # seconds; a busy machine may keep a process waiting for so long
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _BACKLOG = 2048
+# A socket's path has 107 bytes, of which vLLM's file names take 37.
+_MAX_TEMPORARY_FOLDER = 70
 _FORK_SERVER_GONE = 255  # what multiprocessing then says of its processes
 # Variables of vLLM that would undo what this service promises.
 _REFUSED = {
@@ -61,6 +63,7 @@ def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
             raise ConfigError(f"{variable} {reason}")
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # connections are files
+    _check_temporary_folder()
     listener = _listen(settings.host, settings.port)
     if clients is None and not _is_loopback(listener):
         print(
@@ -116,7 +119,7 @@ class _Supervisor:
     ) -> None:
         self.announcer = announcer
         self.drain_timeout = settings.drain_timeout
-        self.hung_after = max(settings.stall_timeout * PATIENCE, _LEAST_SILENCE)
+        self.hung_after = max(settings.stall_timeout * PATIENCE, _MIN_SILENCE)
         self.server = server
         self.folder = folder
         self.progress = progress
@@ -264,6 +267,16 @@ def _listen(host: str, port: int) -> socket.socket:
             else "choose another with --host and --port, or SERVICE_HOST and SERVICE_PORT"
         )
         raise LaunchError(f"cannot listen on {host[:80]} port {port}: {reason}; {remedy}") from None
+
+
+def _check_temporary_folder() -> None:
+    """Sockets of ours and of vLLM's are files there, and their names have a limit."""
+    folder = tempfile.gettempdir()
+    if len(folder.encode()) > _MAX_TEMPORARY_FOLDER:
+        raise ConfigError(
+            f"TMPDIR: the path has {len(folder.encode())} bytes, and sockets in it allow for "
+            f"{_MAX_TEMPORARY_FOLDER}; choose a shorter one, such as /tmp"
+        )
 
 
 def _is_loopback(listener: socket.socket) -> bool:

@@ -114,6 +114,18 @@ def kv_repeats(config: OpenELMConfig, layer: int, tp_size: int | None = None) ->
     )
 
 
+def check_backend(name: str) -> None:
+    """Raises ValueError for a class of vLLM's that counts on as many heads in every layer.
+
+    So do vllm/v1/attention/backends/flex_attention.py and rocm_aiter_fa.py of vLLM 0.32.
+    """
+    if name in ("AiterFlashAttentionBackend", "FlexAttentionBackend"):
+        raise ValueError(
+            f"OpenELM's layers differ in their heads, which vLLM's {name} does not serve; set "
+            "engine.attention_backend to another, such as FLASH_ATTN or TRITON_ATTN"
+        )
+
+
 class OpenELMAttention(LlamaAttention):  # type: ignore[misc]
     def __init__(
         self,
@@ -133,6 +145,7 @@ class OpenELMAttention(LlamaAttention):  # type: ignore[misc]
             cache_config=cache_config,
             prefix=prefix,
         )
+        check_backend(self.attn.attn_backend.__name__)
         self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 

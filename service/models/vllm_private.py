@@ -46,7 +46,7 @@ def stop_every_answer(
     client.generate = generate_and_stop
 
 
-def shorten_error_texts(most: int = 1000) -> None:
+def shorten_error_texts(limit: int = 1000) -> None:
     """Have vLLM clean no more than the first characters of an error's text.
 
     It repeats what the client sent, and takes minutes to clean a megabyte of slashes. We read no
@@ -57,7 +57,7 @@ def shorten_error_texts(most: int = 1000) -> None:
     from vllm.entrypoints.serve.exception_handling.utils import sanitize_message
 
     def shorten(message: str) -> str:
-        cleaned: str = sanitize_message(message[:most])
+        cleaned: str = sanitize_message(message[:limit])
         return cleaned
 
     for module in (error_response, http, validation):
