@@ -28,6 +28,12 @@ def test_every_link_leads_to_a_file_and_its_heading(page: Path) -> None:
             assert heading in anchors, f"{page.name}: {target}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_of_the_code_that_is_named_exists(page: Path) -> None:
+    for name in re.findall(r"`([a-z_]+/[\w/]+\.py)`", page.read_text(encoding="utf-8")):
+        assert (ROOT / name).exists() or (ROOT / "service" / name).exists(), f"{page.name}: {name}"
+
+
 def test_the_configuration_page_is_made_from_the_schemas() -> None:
     text = configuration.PAGE.read_text(encoding="utf-8")
     assert text == configuration.page(), "run `python -m tests.configuration`"
