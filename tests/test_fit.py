@@ -302,7 +302,7 @@ def test_sizes(text: str, size: int) -> None:
     assert cli._size(text) == size
 
 
-@pytest.mark.parametrize("text", ["24", "GiB", "-1G", "24Gb/s", "24 cards", "0GiB"])
+@pytest.mark.parametrize("text", ["24", "GiB", "-1G", "24 cards", "0GiB"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ConfigError, match="--memory .*: expected a size"):
         cli._size(text)
