@@ -167,8 +167,8 @@ def explain(
         return Refused(status, kind, _STATUSES.get(status, default))
     for pattern, sentence in _SENTENCES:
         if match := pattern.match(message):
-            said = sentence.format(*match.groups(), models=", ".join(models))
-            return Refused(status, kind, said, param)
+            translated = sentence.format(*match.groups(), models=", ".join(models))
+            return Refused(status, kind, translated, param)
     if _VALIDATION.match(message):
         return Refused(status, kind, _explain_validation(message, param), param)
     if param is None and (match := _SUBJECT.match(message)):
