@@ -148,7 +148,7 @@ def _validate(schema: SchemaValidator, value: Any) -> None:
         wrong = "is required" if missing else "does not have the form that this route takes"
         raise InvalidRequest(f"{param or 'the body'} {wrong}", param=param) from None
     except Exception:
-        return  # raised by a validator of vLLM's: its route raises it again
+        return  # raised by a vLLM validator: the route raises it again
 
 
 def _fail_fast(schema: Any) -> Any:

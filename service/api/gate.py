@@ -85,7 +85,7 @@ async def _route(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 class Admit:
-    """Passes a request to a generating route of vLLM's: checks limits, queues, sets a deadline."""
+    """Passes a request to a generating vLLM route, with limits, a queue and a deadline."""
 
     def __init__(
         self, app: ASGIApp, admission: Admission, cancellations: Cancellations, settings: Settings

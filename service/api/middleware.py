@@ -184,7 +184,7 @@ class _GuardedResponse:
         return RequestError("internal error; the server's log has more under the request's id")
 
     def _explain(self, body: bytes, status: int = 500) -> RequestError:
-        """Turn an error body of vLLM's or FastAPI's into a RequestError."""
+        """Turn a vLLM or FastAPI error body into a RequestError."""
         try:
             value = json.loads(body)
         except ValueError:

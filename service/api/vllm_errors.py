@@ -137,7 +137,7 @@ _STATUSES = {
 
 
 class Refused(RequestError):
-    """An error of vLLM's, with its status and type and our text."""
+    """A vLLM error: its status and type, our text."""
 
     def __init__(self, status: int, kind: str, message: str, param: str | None = None) -> None:
         super().__init__(message, param=param, retry_after=1 if status == 503 else None)
@@ -153,7 +153,7 @@ def text(error: dict[str, Any]) -> str:
 def explain(
     status: int, error: dict[str, Any], models: Sequence[str], keys: Collection[str]
 ) -> Refused:
-    """Turn an error of vLLM's or FastAPI's into ours.
+    """Turn a vLLM or FastAPI error into ours.
 
     `models` are the model names that this server accepts, `keys` all keys in its routes' schemas.
     """

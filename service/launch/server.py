@@ -95,7 +95,7 @@ def choose_compiled(args: argparse.Namespace, config: ModelConfig) -> None:
 
 @contextmanager
 def explained(settings: Settings, folder: RunFolder) -> Iterator[None]:
-    """Turn an exception of vLLM's into a LaunchError of one sentence, unless --verbose is set."""
+    """Turn a vLLM exception into a LaunchError of one sentence, unless --verbose is set."""
     try:
         yield
     except ServiceError:

@@ -15,7 +15,7 @@ def register() -> None:
     from service.models.bluelm import BlueLMConfig, BlueLMForCausalLM
     from service.models.minicpm import MiniCPMConfig
     from service.models.openelm import OpenELMConfig, OpenELMForCausalLM
-    from service.models.vllm_private import assume_model_type, penalize_only_what_was_seen
+    from service.models.vllm_private import assume_model_type, use_fast_penalties
     from service.models.xverse import XverseConfig
     from service.tokenizers import register as register_tokenizers
 
@@ -36,4 +36,4 @@ def register() -> None:
     assume_model_type("MiniCPMForCausalLM", MiniCPMConfig.model_type)
     register_tokenizers()
     if current_platform.is_cpu():
-        penalize_only_what_was_seen()
+        use_fast_penalties()

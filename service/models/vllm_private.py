@@ -64,7 +64,7 @@ def shorten_error_texts(limit: int = 1000) -> None:
         module.sanitize_message = shorten
 
 
-def penalize_only_what_was_seen() -> None:
+def use_fast_penalties() -> None:
     """Make vLLM's sampler use our `apply_penalties`.
 
     vLLM's own makes a dozen passes over the whole vocabulary for each sequence, which takes a
@@ -88,7 +88,7 @@ def apply_penalties(
     penalty uses vLLM's function.
     """
     if presence_penalties.any() or frequency_penalties.any():
-        changed: torch.Tensor = _vllm_apply_penalties(
+        result: torch.Tensor = _vllm_apply_penalties(
             logits,
             prompt_tokens,
             output_tokens,
@@ -96,10 +96,10 @@ def apply_penalties(
             frequency_penalties,
             repetition_penalties,
         )
-        return changed
-    seen = torch.cat((prompt_tokens, output_tokens), 1)
-    row, column = (seen < logits.shape[1]).nonzero(as_tuple=True)
-    token, penalty = seen[row, column], repetition_penalties[row]
+        return result
+    tokens = torch.cat((prompt_tokens, output_tokens), 1)
+    row, column = (tokens < logits.shape[1]).nonzero(as_tuple=True)
+    token, penalty = tokens[row, column], repetition_penalties[row]
     before = logits[row, token]
     # A token that occurs twice is written twice, with the same value.
     logits[row, token] = before * torch.where(before > 0, 1 / penalty, penalty)
