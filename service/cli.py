@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. What the commands do is in the modules they import."""
+"""The command line: parses arguments, calls the modules that do the work, prints results."""
 
 import json
 import sys
@@ -59,8 +59,8 @@ Verbose = Annotated[
 ]
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(version("vllm-chat-service"))
         raise typer.Exit
 
@@ -202,17 +202,17 @@ def compile_(
     from service.preflight import compile
 
     config, origins = model_config.load(model, assignments or ())
-    found = compile.make(config, origins, settings.load(verbose=verbose))
+    result = compile.make(config, origins, settings.load(verbose=verbose))
     if as_json:
-        print(json.dumps({**asdict(found), "gain": found.gain, "used": found.worthwhile}))
+        print(json.dumps({**asdict(result), "gain": result.gain, "used": result.worthwhile}))
         return
-    rows = zip(compile_cache.BATCHES, found.eager, found.compiled, strict=True)
+    rows = zip(compile_cache.BATCHES, result.eager, result.compiled, strict=True)
     _print_table(
         ("requests at once", "tokens/s eager", "compiled"),
-        [(batch, f"{before:.1f}", f"{after:.1f}") for batch, before, after in rows],
+        [(batch, f"{eager:.1f}", f"{compiled:.1f}") for batch, eager, compiled in rows],
     )
-    verdict = "`serve` uses it from now on" if found.worthwhile else "`serve` goes on without it"
-    print(f"{config.name}: {found.gain:.2f} times as fast; {verdict}")
+    verdict = "`serve` uses it from now on" if result.worthwhile else "`serve` goes on without it"
+    print(f"{config.name}: {result.gain:.2f} times as fast; {verdict}")
 
 
 @app.command()
@@ -274,8 +274,8 @@ def chat(
     """
     from service import terminal
 
-    given = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    options = {name: value for name, value in given.items() if value is not None}
+    flags = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    options = {name: value for name, value in flags.items() if value is not None}
     remote = terminal.Remote(url or settings.load().url(), key)
     terminal.chat(remote, prompt, options, as_json=as_json)
 
@@ -328,7 +328,7 @@ def models(
 
 
 def _size(text: str) -> int:
-    """Bytes of a size such as 24GiB or 24GB. Raises ConfigError."""
+    """Parse a size such as 24GiB or 24GB into bytes. Raises ConfigError."""
     try:
         size = TypeAdapter(ByteSize).validate_python(text)
     except ValidationError:
@@ -362,15 +362,15 @@ def _print_report(report: "Verification") -> None:
 def _print_table(columns: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, overflow="fold")  # half a path is of no use
+        table.add_column(column, overflow="fold")  # never truncate a path
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
-    # A pipe has no width: let no cell wrap.
+    # A pipe has no width: make it wide, so that no cell wraps.
     Console(width=None if sys.stdout.isatty() else 400).print(table)
 
 
 def main() -> None:
-    """Run the command line; a user's mistake ends in one line on stderr, not in a traceback."""
+    """Run the command line. A ServiceError prints one line on stderr instead of a traceback."""
     try:
         app()
     except ServiceError as e:

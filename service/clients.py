@@ -1,6 +1,6 @@
-"""The clients of a deployment, by their API keys: a name and a weight for each.
+"""The clients of a deployment: each has an API key, a name and a weight.
 
-Of a key only the SHA-256 hash is kept.
+Only the SHA-256 hash of a key is kept.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ _HASH = re.compile(r"sha256:([0-9a-f]{64})")
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """Whom a request counts for: the name of its API key, and the key's weight."""
+    """The owner of a request: the name and the weight of its API key."""
 
     name: str = "anonymous"
     weight: float = 1.0
@@ -26,15 +26,15 @@ ANYONE = Client()
 
 
 def digest(key: bytes) -> str:
-    """SHA-256 of a key, in hex."""
+    """Return the SHA-256 of a key, in hex."""
     return hashlib.sha256(key).hexdigest()
 
 
 def parse(text: str, place: str) -> dict[str, Client]:
-    """Hash to client, from lines `NAME KEY [WEIGHT]`; `#` begins a comment.
+    """Parse lines `NAME KEY [WEIGHT]` into hash -> client; `#` begins a comment.
 
-    KEY may be `sha256:` and the hash instead. A file with nothing but one word is one key, named
-    default. Raises ConfigError with `place` and line, never with a key.
+    KEY may be `sha256:` and the hash. A text of a single word is a key with the name default.
+    Raises ConfigError with `place` and line, but never a key.
     """
     lines = [(n, line.partition("#")[0].split()) for n, line in enumerate(text.splitlines(), 1)]
     lines = [(n, words) for n, words in lines if words]
@@ -53,8 +53,8 @@ def parse(text: str, place: str) -> dict[str, Client]:
             weight = 0.0
         if not 0.001 <= weight <= 1000:
             raise ConfigError(f"{place}:{number}: a weight is a number from 0.001 to 1000")
-        given = _HASH.fullmatch(key)
-        hashed = given[1] if given else digest(key.encode())
+        match = _HASH.fullmatch(key)
+        hashed = match[1] if match else digest(key.encode())
         if hashed in clients:
             raise ConfigError(f"{place}:{number}: this key stands in an earlier line already")
         clients[hashed] = Client(name, weight)
@@ -62,7 +62,7 @@ def parse(text: str, place: str) -> dict[str, Client]:
 
 
 def read_file(file: Path, place: str) -> dict[str, Client]:
-    """The keys of a file. Raises ConfigError."""
+    """Return the keys in a file as hash -> client. Raises ConfigError."""
     try:
         return parse(file.read_text(encoding="utf-8"), place)
     except (OSError, UnicodeDecodeError) as e:

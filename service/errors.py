@@ -1,4 +1,4 @@
-"""Every error this package raises, and the form in which a client reads a refusal.
+"""All errors of this package, and the response body for a refused request.
 
 ServiceError
 ├── ConfigError               a user's mistake at start: YAML, flag, setting (exit status 2)
@@ -12,15 +12,15 @@ ServiceError
     ├── NotFound              404  there is no such route
     ├── MethodNotAllowed      405  the route does not take this method
     ├── BodyTooSlow           408  the body did not come in time
-    │   └── HeadersTooSlow         the headers did not
+    │   └── HeadersTooSlow         the headers did not come in time
     ├── BodyTooLarge          413  the body is longer than the limit
     ├── Overloaded            429  the queue is full
     ├── HeadersTooLarge       431  too many headers, or too long ones
-    ├── ClientGone            499  nobody is waiting for the answer any more
+    ├── ClientGone            499  the client closed the connection
     ├── GenerationFailed      500  the engine failed this request alone
     ├── Unavailable           503  the engine cannot take or finish the request now
-    │   ├── EngineDead             it has ended, and with it the server
-    │   └── WaitedTooLong          it waited in the queue for as long as the limit allows
+    │   ├── EngineDead             the engine has died; the server is ending
+    │   └── WaitedTooLong          it waited in the queue for queue_timeout
     └── DeadlineExceeded      504  the client's own deadline passed
 """
 
@@ -30,7 +30,7 @@ from typing import Any
 
 
 class ServiceError(Exception):
-    """An error meant for a person: its text says what, where, and what to do."""
+    """An error for the user: its text says what is wrong, where, and what to do."""
 
     exit_status = 1
 
@@ -50,10 +50,10 @@ class LaunchError(ServiceError):
 
 
 class RequestError(ServiceError):
-    """One request is refused or has failed; `status` is the HTTP status.
+    """A refused or failed request, with its HTTP `status`.
 
-    `message` goes to the client: it names keys and limits, never the client's own input, a path or
-    an address. `param` is the request key at fault. `retry_after` is in seconds.
+    `message` goes to the client. It may name keys and limits, but never input, paths or addresses.
+    `param` is the invalid request key. `retry_after` is in seconds.
     """
 
     status = 500
@@ -94,7 +94,7 @@ class NotFound(RequestError):
 
 
 class MethodNotAllowed(RequestError):
-    """`allow` is the header Allow: the methods that the route takes."""
+    """`allow` is the value of the header Allow: the methods of the route."""
 
     status = 405
     type = "method_not_allowed"
@@ -157,7 +157,7 @@ class DeadlineExceeded(RequestError):
     type = "deadline_exceeded"
 
 
-# Anthropic's names for what an HTTP status means.
+# HTTP status -> Anthropic's error type.
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -171,7 +171,7 @@ _ANTHROPIC_TYPES = {
 
 
 def refusal_body(error: RequestError, request_id: str, path: str = "/") -> bytes:
-    """An error as the protocol of `path` has it: the contract's, Anthropic's, or OpenAI's."""
+    """Return the error body in the protocol of `path`: the contract's, Anthropic's or OpenAI's."""
     message = f"{error.message} (request {request_id})"
     body: dict[str, Any]
     if path == "/":

@@ -1,6 +1,6 @@
-"""What a model is: the YAML schema of `model_configs/`, and loading with errors that name the line.
+"""The YAML schema of `model_configs/`, and its loader, whose errors name the line.
 
-Facts about a deployment (address, keys, logging) are in `settings.py`, never here.
+Settings of a deployment (address, keys, logging) are in `settings.py`.
 """
 
 import difflib
@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from service.errors import ConfigError
 
-# The bounds are vLLM's own (SamplingParams._verify_args), so that a bad value is refused before
-# the engine sees it; the upper bound of repetition_penalty keeps logits finite in bf16.
+# vLLM's bounds (SamplingParams._verify_args), to refuse a bad value before the engine sees it. Only
+# the upper bound of repetition_penalty is ours: it keeps logits finite in bf16.
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 TopK = Annotated[int, Field(ge=-1, le=2**31 - 1)]
@@ -40,8 +40,8 @@ class Source(_Section):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
-        given = [k for k in ("modelscope", "path", "embedded") if getattr(self, k) is not None]
-        if len(given) != 1:
+        kinds = [k for k in ("modelscope", "path", "embedded") if getattr(self, k) is not None]
+        if len(kinds) != 1:
             raise ValueError("give exactly one of modelscope, path and embedded")
         if self.embedded and not self.sha256:
             raise ValueError("an embedded wheel needs its sha256")
@@ -125,20 +125,20 @@ class ModelConfig(_Section):
 
 
 Path_ = tuple[str | int, ...]
-# What PyYAML raises for text that it cannot turn into values, such as `!!int zz`.
+# Exceptions of PyYAML for invalid text or values, such as `!!int zz`.
 _UNREADABLE = (yaml.YAMLError, ValueError, KeyError, RecursionError)
 
 
 @dataclass(frozen=True)
 class Origins:
-    """Where each value was written, so that an error can say it."""
+    """Where each value was set, for error messages."""
 
     file: Path
     lines: Mapping[Path_, int]
     overridden: frozenset[Path_]
 
     def place(self, path: Path_) -> str:
-        """Where a key, or its nearest parent, was written: "file.yaml:7", or "--set"."""
+        """Return where a key or its nearest parent was set: "file.yaml:7", or "--set"."""
         if any(written[: len(path)] == path for written in self.overridden if path):
             return "--set"
         for end in range(len(path), -1, -1):
@@ -149,14 +149,14 @@ class Origins:
         return str(self.file)
 
     def of(self, path: Path_) -> str:
-        """The place and the key, for an error: "file.yaml:7: engine.dtype"."""
+        """Return place and key for an error: "file.yaml:7: engine.dtype"."""
         key = ".".join(map(str, path)) or "top level"
         place = self.place(path)
         return f"--set {key}" if place == "--set" else f"{place}: {key}"
 
 
 def catalogue() -> dict[str, Path]:
-    """Name to file of every shipped model. The name is the file's stem."""
+    """Return name -> file of all shipped models. The name is the file's stem."""
     package = Path(__file__).parent
     folder = package / "model_configs"  # in a wheel
     if not folder.is_dir():
@@ -165,12 +165,12 @@ def catalogue() -> dict[str, Path]:
 
 
 def find(name_or_file: str) -> Path:
-    """The YAML file of a catalogue name or a path. Raises ConfigError naming the nearest entry."""
+    """Return the YAML file for a catalogue name or a path. Raises ConfigError."""
     entries = catalogue()
     if name_or_file in entries:
         return entries[name_or_file]
     if name_or_file.endswith((".yaml", ".yml")) or "/" in name_or_file:
-        return Path(name_or_file)  # what is wrong with it is told when it is read
+        return Path(name_or_file)  # errors are reported when it is read
     raise ConfigError(
         f"no model named {name_or_file!r}{nearest(name_or_file, entries)}; "
         "`chat-service models` lists the catalogue, and a path to a YAML file works too"
@@ -200,7 +200,7 @@ def load(
 
 
 def nearest(name: str, valid: Iterable[str], prefix: str = "") -> str:
-    """ "; did you mean X?" for the closest valid name, shown after `prefix`, or nothing."""
+    """Return "; did you mean X?" with `prefix` and the closest valid name, or an empty string."""
     names = list(valid)
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
     if name and not close:
@@ -251,7 +251,7 @@ def _record_lines(node: yaml.Node, path: Path_, lines: dict[Path_, int], file: P
 
 
 def _assign(data: dict[str, Any], assignment: str) -> Path_:
-    """Apply one "key.path=value" to `data`; the value is read as YAML. Returns the key's path."""
+    """Apply one "key.path=value" to `data`; the value is YAML. Returns the key's path."""
     key, equals, text = assignment.partition("=")
     path: Path_ = tuple(key.strip().split("."))
     if not equals or not all(path):
@@ -283,7 +283,7 @@ def _explain(error: Any, origins: Origins) -> str:
 
 
 def _keys_at(path: Path_) -> list[str]:
-    """The valid keys of the section at `path`."""
+    """Return the valid keys of the section at `path`."""
     model: Any = ModelConfig
     for part in path:
         annotation = model.model_fields[part].annotation

@@ -1,10 +1,10 @@
-"""Where a server is between its first second and its last; `/health/ready` tells it."""
+"""The phases of a server, shown by `/health/ready`."""
 
 from enum import StrEnum
 
 
 class Phase(StrEnum):
-    """Where a server is between its first second and its last."""
+    """The state of a server from start to end."""
 
     STARTING = "starting"
     DOWNLOADING = "downloading"
@@ -17,6 +17,6 @@ class Phase(StrEnum):
     FAILED = "failed"
 
 
-# An engine that answers, has work and neither computes nor makes tokens counts as stalled after so
-# many times the stall timeout; so does an API process that does not answer the supervisor.
+# An engine that answers and has work, but neither computes nor makes tokens, is stalled after this
+# many times the stall timeout. An API process without a beat for as long has hung.
 PATIENCE = 6

@@ -1,10 +1,10 @@
-"""From the contract's prompt and history to what the model is given."""
+"""Converts the contract's prompt and history to the model's input."""
 
 from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import with_config
-from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
+from typing_extensions import TypedDict  # pydantic requires this one before Python 3.12
 
 from service.errors import InvalidRequest
 from service.model_config import Prompt
@@ -12,7 +12,7 @@ from service.model_config import Prompt
 
 @with_config(extra="allow", strict=True)
 class Message(TypedDict):
-    """One turn. Other keys of a client's come back to it, and do not reach the model."""
+    """One turn. A client's other keys are returned to it, but do not reach the model."""
 
     role: Literal["system", "user", "assistant"]
     content: str
@@ -23,9 +23,9 @@ History = Sequence[Pair] | Sequence[Message]
 
 
 def render(prompt: str, history: History | None, config: Prompt) -> list[Message] | str:
-    """Messages for the chat template, or the text itself for a completion model.
+    """Return messages for the chat template, or the prompt itself for a completion model.
 
-    Raises InvalidRequest when a completion model is given a history.
+    Raises InvalidRequest for a history with a completion model.
     """
     if config.style == "completion":
         if history:
@@ -35,7 +35,7 @@ def render(prompt: str, history: History | None, config: Prompt) -> list[Message
 
 
 def append_turn(history: History, prompt: str, response: str) -> list[Pair | Message]:
-    """`history` with the new turn at its end, in the form it came in; empty means pairs."""
+    """Return `history` plus the new turn, in the same form; an empty history gets a pair."""
     if history and isinstance(history[0], dict):
         return [
             *history,

@@ -1,4 +1,4 @@
-"""How this deployment runs. The only reader of the environment."""
+"""The settings of a deployment, from environment variables and flags."""
 
 import os
 import sys
@@ -19,7 +19,7 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Settings(BaseSettings):
-    """One field is one environment variable: `SERVICE_` and the field's name in capitals."""
+    """Each field is an environment variable: `SERVICE_` and the field's name in capitals."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
 
@@ -84,12 +84,12 @@ class Settings(BaseSettings):
     verbose: bool = Field(False, description="Show everything that vLLM and its libraries log.")
 
     def url(self, *, tls: bool = False) -> str:
-        """Where a client on this machine finds the service."""
+        """Return the service's URL for a client on this machine."""
         host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         return f"http{'s' * tls}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     def clients(self) -> Mapping[str, Client] | None:
-        """Hash of each API key to whose it is; None when no key is asked for.
+        """Return hash of API key -> client, or None if no key is required.
 
         Raises ConfigError for an unusable file or an empty key.
         """
@@ -108,24 +108,24 @@ class Settings(BaseSettings):
 
 
 def load(**flags: object) -> Settings:
-    """Read the environment, with the command line's flags (None: not given) over it.
+    """Read the environment; flags of the command line override it (None: not set).
 
-    A variable that is none of ours, such as a cluster's SERVICE_NAME, is told and left alone.
-    Raises ConfigError naming the variable, and the nearest one for a name that looks like a slip.
+    Prints and ignores an unknown SERVICE_ variable, such as a cluster's SERVICE_NAME. Raises
+    ConfigError naming the variable, also for a name that looks like a typing error.
     """
     known = {name.upper() for name in Settings.model_fields}
     for variable in os.environ:
         name = variable.removeprefix(PREFIX)
         if variable.startswith(PREFIX) and name not in known:
-            # Compared without the prefix, which all of them share.
-            if slip := nearest(name, known, PREFIX):
-                raise ConfigError(f"{variable}: unknown setting{slip}")
+            # Compare names without the common prefix.
+            if hint := nearest(name, known, PREFIX):
+                raise ConfigError(f"{variable}: unknown setting{hint}")
             print(f"{variable} is no setting of this service; it is ignored", file=sys.stderr)
-    given = {name: value for name, value in flags.items() if value is not None}
+    values = {name: value for name, value in flags.items() if value is not None}
     try:
-        return Settings(**given)  # type: ignore[arg-type]
+        return Settings(**values)  # type: ignore[arg-type]
     except ValidationError as e:
         error = e.errors(include_url=False, include_input=False)[0]
         field = str(error["loc"][0])
-        place = f"--{field}" if field in given else f"{PREFIX}{field.upper()}"
+        place = f"--{field}" if field in values else f"{PREFIX}{field.upper()}"
         raise ConfigError(f"{place}: {error['msg'][0].lower()}{error['msg'][1:]}") from None

@@ -1,4 +1,4 @@
-"""A running server from the terminal: `chat-service chat` and `chat-service top`."""
+"""Clients of a running server: `chat-service chat` and `chat-service top`."""
 
 import json
 import ssl
@@ -16,7 +16,7 @@ from rich.table import Table
 
 from service.errors import ServiceError
 
-# Shown in this order; what it is for a machine, and for people.
+# Key in JSON -> (label, format) in the table, in the order shown.
 _ROWS = {
     "requests_per_second": ("answered", "{:.1f} requests/s"),
     "refused_per_second": ("refused", "{:.1f} requests/s"),
@@ -30,14 +30,14 @@ _ROWS = {
     "kv_cache_usage": ("KV cache", "{:.0%}"),
 }
 
-# Routes that are asked to look at the server.
-_PROBES = ("/metrics", "/health", "/ping")
+# Monitoring routes, which `top` does not count.
+_MONITORING = ("/metrics", "/health", "/ping")
 
 Metrics = dict[str, dict[tuple[tuple[str, str], ...], float]]
 
 
 class Remote:
-    """One server, by its address, with the API key it may ask for."""
+    """A client of one server, with an optional API key."""
 
     def __init__(self, url: str, key: str | None) -> None:
         headers = {"authorization": f"Bearer {key}"} if key else {}
@@ -48,12 +48,12 @@ class Remote:
                 headers=headers,
                 timeout=30,
                 trust_env=False,  # no proxy
-                verify=ssl.create_default_context(),  # which reads SSL_CERT_FILE
+                verify=ssl.create_default_context(),  # reads SSL_CERT_FILE
             )
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turn what goes wrong into a ServiceError: no server there, or not this one."""
+        """Turn errors into a ServiceError: the server does not answer, or is another program."""
         try:
             yield
         except (httpx.HTTPError, httpx.InvalidURL) as e:
@@ -69,8 +69,8 @@ class Remote:
                 f"{self.url}: this is not the answer of chat-service (--url)"
             ) from None
 
-    def remembers(self) -> bool:
-        """Whether its model has turns, and does not only complete text. Raises ServiceError."""
+    def has_history(self) -> bool:
+        """Whether the model supports a history of turns. Raises ServiceError."""
         with self._explained():
             response = self._client.get("/", headers={"accept": "application/json"})
             if response.status_code != 200:
@@ -80,7 +80,7 @@ class Remote:
     def answer(
         self, prompt: str, history: list[Any], options: dict[str, Any]
     ) -> Iterator[str | dict[str, Any]]:
-        """New text as it comes; last the whole answer. Raises ServiceError."""
+        """Yield new text as it comes, then the whole response object. Raises ServiceError."""
         body = {"prompt": prompt, "history": history, "stream": True, "details": True, **options}
         with self._explained():
             with self._client.stream("POST", "/", json=body, timeout=None) as response:
@@ -103,8 +103,8 @@ class Remote:
             raise ServiceError(f"{self.url}: the answer broke off")
 
     def metrics(self) -> Metrics:
-        """Every sample by its name and labels. Raises ServiceError."""
-        found: Metrics = {}
+        """Return all samples by name and labels. Raises ServiceError."""
+        samples: Metrics = {}
         with self._explained():
             response = self._client.get("/metrics")
             if response.status_code != 200:
@@ -112,10 +112,10 @@ class Remote:
             for family in text_string_to_metric_families(response.text):
                 for sample in family.samples:
                     labels = tuple(sorted(sample.labels.items()))
-                    found.setdefault(sample.name, {})[labels] = sample.value
-            if "service_requests_in_flight" not in found:
+                    samples.setdefault(sample.name, {})[labels] = sample.value
+            if "service_requests_in_flight" not in samples:
                 raise ValueError
-        return found
+        return samples
 
 
 def _reason(response: httpx.Response) -> str:
@@ -130,16 +130,16 @@ def _reason(response: httpx.Response) -> str:
 
 
 def chat(remote: Remote, prompt: str | None, options: dict[str, Any], *, as_json: bool) -> None:
-    """Answer one prompt, or what is typed until the input ends. Raises ServiceError for the one."""
+    """Answer one prompt, or each line of stdin. Raises ServiceError, except at a terminal."""
     if prompt is not None:
         _turn(remote, prompt, [], options, as_json)
         return
-    asked = "> " if sys.stdin.isatty() else ""
-    remembers = remote.remembers()
+    prompt_text = "> " if sys.stdin.isatty() else ""
+    has_history = remote.has_history()
     history: list[Any] = []
     while True:
         try:
-            print(asked, end="", file=sys.stderr, flush=True)
+            print(prompt_text, end="", file=sys.stderr, flush=True)
             line = input()
         except EOFError:
             return
@@ -147,11 +147,11 @@ def chat(remote: Remote, prompt: str | None, options: dict[str, Any], *, as_json
             continue
         try:
             turns = _turn(remote, line, history, options, as_json)
-            history = turns if remembers else []
-        except KeyboardInterrupt:  # ends this answer, which the engine notices
+            history = turns if has_history else []
+        except KeyboardInterrupt:  # closes the connection, which cancels the request
             print()
         except ServiceError as e:
-            if not asked:
+            if not prompt_text:
                 raise
             print(f"error: {e}", file=sys.stderr)
 
@@ -170,7 +170,7 @@ def _turn(
 
 
 def top(remote: Remote, interval: float, count: int | None, *, as_json: bool) -> None:
-    """Show what the server does, `count` times or until Ctrl-C. Raises ServiceError."""
+    """Show the server's load `count` times or until Ctrl-C. Raises ServiceError."""
     before = remote.metrics()
     began = time.monotonic()
     console = Console()
@@ -192,7 +192,7 @@ def top(remote: Remote, interval: float, count: int | None, *, as_json: bool) ->
 
 
 def compare(before: Metrics, after: Metrics, seconds: float) -> dict[str, float | None]:
-    """Rates and quantiles between two looks; None: nothing was measured in between."""
+    """Compute rates and quantiles between two scrapes; None: no data in between."""
 
     def rate(name: str, status: str = "") -> float:
         return _increase(before, after, name, status) / seconds
@@ -216,19 +216,21 @@ def _sum(metrics: Metrics, name: str) -> float:
 
 
 def _increase(before: Metrics, after: Metrics, name: str, status: str = "") -> float:
-    """Of a counter, over all labels but probes'; `status` is how it begins."""
+    """Return a counter's increase without monitoring routes; `status` filters by prefix."""
     increase = 0.0
     for labels, value in after.get(name, {}).items():
-        of = dict(labels)
-        if of.get("route", "").startswith(_PROBES) or not of.get("status", "").startswith(status):
+        by_name = dict(labels)
+        if by_name.get("route", "").startswith(_MONITORING):
+            continue
+        if not by_name.get("status", "").startswith(status):
             continue
         earlier = before.get(name, {}).get(labels, 0.0)
-        increase += value - earlier if value >= earlier else value  # it has been started again
+        increase += value - earlier if value >= earlier else value  # the server has restarted
     return increase
 
 
 def _quantile(before: Metrics, after: Metrics, name: str, q: float) -> float | None:
-    """As Prometheus's histogram_quantile: linear within a bucket."""
+    """Estimate a quantile like Prometheus's histogram_quantile: linear within a bucket."""
     buckets: dict[float, float] = {}
     for labels, value in after.get(f"{name}_bucket", {}).items():
         bound = float(dict(labels)["le"])

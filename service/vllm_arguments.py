@@ -1,4 +1,4 @@
-"""From a model's YAML and the settings to vLLM's own arguments."""
+"""Converts a model's YAML and the settings to vLLM's arguments."""
 
 import argparse
 import json
@@ -15,13 +15,13 @@ from service.settings import Settings
 if TYPE_CHECKING:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-# For one worker on a CPU vLLM starts a process beside the engine's, so as to bind its threads to
-# all cores but one; and the engine spins on that one while it waits for it. In the engine's own
-# process, threads on all cores make twice as many tokens on 2 cores, and the server starts a
-# process less. By its full name, because vLLM replaces "uni" on CPUs.
+# Runs a single CPU worker inside the engine process. By default vLLM starts a worker process whose
+# threads use all cores but one, and the engine spins on that core while it waits. In one process,
+# threads use all cores, which doubles the tokens/s on 2 cores. Use the full name, because vLLM
+# replaces "uni" on CPUs.
 CPU_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
-# vLLM arguments that another key or setting decides here.
+# vLLM argument -> the key or setting that decides it here.
 _OWNED = {
     "model": "source",
     "model_tag": "source",
@@ -37,6 +37,7 @@ _OWNED = {
     "hf_token": "the environment variable HF_TOKEN",
     "log_config_file": "--verbose",
 }
+# vLLM argument -> why it must not be set.
 _REFUSED = {
     "trust_remote_code": "remote code is never run",
     "headless": "it serves no HTTP",
@@ -51,10 +52,9 @@ _REFUSED = {
 
 
 def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argparse.Namespace:
-    """vLLM's own arguments for this model, without its files.
+    """Return vLLM's arguments for a model, without its files.
 
-    Raises ConfigError with file, line and nearest name for what vLLM's parser does not know or
-    does not accept.
+    Raises ConfigError with file, line and nearest name if vLLM's parser does not accept a value.
     """
     try:
         from vllm.entrypoints.common.cli_args import make_arg_parser
@@ -68,13 +68,13 @@ def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argp
 
     parser = make_arg_parser(Parser())
     args: argparse.Namespace = parser.parse_args([])
-    given: set[str] = set()
+    names: set[str] = set()
     for key, value in config.engine.items():
         place = origins.of(("engine", key))
         name = key.replace("-", "_")
-        if name in given:
+        if name in names:
             raise ConfigError(f"{place}: given twice, with a dash and with an underscore")
-        given.add(name)
+        names.add(name)
         if name in _OWNED:
             raise ConfigError(f"{place}: given by {_OWNED[name]} here")
         if name in _REFUSED:
@@ -82,30 +82,33 @@ def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argp
         setattr(args, name, _parse(parser, name, value, place))
     args.host, args.port = settings.host, settings.port
     args.served_model_name = [config.name]
-    if config.dtype and "dtype" not in given:
+    if config.dtype and "dtype" not in names:
         args.dtype = config.dtype
     args.chat_template = config.prompt.template
     sampling = config.sampling.model_dump(exclude_none=True, exclude={"stop"})
     if "max_tokens" in sampling:  # its name in generation_config.json
         sampling["max_new_tokens"] = sampling.pop("max_tokens")
     args.override_generation_config = sampling
-    if "shutdown_timeout" not in given and not serves_here(args):
-        # vLLM's parent process kills its API processes at once, unless it is told to wait.
+    if "shutdown_timeout" not in names and not serves_here(args):
+        # By default vLLM's parent process kills its API processes at once.
         args.shutdown_timeout = math.ceil(settings.drain_timeout) + 10
-    if "disable_uvicorn_access_log" not in given:
+    if "disable_uvicorn_access_log" not in names:
         args.disable_uvicorn_access_log = True
-    if "enable_offline_docs" not in given:
-        args.enable_offline_docs = True  # else /docs asks a CDN, which not every reader reaches
-    if "use_tqdm_on_load" not in given:
+    if "enable_offline_docs" not in names:
+        args.enable_offline_docs = True  # else /docs needs a CDN, which not all users can reach
+    if "use_tqdm_on_load" not in names:
         args.use_tqdm_on_load = settings.verbose
-    if "distributed_executor_backend" not in given and _is_one_cpu(args):
+    if "distributed_executor_backend" not in names and _is_one_cpu(args):
         args.distributed_executor_backend = CPU_EXECUTOR
     return args
 
 
 def use_files(args: argparse.Namespace, model: Path, tokenizer: Path) -> None:
-    """The model's files, and what vLLM does not read of them: transformers is greedy without
-    `do_sample` in generation_config.json, whatever temperature stands beside it."""
+    """Set the model's files, and temperature 0 if generation_config.json has no `do_sample`.
+
+    transformers is greedy then, whatever the temperature, but vLLM does not read `do_sample`.
+    Raises WeightsError.
+    """
     args.model, args.tokenizer = str(model), str(tokenizer)
     try:
         generation = json.loads((model / "generation_config.json").read_text(encoding="utf-8"))
@@ -120,12 +123,12 @@ def use_files(args: argparse.Namespace, model: Path, tokenizer: Path) -> None:
 
 
 def serves_here(args: argparse.Namespace) -> bool:
-    """Whether vLLM will serve in this process, and not start several API processes.
+    """Whether vLLM serves in this process instead of starting API processes.
 
-    As ServeSubcommand.cmd decides it.
+    Must decide like ServeSubcommand.cmd.
     """
     if args.data_parallel_multi_port_external_lb:
-        return False  # a supervisor starts one server for each rank
+        return False  # vLLM's supervisor starts one server per rank
     if args.enable_elastic_ep:
         return True
     if args.api_server_count is not None:
@@ -138,7 +141,7 @@ def serves_here(args: argparse.Namespace) -> bool:
 
 
 def _parse(parser: "FlexibleArgumentParser", name: str, value: object, place: str) -> object:
-    """One YAML value as vLLM's parser reads it from the command line."""
+    """Parse one YAML value with vLLM's command line parser. Raises ConfigError."""
     actions = {action.dest: action for action in parser._actions}
     if name not in actions:
         raise ConfigError(f"{place}: vLLM has no such argument{nearest(name, actions)}")
@@ -146,7 +149,7 @@ def _parse(parser: "FlexibleArgumentParser", name: str, value: object, place: st
     flag, no_flag = f"--{name.replace('_', '-')}", f"--no-{name.replace('_', '-')}"
     try:
         if value is None or (value is False and no_flag not in action.option_strings):
-            words = []  # absent is what vLLM calls off, or its default
+            words = []  # leave the flag out: off, or vLLM's default
         elif isinstance(value, bool) and action.nargs == 0:
             words = [flag if value else no_flag]
         elif isinstance(value, list) and isinstance(action, argparse._AppendAction):
@@ -165,7 +168,7 @@ def _parse(parser: "FlexibleArgumentParser", name: str, value: object, place: st
 
 
 def _is_one_cpu(args: argparse.Namespace) -> bool:
-    """Whether one worker runs on a CPU with one memory, whose threads nobody wants bound."""
+    """Whether a single worker runs on a CPU with one NUMA node and no thread binding."""
     from vllm.platforms import current_platform
 
     sizes = (args.tensor_parallel_size, args.pipeline_parallel_size, args.data_parallel_size)

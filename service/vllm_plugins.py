@@ -1,11 +1,11 @@
-"""Our plugins of vLLM, and which plugins its processes load."""
+"""Our vLLM plugins, and the choice of plugins that vLLM's processes load."""
 
 import os
 from importlib.metadata import entry_points
 
 from service.errors import LaunchError
 
-# Group and name of our entry points.
+# (group, name) of our entry points.
 OURS = (
     ("vllm.general_plugins", "chat_service_models"),
     ("vllm.stat_logger_plugins", "chat_service_statistics"),
@@ -14,10 +14,10 @@ OURS = (
 
 
 def choose() -> None:
-    """Name the plugins for every process of vLLM's that this one starts.
+    """Set VLLM_PLUGINS for this process and its children.
 
-    They are ours, and what the user chose, or all that vLLM would load without us. It loads no
-    endpoint plugin that is not named.
+    Adds our plugins to the user's choice, or to all that vLLM loads by default. By default it loads
+    no endpoint plugins.
     """
     plugins = {name for _, name in OURS}
     if chosen := os.environ.get("VLLM_PLUGINS"):
@@ -30,15 +30,15 @@ def choose() -> None:
 
 
 def load() -> None:
-    """Load our plugins as vLLM will. It only logs a failure, and would serve without them."""
+    """Load our plugins, to check them. vLLM only logs a failure. Raises LaunchError."""
     for group, name in OURS:
-        found = tuple(entry_points(group=group, name=name))
-        if not found:
+        matches = tuple(entry_points(group=group, name=name))
+        if not matches:
             raise LaunchError(
                 f"vLLM's plugin {name} is not installed; run `pip install` for this package again"
             )
         try:
-            plugin = found[0].load()
+            plugin = matches[0].load()
             if group == "vllm.general_plugins":
                 plugin()
         except Exception as e:

@@ -1,9 +1,8 @@
-"""Who is let to the engine, and when: a bounded queue, fair between API keys.
+"""Admits requests to the engine: a bounded queue, fair between API keys.
 
-The engine runs a limited number of sequences at once. What comes beyond waits here, where it can
-be refused, timed and shared out; vLLM's own queue behind it stays short. Pure asyncio: one
-`Admission` belongs to one event loop, and each API process has its own, with its part of the
-limits.
+The engine runs a limited number of sequences at once. Other requests wait here, so that they can be
+refused, time out and take turns; vLLM's own queue stays short. Pure asyncio: an `Admission` belongs
+to one event loop. Each API process has its own, with its part of the limits.
 """
 
 import asyncio
@@ -20,9 +19,9 @@ from service.api import metrics
 from service.clients import Client
 from service.errors import Overloaded, RequestError, WaitedTooLong
 
-# Clients do not wait longer than this because a header says so (the OpenAI SDK: 60 s).
+# Seconds. Clients ignore a longer Retry-After (the OpenAI SDK's maximum is 60 s).
 _MAX_RETRY_AFTER = 60
-# Of so many past requests the service rate is taken, or of four times the limit if that is fewer.
+# The service rate is computed from this many past requests, or from 4 * limit if that is fewer.
 _RATE_WINDOW = 64
 
 
@@ -35,15 +34,15 @@ class _Waiter:
 
 @dataclass(slots=True)
 class _Share:
-    """One client's part: what it runs, what it has waiting, and how much it was given."""
+    """One client's running and waiting sequences, and what it was served so far."""
 
     weight: float
     running: int = 0
     waiting: int = 0
-    # Cost over weight of all that was started: decides between clients that run equally much.
+    # Sum of cost / weight of all started requests: decides between clients that run equally much.
     served: float = 0.0
-    # When the requests that were refused have been told to come back, at the latest.
-    promised: float = 0.0
+    # Clock time of the latest Retry-After that a refused request was sent.
+    retry_at: float = 0.0
     queue: deque[_Waiter] = field(default_factory=deque)
 
 
@@ -51,9 +50,9 @@ class Admission:
     """A bounded, weighted fair queue in front of the engine.
 
     `limit` is how many sequences run at once, `queue` how many more may wait, and `queue_timeout`
-    for how many seconds. A client alone may use all of both. When several want to run, the next to
-    start is of the client that runs least for its weight; and a client that has less than its
-    share of the queue is let in though another has filled it, so that at most twice `queue` wait.
+    how many seconds one may wait. A single client may use all of both. With several clients, the
+    one with the fewest running sequences for its weight starts next. A client below its share of
+    the queue is accepted even when others have filled it, so at most 2 * `queue` wait.
     """
 
     def __init__(
@@ -71,35 +70,37 @@ class Admission:
         self._clock = clock
         self._closed: RequestError | None = None
         self._shares: dict[str, _Share] = {}
-        # Of what ended by itself lately: its cost, and the seconds for which it ran.
-        self._ended: deque[tuple[int, float]] = deque(maxlen=max(8, min(_RATE_WINDOW, 4 * limit)))
+        # (cost, seconds) of recently finished requests.
+        self._finished: deque[tuple[int, float]] = deque(
+            maxlen=max(8, min(_RATE_WINDOW, 4 * limit))
+        )
         self._busy_since = 0.0
         self._numbers = itertools.count()
         self._idle = asyncio.Event()
         self._idle.set()
 
     def close(self, error: RequestError) -> None:
-        """Refuse with `error` what comes from now on; what was let in goes on."""
+        """Refuse new requests with `error`; accepted ones go on."""
         self._closed = error
 
     def open(self) -> None:
-        """Let requests in again."""
+        """Accept requests again."""
         self._closed = None
 
     async def idle(self) -> None:
-        """Return when nothing runs or waits."""
+        """Wait until nothing runs or waits."""
         await self._idle.wait()
 
     def check(self, client: Client, cost: int = 1) -> None:
-        """Refuse at once what `slot` would: raises Overloaded, or what `close` was given."""
+        """Raise what `slot` would raise at once: Overloaded, or the error passed to `close`."""
         if self._closed:
             raise copy.copy(self._closed)
         cost = min(cost, self.limit)
         if self._may_start(cost) or self.waiting + cost <= self.queue:
             return
         share = self._share(client)
-        part = self.queue * share.weight / self._active_weight(share)
-        if self.queue and share.waiting + cost <= max(1, part):
+        fair_share = self.queue * share.weight / self._active_weight(share)
+        if self.queue and share.waiting + cost <= max(1, fair_share):
             return
         metrics.REFUSED.labels("queue_full").inc()
         raise Overloaded(
@@ -110,15 +111,15 @@ class Admission:
 
     @asynccontextmanager
     async def slot(self, client: Client, cost: int = 1) -> AsyncIterator[None]:
-        """Hold `cost` of the engine's sequences, after waiting for them when it is full.
+        """Wait for `cost` of the engine's sequences, and hold them in the context.
 
-        Raises Overloaded at once when the queue is full too, WaitedTooLong after `queue_timeout`.
+        Raises Overloaded at once when the queue is full, WaitedTooLong after `queue_timeout`.
         Cancelling it leaves the queue.
         """
         self.check(client, cost)
         cost = min(cost, self.limit)
         share = self._share(client)
-        self._bring_up_to_date(share)
+        self._drop_credit(share)
         began = self._clock()
         if self._may_start(cost):
             self._start(share, cost)
@@ -129,8 +130,8 @@ class Admission:
         began = self._clock()
         try:
             yield
-            # What was given up or failed does not say how long a request takes.
-            self._ended.append((cost, self._clock() - began))
+            # Only on success: a cancelled or failed request does not show how long one takes.
+            self._finished.append((cost, self._clock() - began))
         finally:
             self._finish(share, cost)
 
@@ -143,11 +144,11 @@ class Admission:
                 await waiter.started
         except BaseException as e:
             if waiter.started.done() and not waiter.started.cancelled():
-                self._finish(share, cost)  # it was its turn, and it is no longer here
+                self._finish(share, cost)  # it was started, but will not run
             elif waiter in share.queue:
                 share.queue.remove(waiter)
                 self._count_waiting(share, -cost)
-                self._start_waiting()  # what stood behind it may fit
+                self._start_waiting()  # the next in the queue may fit
             if isinstance(e, TimeoutError):
                 metrics.REFUSED.labels("waited_too_long").inc()
                 raise WaitedTooLong(
@@ -180,12 +181,12 @@ class Admission:
         while waiting := [share for share in self._shares.values() if share.queue]:
             share = min(waiting, key=lambda s: (s.running / s.weight, s.served, s.queue[0].number))
             waiter = share.queue[0]
-            if waiter.started.cancelled():  # and its task has not run since
+            if waiter.started.cancelled():  # its task has not yet removed it
                 share.queue.popleft()
                 self._count_waiting(share, -waiter.cost)
                 continue
             if self.running + waiter.cost > self.limit:
-                return  # it keeps its turn: smaller ones would pass it for ever
+                return  # it keeps its turn, or smaller ones would overtake it for ever
             share.queue.popleft()
             self._count_waiting(share, -waiter.cost)
             self._start(share, waiter.cost)
@@ -198,33 +199,33 @@ class Admission:
 
     def _share(self, client: Client) -> _Share:
         share = self._shares.setdefault(client.name, _Share(client.weight))
-        share.weight = client.weight  # as it is now: the file of keys may have changed
+        share.weight = client.weight  # the file of keys may have changed
         return share
 
-    def _bring_up_to_date(self, share: _Share) -> None:
-        """No credit for a time in which it asked for nothing."""
+    def _drop_credit(self, share: _Share) -> None:
+        """Give a client no credit for the time in which it had no requests."""
         if not share.running and not share.waiting:
             active = [s.served for s in self._shares.values() if s.running or s.waiting]
             share.served = max(share.served, min(active, default=0.0))
 
     def _active_weight(self, share: _Share) -> float:
-        """The weights of the clients that want to run now, `share` among them."""
+        """Return the sum of weights of all clients with requests, including `share`."""
         return sum(s.weight for s in self._shares.values() if s is share or s.running or s.waiting)
 
     def _retry_after(self, share: _Share, cost: int) -> int:
-        """Seconds until the queue has room for one more of this client's.
+        """Return the seconds until the queue has room for one more request of this client.
 
-        Each refusal is told a later time than the one before, at the rate at which room comes
-        free, so that those who obey do not come back all at once.
+        Each refusal gets a later time than the one before, spaced at the service rate, so that
+        obedient clients do not all retry at once.
         """
         now = self._clock()
-        if not self._ended:  # nothing says yet how long a request takes, but at least so long
+        if not self._finished:  # a request takes at least as long as the engine has been busy
             busy = math.ceil(now - self._busy_since)
             return max(1, min(_MAX_RETRY_AFTER, busy))
-        # Little's law: `limit` sequences at a time, each for the mean time that one ran.
-        cost_seconds = sum(cost * seconds for cost, seconds in self._ended)
-        rate = self.limit * sum(cost for cost, _ in self._ended) / max(cost_seconds, 0.001)
+        # Little's law: `limit` sequences run at once, each for the mean duration.
+        cost_seconds = sum(cost * seconds for cost, seconds in self._finished)
+        rate = self.limit * sum(cost for cost, _ in self._finished) / max(cost_seconds, 0.001)
         rate *= share.weight / self._active_weight(share)
-        promised = max(share.promised, now) + cost / rate
-        share.promised = min(promised, now + _MAX_RETRY_AFTER)
-        return max(1, math.ceil(share.promised - now))
+        retry_at = max(share.retry_at, now) + cost / rate
+        share.retry_at = min(retry_at, now + _MAX_RETRY_AFTER)
+        return max(1, math.ceil(share.retry_at - now))

@@ -1,8 +1,8 @@
 """An API process as a whole: vLLM's application with our guards, contract, health and metrics.
 
-Who runs one imports this module and nothing else of this package. `build` makes the application
-for an engine client. Where vLLM starts API processes by itself, `configure` makes vLLM's own
-`build_app` add the same.
+Code outside this package imports only this module. `build` makes the application for an engine
+client. Where vLLM starts the API processes itself, `configure` makes vLLM's own `build_app` build
+the same application.
 """
 
 import argparse
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from vllm.engine.protocol import EngineClient
 
-# The first is innermost. The user's own middleware stands between the gate and the others.
+# Innermost first. The user's own middleware goes between the gate and the others.
 _GATE = "service.api.gate.Gate"
 _MIDDLEWARE = [
     f"service.api.middleware.{name}" for name in ("Body", "ApiKey", "Refusals", "Observe")
@@ -28,50 +28,50 @@ _MIDDLEWARE = [
 
 
 class Deployment(BaseModel):
-    """What an API process serves, and how."""
+    """The model and the settings that an API process serves."""
 
     model_config = ConfigDict(frozen=True)
 
     model: ModelConfig
     settings: Settings
-    # SHA-256 of each API key, and whose it is; None: no key is asked for.
+    # SHA-256 of each API key -> its owner. None: no key is required.
     clients: dict[str, Client] | None
-    instance: str  # tells this run's answers from those of another on the same port
+    instance: str  # id of this run, to distinguish it from another on the same port
 
 
 class Host:
-    """What an API process tells the process that runs it. This one listens to nothing."""
+    """How an API process reports to the process that runs it. This base class drops reports."""
 
-    # Whether the process is the service's own: it then drains at SIGTERM.
+    # Whether the service owns this process, so may handle SIGTERM and drain.
     handles_signals = False
 
     def __init__(self) -> None:
         self._progress = 0
 
     def engine_ancestor(self) -> int:
-        """The process id below which the engine's processes are."""
+        """Return the pid of an ancestor of the engine's processes."""
         return os.getpid()
 
     def take_over(self) -> None:
-        """The application is about to accept connections. May block."""
+        """Called just before the application accepts connections. May block."""
 
     def beat(self) -> None:
-        """The API process is alive."""
+        """Called every second while the API process is alive."""
 
     def mark_progress(self) -> None:
-        """The engine makes progress. vLLM tells it to one API process of several."""
+        """Called when the engine makes progress. vLLM reports it to only one API process."""
         self._progress += 1
 
     def progress(self) -> int:
-        """A number that differs after each `mark_progress`, in whichever API process."""
+        """Return a number that changes after `mark_progress` in any API process."""
         return self._progress
 
     def report_failure(self, reason: str) -> None:
-        """The server ends though nobody asked it to."""
+        """Called when the server ends because of a failure."""
 
 
 def configure(args: argparse.Namespace, deployment: Deployment, host: Host) -> None:
-    """Let vLLM's `build_app` and `init_app_state` make our application of these arguments."""
+    """Change `args` so that vLLM's `build_app` and `init_app_state` build our application."""
     vllm_plugins.choose()
     args.middleware = [_GATE, *args.middleware, *_MIDDLEWARE]
     args.chat_service = (deployment, host)
@@ -83,11 +83,11 @@ async def build(
     client: "EngineClient",
     host: Host | None = None,
 ) -> "FastAPI":
-    """The complete ASGI application on an engine that runs.
+    """Return the complete ASGI application for a running engine.
 
-    `args` are vLLM's (`vllm_arguments.arguments`), with the model's files in them. Whoever serves
-    the application puts its uvicorn.Server, or what stands for it, into `app.state.server` before
-    the lifespan begins. Raises ServiceError.
+    `args` are vLLM's (`vllm_arguments.arguments`) and name the model's files. The caller must put
+    its uvicorn.Server, or an equivalent, into `app.state.server` before the lifespan starts. Raises
+    ServiceError.
     """
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app

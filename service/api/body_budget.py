@@ -1,8 +1,8 @@
-"""How much JSON a body may hold, decided before anything validates it.
+"""Limits how much JSON a body may hold, before FastAPI validates it.
 
-Parsing and validating hold the event loop, and an error costs a validator more than a value: a
-small body of many wrong items once took 20 GB. So values are counted on the bytes, the long arrays
-on what is parsed, and the rest is tried by a validator that stops at its first wrong item.
+Parsing and validating block the event loop, and pydantic uses more memory for an error than for a
+value: a small body of many wrong items once took 20 GB. So values are counted in the raw bytes,
+arrays are measured after parsing, and then a validator runs that stops at its first error.
 """
 
 from collections.abc import Iterable
@@ -15,23 +15,23 @@ from starlette.routing import BaseRoute
 
 from service.errors import InvalidRequest, MalformedBody, PromptTooLong
 
-# Objects, arrays, keys and strings of one body. 100 kB of tools have 8,000.
+# Objects, arrays, keys and strings in one body. 100 kB of tools have 8,000.
 MAX_VALUES = 20_000
-# Numbers too, which cost less: a prompt may be token ids.
+# Numbers in one body. They cost less, and a prompt may be token ids.
 MAX_NUMBERS = 262_144
-# In one array, or the model's context if that is longer.
+# Values in one array; the model's context, if that is longer.
 MAX_ARRAY = 65_536
 MAX_KEY_BYTES = 256
-# A body with no more than this is not worth a look.
+# Bodies up to this size, with up to this many objects and arrays, are not checked.
 _SMALL_BYTES = 4096
 _SMALL_CONTAINERS = 64
 
 
 def parse(body: bytes) -> Any:
-    """The JSON of a body.
+    """Return the parsed body.
 
-    Raises MalformedBody for what is not JSON: NaN, lone surrogates and nesting deeper than the
-    parser's 200 levels too.
+    Raises MalformedBody for invalid JSON, NaN, lone surrogates, and nesting beyond 200 levels,
+    which is pydantic-core's limit.
     """
     try:
         return from_json(body, allow_inf_nan=False)
@@ -40,7 +40,7 @@ def parse(body: bytes) -> Any:
 
 
 class Budget:
-    """The limits of one application's bodies, and the schemas of its routes."""
+    """Checks bodies against the limits and against the schemas of an application's routes."""
 
     def __init__(
         self, routes: Iterable[BaseRoute], max_items: int, context: int, max_text: int
@@ -55,36 +55,36 @@ class Budget:
         }
 
     def check(self, path: str, body: bytes) -> None:
-        """Raises InvalidRequest for more than a body may hold, MalformedBody for what is no JSON.
+        """Check a body. `path` selects the schema that it must fit.
 
-        `path` decides which schema the body is tried against.
+        Raises InvalidRequest, PromptTooLong, or MalformedBody.
         """
         containers = body.count(b"{") + body.count(b"[")
         if containers <= _SMALL_CONTAINERS and len(body) <= _SMALL_BYTES:
             return
         schema = self._schemas.get(path)
-        # Without a schema nobody says what a wrong item costs.
+        # Without a schema the cost of an error is unknown: use the lower limit.
         known = schema is not None or path == "/"
         _check_values(body, MAX_VALUES if known else self._max_items)
         value = parse(body)
         self._check_length(value)
         for part in value.values() if isinstance(value, dict) else [value]:
-            # Of several prompts or conversations each has the limit to itself.
+            # The text limit applies to each of several prompts or conversations alone.
             several = isinstance(part, list) and not any(isinstance(each, dict) for each in part)
             if several:
                 self._check_length(part)
-            if max(map(self._text, part if several else [part]), default=0) > self._max_text:
+            if max(map(self._characters, part if several else [part]), default=0) > self._max_text:
                 raise PromptTooLong(
                     f"a prompt or conversation has at most {self._max_text} characters, which is "
                     "more than the model's context holds; send less text"
                 )
         if schema is not None:
-            _try(schema, value)
+            _validate(schema, value)
 
-    def _text(self, value: Any) -> int:
-        """Characters in all strings but media. Raises InvalidRequest as `_check_length`.
+    def _characters(self, value: Any) -> int:
+        """Count the characters of all strings except data URLs. Raises InvalidRequest.
 
-        A conversation is rendered and tokenised in one piece, at some 300 bytes a character.
+        A conversation is tokenised in one piece, which takes some 300 bytes per character.
         """
         characters = 0
         pending = [value]
@@ -122,7 +122,7 @@ def _check_values(body: bytes, max_values: int) -> None:
         outside = b"".join(pieces[::2])
         values = strings + outside.count(b"{") + outside.count(b"[")
         if values <= max_values and outside.count(b",") <= MAX_NUMBERS:
-            # What a colon follows is a key.
+            # A string before a colon is a key.
             for string, following in zip(pieces[1::2], pieces[2::2], strict=False):
                 if len(string) > MAX_KEY_BYTES and following.lstrip().startswith(b":"):
                     raise InvalidRequest(f"a key has at most {MAX_KEY_BYTES} bytes")
@@ -137,23 +137,23 @@ def _validator(body: Any) -> SchemaValidator:
     return SchemaValidator(_fail_fast(TypeAdapter(body).core_schema))
 
 
-def _try(schema: SchemaValidator, value: Any) -> None:
+def _validate(schema: SchemaValidator, value: Any) -> None:
     try:
         schema.validate_python(value)
     except ValidationError as e:
         error = e.errors(include_url=False, include_input=False, include_context=False)[0]
-        unknown = error["type"] == "extra_forbidden"  # whose name is the client's
+        unknown = error["type"] == "extra_forbidden"  # never echo the name of such a key
         param = str(error["loc"][0]) if error["loc"] and not unknown else None
         missing = error["type"] == "missing"
         wrong = "is required" if missing else "does not have the form that this route takes"
         raise InvalidRequest(f"{param or 'the body'} {wrong}", param=param) from None
     except Exception:
-        return  # vLLM's own refusal, which its route will tell
+        return  # raised by a vLLM validator: the route raises it again
 
 
 def _fail_fast(schema: Any) -> Any:
-    """A copy of a pydantic schema whose arrays stop at their first wrong item, and whose unions
-    at their first choice that fits."""
+    """Copy a pydantic core schema. In the copy an array stops at its first wrong item, and a union
+    at its first choice that fits."""
     if isinstance(schema, dict):
         copy = {
             key: value if key in ("cls", "metadata", "serialization") else _fail_fast(value)

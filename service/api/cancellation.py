@@ -1,4 +1,4 @@
-"""Requests that end before their answer: the client left, a deadline passed, the engine stopped."""
+"""Cancel a request: client gone, deadline, engine dead."""
 
 import asyncio
 import copy
@@ -15,10 +15,10 @@ MAX_TIMEOUT = 86400.0
 
 
 def deadline_of(scope: Scope, timeout: float | None = None) -> float | None:
-    """The event loop's time at which the client no longer wants the answer.
+    """Return the request's deadline, in event loop time, or None.
 
-    `timeout` is what the body asked for, in seconds; the header asks for the same. The earlier one
-    holds. Raises InvalidRequest.
+    It comes from `timeout`, which is the body's, or from the header, both in seconds. The shorter
+    one counts. Raises InvalidRequest.
     """
     name = TIMEOUT_HEADER.lower().encode()
     for header, value in scope["headers"]:
@@ -37,22 +37,22 @@ def deadline_of(scope: Scope, timeout: float | None = None) -> float | None:
 
 
 class Cancellations:
-    """The requests in flight, each of which can be ended with an error of its own."""
+    """The requests in flight, each of which can be cancelled with its own error."""
 
     def __init__(self) -> None:
         self._requests: set[_Request] = set()
 
     def end_all(self, error: RequestError) -> None:
-        """Raise `error` in every request that is in flight."""
+        """Raise `error` in all requests in flight."""
         for request in list(self._requests):
             request.end(copy.copy(error))
 
     @asynccontextmanager
     async def watch(self, receive: Receive, deadline: float | None) -> AsyncIterator[None]:
-        """Run the body until the client leaves or `deadline` passes.
+        """Run the context until the client disconnects or `deadline` passes.
 
-        Raises ClientGone, DeadlineExceeded, or what `end_all` was given, by cancelling the body,
-        and with it the engine's request. The request's body must have been read.
+        Raises ClientGone, DeadlineExceeded, or the error passed to `end_all`, by cancelling the
+        current task, and with it the engine's request. Read the HTTP body first.
         """
         task = asyncio.current_task()
         assert task is not None

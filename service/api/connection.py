@@ -1,4 +1,4 @@
-"""Limits on connections that uvicorn lacks: their number, headers, and clients that do not read."""
+"""Connection limits that uvicorn lacks: count, header size and time, clients that do not read."""
 
 import asyncio
 import socket
@@ -25,20 +25,20 @@ from service.settings import Settings
 
 _MAX_HEADERS = 128
 _MAX_HEADER_BYTES = 65_536
-_MAX_PIPELINED = 16  # requests sent before the answers to earlier ones
-# How long what a refused client goes on sending is read and dropped: to close at once would make
-# its machine throw our answer away.
+_MAX_PIPELINED = 16  # requests that a client sends ahead on one connection
+# How long to read and drop what a refused client still sends. Closing at once would reset the
+# connection, and the client would lose our response.
 _LINGER_SECONDS = 2.0
-# Connections beyond the limit, on which only health checks are answered.
+# Connections above the limit, which accept only health checks.
 _SPARE_CONNECTIONS = 64
-# How long uvicorn waits at the end for answers that are being written.
+# How long uvicorn waits at shutdown for responses that are being written.
 _GRACE_SECONDS = 5
 
 
 def guard(config: uvicorn.Config, settings: Settings, max_connections: int) -> None:
-    """Make uvicorn hold the connections of `config` to the limits, and to `max_connections`.
+    """Make uvicorn apply the limits, with `max_connections`, to the server of `config`.
 
-    Raises LaunchError when uvicorn uses another protocol than the one whose methods are overridden.
+    Raises LaunchError when uvicorn does not use its httptools protocol.
     """
     if config.http_protocol_class is not HttpToolsProtocol:
         raise LaunchError("uvicorn does not use its httptools protocol; install httptools")
@@ -57,36 +57,38 @@ def guard(config: uvicorn.Config, settings: Settings, max_connections: int) -> N
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol; ends connections whose headers or whose reader go beyond a limit."""
+    """uvicorn's HTTP protocol with limits on connections, headers and slow readers."""
 
     max_connections: ClassVar[int]
-    # Those on which nothing is asked now; the one that has been so for longest stands first.
+    # Connections without a request, longest idle first. A dict as an ordered set.
     idle: ClassVar[dict["GuardedProtocol", None]]
     header_timeout: ClassVar[float]
     write_timeout: ClassVar[float]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._unparsed_bytes = 0  # since headers were complete or a body grew
+        self._unparsed_bytes = 0  # received since headers were complete or a body part came
         self._in_headers = False
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._refused = False
         self._spare = False
-        self._cycles: deque[RequestResponseCycle] = deque()  # a client may send several ahead
+        self._cycles: deque[RequestResponseCycle] = (
+            deque()
+        )  # unfinished; several if the client sends ahead
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=1)  # `pause_writing` tells of all that waits
+        transport.set_write_buffer_limits(high=1)  # call `pause_writing` for any unsent byte
         if (peer := transport.get_extra_info("socket")) is not None and self.client:
-            peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # notices vanished clients
-        self._expect_headers()
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # detects vanished clients
+        self._start_header_timer()
         if len(self.connections) > self.max_connections:
             self._make_room()
         self.idle[self] = None
 
     def _make_room(self) -> None:
-        """Close the connection that has been idle for longest; if none is, this one is spare."""
+        """Close the longest idle connection; if none is idle, make this one spare or refuse it."""
         if self.idle:
             metrics.IDLE_CLOSED.inc()
             oldest = next(iter(self.idle))
@@ -110,7 +112,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self.idle.pop(self, None)
         self._cancel(self._header_timer)
         self._cancel(self._write_timer)
-        for cycle in self._cycles:  # uvicorn tells only the last of them
+        for cycle in self._cycles:  # uvicorn notifies only the last one
             cycle.disconnected = True
             cycle.message_event.set()
         super().connection_lost(exc)
@@ -123,13 +125,13 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._unparsed_bytes > _MAX_HEADER_BYTES:
             self._refuse_headers()
         elif not self._cycles and self._header_timer is None:
-            self._expect_headers()  # it sent something, and no whole head of a request
+            self._start_header_timer()  # data came, but not yet complete headers
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.idle.pop(self, None)
         self._in_headers = True
-        self._expect_no_headers()
+        self._stop_header_timer()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         super().on_header(name, value)
@@ -139,9 +141,9 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._unparsed_bytes = 0
         self._in_headers = False
-        self._expect_no_headers()
+        self._stop_header_timer()
         if self.parser.should_upgrade() and self._has_body():
-            # The parser takes it for another protocol, and what follows for the next request.
+            # The parser would treat the body as the next request.
             self._refuse(MalformedBody("a request with `Upgrade` can have no body here"))
         if self._spare and self.url.partition(b"?")[0].decode("latin-1") not in HEALTH:
             self._refuse_connection()
@@ -161,13 +163,13 @@ class GuardedProtocol(HttpToolsProtocol):
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        answered = self._cycles.popleft()
+        cycle = self._cycles.popleft()
         super().on_response_complete()
-        if answered.more_body:  # it was refused before all of it was read
-            self._expect_no_headers()
+        if cycle.more_body:  # it was answered before its body was read
+            self._stop_header_timer()
             self._header_timer = self.loop.call_later(_LINGER_SECONDS, self.transport.close)
         elif self._in_headers and not self._cycles:
-            self._expect_headers()  # of a request that was sent ahead
+            self._start_header_timer()  # of the next request, sent ahead
         elif not self._cycles and not self.transport.is_closing():
             self.idle[self] = None
 
@@ -188,11 +190,11 @@ class GuardedProtocol(HttpToolsProtocol):
         headers = dict(self.headers)
         return b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
 
-    def _expect_no_headers(self) -> None:
+    def _stop_header_timer(self) -> None:
         self._cancel(self._header_timer)
         self._header_timer = None
 
-    def _expect_headers(self) -> None:
+    def _start_header_timer(self) -> None:
         self._header_timer = self.loop.call_later(self.header_timeout, self._refuse_slow_headers)
 
     def _refuse_slow_headers(self) -> None:
@@ -209,7 +211,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._refused or self.transport.is_closing():
             return
         self._refused = True
-        if self._cycles:  # those have their answers; after the last uvicorn closes
+        if self._cycles:  # let these finish; uvicorn closes after the last one
             self._cycles[-1].keep_alive = False
             return
         body = refusal_body(error, uuid.uuid4().hex)

@@ -1,4 +1,4 @@
-"""`POST /`: the tutorials' wire contract, from the body's bytes to the answer's."""
+"""The handler of `POST /`: the tutorials' wire contract, from body bytes to response bytes."""
 
 import asyncio
 import json
@@ -25,19 +25,19 @@ from service.model_config import ModelConfig
 
 @dataclass(slots=True)
 class _Generation:
-    """One accepted request on its way through the engine."""
+    """One valid request and its generation in the engine."""
 
     request: ContractRequest
     params: dict[str, Any]
     prompt_tokens: int
     chunks: AsyncGenerator[Chunk, None]
     deadline: float | None
-    # Its place at the engine, while its chunks are taken.
-    held: AbstractAsyncContextManager[object]
+    # Enter it before taking chunks: it waits for an admission slot, and closes `chunks` on exit.
+    slot: AbstractAsyncContextManager[object]
 
 
 class Contract:
-    """The handler of `POST /` for one model on one engine."""
+    """Answers `POST /` for one model on one engine."""
 
     def __init__(
         self,
@@ -63,17 +63,18 @@ class Contract:
         record = RequestRecord.of(http.scope)
         request = self._parse(await http.body(), record)
         deadline = deadline_of(http.scope, request.timeout)
-        self.admission.check(record.client)  # before any work is spent on it
+        self.admission.check(record.client)  # refuse early, before any work
         async with self.cancellations.watch(http.receive, deadline):
             generation = await self._start(request, deadline, record)
             if not request.stream:
-                answer = await self._answer(generation, record)
-                return Response(answer, media_type="application/json")
+                body = await self._complete(generation, record)
+                return Response(body, media_type="application/json")
             async with AsyncExitStack() as stack:
-                await stack.enter_async_context(generation.held)
-                # Refusals of the engine still get their own HTTP status this way.
+                await stack.enter_async_context(generation.slot)
+                # Take the first chunk before the response starts, so that an error of the engine
+                # still sets the HTTP status.
                 first = await anext(generation.chunks)
-                generation.held = stack.pop_all()
+                generation.slot = stack.pop_all()
         return EventStream(self._events(generation, first, record), generation, self.cancellations)
 
     def _parse(self, body: bytes, record: RequestRecord) -> ContractRequest:
@@ -106,20 +107,20 @@ class Contract:
             cache_salt=record.client.name if self.cache_per_key else None,
             trace_headers=record.trace_headers,
         )
-        held = self._admitted(record.client, chunks)
-        return _Generation(request, params, len(token_ids), chunks, deadline, held)
+        slot = self._admitted(record.client, chunks)
+        return _Generation(request, params, len(token_ids), chunks, deadline, slot)
 
     @asynccontextmanager
     async def _admitted(
         self, client: Client, chunks: AsyncGenerator[Chunk, None]
     ) -> AsyncIterator[None]:
-        """The engine's chunks may begin when the queue lets them; closed, they are aborted."""
+        """Wait for a slot; on exit release it and close `chunks`, which aborts the request."""
         async with self.admission.slot(client), aclosing(chunks):
             yield
 
-    async def _answer(self, generation: _Generation, record: RequestRecord) -> bytes:
-        async with generation.held:
-            # To its end: a generator that is dropped makes vLLM abort a request that has finished.
+    async def _complete(self, generation: _Generation, record: RequestRecord) -> bytes:
+        async with generation.slot:
+            # Exhaust the generator: closing it early makes vLLM abort a finished request.
             (chunk,) = [chunk async for chunk in generation.chunks]
         began = time.perf_counter()
         body = self._body(generation, chunk.text, chunk, record)
@@ -130,13 +131,13 @@ class Contract:
     async def _events(
         self, generation: _Generation, first: Chunk, record: RequestRecord
     ) -> AsyncGenerator[bytes, None]:
-        """Server-sent events: the new text of each chunk, then the ordinary answer."""
+        """Yield server-sent events: the text of each chunk, then the whole response body."""
         text = ""
         chunk = first
-        following: Chunk | None = first
+        next_chunk: Chunk | None = first
         try:
-            while following is not None:
-                chunk = following
+            while next_chunk is not None:
+                chunk = next_chunk
                 began = time.perf_counter()
                 text += chunk.text
                 frame = _delta(chunk.text) if chunk.text else b""
@@ -146,12 +147,12 @@ class Contract:
                 record.layer_seconds += time.perf_counter() - began
                 if frame:
                     yield frame
-                following = await anext(generation.chunks, None)
+                next_chunk = await anext(generation.chunks, None)
         finally:
             self._count(generation, chunk, record)
 
     def _count(self, generation: _Generation, last: Chunk, record: RequestRecord) -> None:
-        """Note what an answer took: a whole one, or as much as was streamed."""
+        """Count the tokens of an answer, complete or streamed in part."""
         self._prompt_tokens.inc(generation.prompt_tokens)
         record.generation_tokens = last.tokens
         record.finish_reason = last.finish_reason
@@ -161,14 +162,14 @@ class Contract:
     def _body(
         self, generation: _Generation, text: str, last: Chunk, record: RequestRecord
     ) -> bytes:
-        """The contract's answer object, its keys in the tutorials' order."""
+        """Return the response body, with the keys in the tutorials' order."""
         request = generation.request
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         if self.log_prompts:
             record.exchange = (now, request.prompt, text)
         body: dict[str, Any] = {"response": text, "status": 200, "time": now}
         if request.history is not None:
-            answer = text[last.echoed :]  # what the model said: it will read it again
+            answer = text[last.echoed :]  # without the prompt that `echo` repeats
             body["history"] = prompting.append_turn(request.history, request.prompt, answer)
         if request.details:
             body["details"] = {
@@ -184,8 +185,8 @@ class Contract:
 class EventStream(Response):
     """Server-sent events, written frame by frame.
 
-    A client that leaves or a deadline that passes cancels the frames; the generation is closed in
-    every case, which aborts the engine's request if it is still running.
+    A disconnect or the deadline cancels the frames. The generation is always closed, which aborts
+    the engine's request if it still runs.
     """
 
     def __init__(
@@ -201,14 +202,14 @@ class EventStream(Response):
         self.cancellations = cancellations
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # A task of its own: resumed for each token, without all the layers that wait around it.
+        # In its own task, each token resumes only this coroutine, not all middleware around it.
         await asyncio.create_task(self._send(scope, receive, send))
 
     async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         async with (
             self.cancellations.watch(receive, self.generation.deadline),
-            self.generation.held,
+            self.generation.slot,
             aclosing(self.frames) as frames,
         ):
             await send(start)

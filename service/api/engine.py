@@ -1,4 +1,4 @@
-"""vLLM's engine as the contract needs it: prompts in, text out, its errors made ours."""
+"""Wraps vLLM's engine for `POST /`: prompts in, text out, errors as RequestError."""
 
 import asyncio
 import functools
@@ -31,22 +31,23 @@ from service.prompting import Message
 
 _logger = logging.getLogger("service")
 
-# Up to here rendering and tokenising takes less time than handing it to vLLM's threads and back.
+# Up to this length, rendering and tokenising takes less time than a hand-over to vLLM's threads.
 _INLINE_CHARACTERS = 4096
-# A text has fewer characters for each token, 3 to 5 in prose. Tokenising takes 300 bytes for each
-# character: without this bound 1.2 GB for 4 MiB of text, where a token may have 128 characters.
+# Real text has fewer characters per token: prose has 3 to 5. Tokenising takes 300 bytes per
+# character. Without this limit, 4 MiB of text takes 1.2 GB where a token may have 128 characters.
 _MAX_CHARACTERS_PER_TOKEN = 16
-_MIN_CHARACTERS = 131_072  # a request that is allowed 100 kB of tools
-# What vLLM's TokenizeParams name as at fault when a prompt does not fit.
+_MIN_CHARACTERS = 131_072  # room for 100 kB of tools
+# `parameter` of vLLM's TokenizeParams errors when a prompt does not fit.
 _TOO_LONG = ("input_text", "input_tokens")
-# Up to here the text of an answer is made on the loop: about a millisecond.
+# Up to this many tokens are decoded on the event loop: about a millisecond.
 _INLINE_TOKENS = 2048
 
 
 class Chunk(NamedTuple):
-    """New text from the engine; `tokens` counts all of this request's so far.
+    """New text from the engine.
 
-    `echoed` is how many characters of the whole text are the prompt's.
+    `tokens` is the request's token count so far. `echoed` is the number of characters at the start
+    of the whole text that repeat the prompt.
     """
 
     text: str
@@ -56,18 +57,18 @@ class Chunk(NamedTuple):
 
 
 def _control_tokens(tokenizer: Any) -> set[str]:
-    """Text that the tokenizer would make one token of that is no text, named or only added."""
+    """Return the strings that the tokenizer turns into special tokens."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     return {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
 
 
 class Engine:
-    """vLLM's AsyncLLM. Every method raises RequestError alone."""
+    """vLLM's AsyncLLM. Methods raise only RequestError."""
 
     def __init__(self, client: EngineClient, state: State) -> None:
         model = client.model_config
         self.context: int = model.max_model_len
-        # The YAML's sampling is vLLM's override_generation_config, so this has both.
+        # Includes the YAML's sampling, which is vLLM's override_generation_config.
         self.defaults: dict[str, Any] = model.get_diff_sampling_param()
         self._client = client
         self._renderer = client.renderer
@@ -86,10 +87,10 @@ class Engine:
             self._template = fast_render.chat_template(client.renderer, self._chat)
 
     def stop_at(self, strings: Sequence[str]) -> None:
-        """End every answer before these, on every route that generates.
+        """End every answer before any of these strings, on all generating routes.
 
-        A control token is stopped at by its id, because no text shows it. Other strings are looked
-        for in the text: " User" is not the token of "User".
+        A control token is matched by its id, because it decodes to no text. Other strings are
+        matched in the text, because " User" is another token than "User".
         """
         vocabulary = self._tokenizer.get_vocab()
         ids = {s: vocabulary[s] for s in strings if s in vocabulary}
@@ -101,7 +102,7 @@ class Engine:
         vllm_private.stop_every_answer(self._client, texts, list(control.values()))
 
     async def tokenize(self, prompt: list[Message] | str) -> list[int]:
-        """Token ids of a rendered prompt, as vLLM's own routes make them."""
+        """Return the token ids of a prompt, the same as vLLM's own routes. Raises RequestError."""
         try:
             rendered = await self._render(prompt)
         except (VLLMClientError, ValueError, TypeError, jinja2.TemplateError) as e:
@@ -117,7 +118,7 @@ class Engine:
                     "text in which every character is whole (no lone surrogate)",
                     param="prompt",
                 ) from e
-            # From the chat template, or the tokenizer that stands for it.
+            # The chat template raised this, or the tokenizer that replaces it.
             raise InvalidRequest(
                 "the model's chat template does not accept these turns; usually they must "
                 "alternate between user and assistant, with system at most first",
@@ -130,7 +131,7 @@ class Engine:
         renderer = self._renderer
         if isinstance(prompt, str):
             if any(token in prompt for token in self._control_tokens):
-                # Text, also when it spells a control token.
+                # A control token in the prompt is plain text.
                 encode = functools.partial(
                     self._tokenizer.encode, prompt, split_special_tokens=True
                 )
@@ -153,14 +154,14 @@ class Engine:
             rendered = {"prompt": text}
         else:
             _, rendered = renderer.render_messages(prompt, self._chat)
-        # Some tokenizers make ids of the messages themselves.
+        # Some tokenizers turn messages into token ids directly: then there is no "prompt".
         if "prompt" in rendered and (short := self._encode(rendered["prompt"], params)) is not None:
             return short
         (rendered,) = renderer.tokenize_prompts([rendered], params)
         return rendered
 
     def _encode(self, text: str, params: TokenizeParams) -> dict[str, list[int]] | None:
-        """What vLLM's renderer makes of a text that fits; None: ask that."""
+        """Return the same as vLLM's renderer, or None if the caller must use that one."""
         if self._fast is None:
             return None
         encoding = self._fast.encode(text, add_special_tokens=params.add_special_tokens)
@@ -177,23 +178,24 @@ class Engine:
         cache_salt: str | None,
         trace_headers: dict[str, str] | None = None,
     ) -> AsyncGenerator[Chunk, None]:
-        """Chunks as they come, or one whole; with `echo` the first begins with the prompt's text.
+        """Yield chunks as they come, or without `stream` one with the whole text.
 
-        Only requests with the same `cache_salt` share their prefixes in the cache. Closing or
-        cancelling it aborts the request.
+        With `echo`, the first chunk begins with the prompt's text. Only requests with the same
+        `cache_salt` share prefix cache entries. Closing or cancelling it aborts the request. Raises
+        RequestError.
         """
         kind = RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
-        # Text is needed at every step only to send it or to look for stop strings.
+        # vLLM must decode at each step only for a stream or stop strings.
         stepwise = stream or "stop" in params
         echoed = self._text(token_ids) if echo else ""
         answer: list[int] = []
-        begun = False
+        started = False
         try:
             sampling = SamplingParams(
                 **params,
                 output_kind=kind,
                 detokenize=stepwise,
-                skip_clone=True,  # it is this request's alone
+                skip_clone=True,  # no other request uses this object
             )
             outputs = self._client.generate(
                 tokens_input(token_ids, cache_salt=cache_salt),
@@ -201,8 +203,8 @@ class Engine:
                 request_id,
                 trace_headers=trace_headers,
             )
-            # Closing it sends the abort; a generator that is only dropped sends it later, when
-            # another request may have its slot.
+            # Close it explicitly to abort at once. A dropped generator aborts later, when another
+            # request may already use the slot.
             async with aclosing(outputs):
                 async for output in outputs:
                     (completion,) = output.outputs
@@ -215,9 +217,9 @@ class Engine:
                     text = completion.text
                     if not stepwise:
                         text = await self._decode(token_ids if echo else [], answer, reason)
-                    elif not begun and (text or reason):
-                        begun = True
-                        text = echoed + text if echo else self._begin(answer, text)
+                    elif not started and (text or reason):
+                        started = True
+                        text = echoed + text if echo else self._first_text(answer, text)
                     yield Chunk(text, len(answer), reason, len(echoed))
         except RequestError:
             raise
@@ -226,7 +228,7 @@ class Engine:
         except GracefulHTTPError as e:
             raise Unavailable("the engine's queue is full", retry_after=1) from e
         except (VLLMClientError, ValueError) as e:
-            # Values that pass our bounds but not the engine's (such as a stop string it rejects).
+            # The values pass our checks but not the engine's.
             _logger.warning("request %s refused by the engine: %s", request_id, e)
             raise InvalidRequest("the engine does not accept these sampling values") from e
         except Exception as e:
@@ -234,7 +236,7 @@ class Engine:
             raise GenerationFailed("the engine failed this request; send it again") from e
 
     async def make_one_token(self) -> None:
-        """Raises RequestError when the engine cannot."""
+        """Generate one token, to probe the engine. Raises RequestError."""
         prompt = await self.tokenize("hi")
         params = {"max_tokens": 1, "temperature": 0.0}
         request_id = f"probe-{uuid.uuid4().hex}"
@@ -244,18 +246,20 @@ class Engine:
             pass
 
     async def _decode(self, prompt: list[int], answer: list[int], reason: str | None) -> str:
-        """A whole answer as the tutorials decode it, special tokens dropped."""
-        ids = prompt + (answer[:-1] if reason == "stop" else answer)  # less the stop token
+        """Decode a whole answer as the tutorials do, without special tokens."""
+        ids = prompt + (answer[:-1] if reason == "stop" else answer)  # without the stop token
         if len(ids) <= _INLINE_TOKENS:
             text = self._text(ids)
         else:
             text = await asyncio.to_thread(self._text, ids)
-        return text.rstrip("\ufffd") if reason == "length" else text  # a character cut in two
+        return (
+            text.rstrip("\ufffd") if reason == "length" else text
+        )  # drop half a character at the end
 
-    def _begin(self, answer: list[int], text: str) -> str:
-        """The first text of a stream, such that the whole is what `_decode` gives.
+    def _first_text(self, answer: list[int], text: str) -> str:
+        """Adjust the first text of a stream, so that the whole equals that of `_decode`.
 
-        vLLM decodes after the prompt and keeps a space that decoding the answer alone drops.
+        vLLM decodes the answer after the prompt, and so keeps a leading space that `_decode` drops.
         """
         if text.startswith(" ") and not self._text(answer).startswith(" "):
             return text[1:]

@@ -1,4 +1,4 @@
-"""Short cuts from turns to token ids, for what vLLM's renderer does the same but slower."""
+"""Faster ways from chat turns to token ids, with the same result as vLLM's renderer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from service.tokenizers.literal import control_pattern
 def chat_params(
     template: str | None, content_format: str, kwargs: dict[str, Any] | None
 ) -> ChatParams:
-    """As vLLM's own chat route renders (ChatCompletionRequest.build_chat_params)."""
+    """Return the ChatParams of vLLM's chat route (ChatCompletionRequest.build_chat_params)."""
     return ChatParams(
         chat_template=template,
         chat_template_content_format=content_format,
@@ -27,10 +27,10 @@ def chat_params(
 
 
 def rust_tokenizer(tokenizer: Any) -> Any:
-    """The Rust tokenizer inside, or None where there is none.
+    """Return the Rust tokenizer inside a transformers tokenizer, or None if there is none.
 
-    What transformers does around it for each text costs half as much again. vLLM gives its threads
-    copies, and asks this one for the text of tokens alone.
+    The transformers wrapper makes each call 1.5 times as slow. vLLM's threads encode with copies of
+    the tokenizer, and use this one only to decode.
     """
     if not isinstance(tokenizer, TokenizersBackend):
         return None
@@ -41,10 +41,11 @@ def rust_tokenizer(tokenizer: Any) -> Any:
 
 
 def chat_template(renderer: Any, chat: ChatParams) -> Callable[[list[Message]], str | None]:
-    """Short turns to text by the chat template alone; None: ask vLLM's renderer.
+    """Return a function that renders turns with the chat template alone.
 
-    That one searches each message for pictures and tools, and the template for its options, which
-    takes longer than the template. It edits some system messages.
+    It returns None where the caller must use vLLM's renderer. That one searches each message for
+    images and tools, and the template for its options, which takes longer than the template itself.
+    It also edits some system messages.
     """
     tokenizer = renderer.get_tokenizer()
     control = control_pattern(tokenizer)
@@ -58,7 +59,7 @@ def chat_template(renderer: Any, chat: ChatParams) -> Callable[[list[Message]], 
             return None
         try:
             (text,), _ = render_jinja_template([messages], chat_template=template, **variables)
-        except Exception:  # the template's own; that one says which
+        except Exception:  # raised by the template; vLLM's renderer reports it
             return None
         return str(text)
 
@@ -70,12 +71,12 @@ def chat_template(renderer: Any, chat: ChatParams) -> Callable[[list[Message]], 
     try:
         template = tokenizer.get_chat_template(chat.chat_template)
         for probe in (turns[:1], turns):
-            seen, rendered = renderer.render_messages(probe, chat)
-            texts = [message["content"] for message in seen]
+            conversation, rendered = renderer.render_messages(probe, chat)
+            texts = [message["content"] for message in conversation]
             if texts != [message["content"] for message in probe]:
                 return lambda _: None
             if rendered.get("prompt") != render(probe):
                 return lambda _: None
-    except Exception:  # there is none, or it wants other turns
+    except Exception:  # no template, or it rejects these turns
         return lambda _: None
     return render

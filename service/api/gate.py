@@ -1,4 +1,4 @@
-"""Innermost of our middleware: decides for each request which application answers it."""
+"""The innermost middleware: chooses the application that answers each request."""
 
 import asyncio
 from collections.abc import Mapping
@@ -20,10 +20,10 @@ from service.api.state import ServiceState
 from service.errors import InvalidRequest, MethodNotAllowed, NotFound, ServiceError
 from service.settings import Settings
 
-# These methods generate nothing, on no route.
-_READING = frozenset({"GET", "HEAD", "OPTIONS"})
-# What else generates nothing. A route that is not here passes the queue, known or not.
-_FREE = frozenset(
+# No route generates on these methods.
+_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+# Paths that do not generate on any method. All other paths go through the queue.
+_NOT_GENERATING = frozenset(
     {
         "/detokenize",
         "/tokenize",
@@ -32,25 +32,25 @@ _FREE = frozenset(
         "/v1/unload_lora_adapter",
     }
 )
-# How long vLLM's handler of an ended request may take to notice.
-_NOTICE_SECONDS = 5.0
+# How long vLLM's handler may take to return after its request is cancelled.
+_CANCEL_SECONDS = 5.0
 
 
 class Gate:
-    """Our routes are answered before vLLM's, and what else may generate passes the queue."""
+    """Answers our routes itself; sends all other generating requests through the queue to vLLM."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await self._live(scope, receive, send)
+            await self._run_lifespan(scope, receive, send)
             return
         service: ServiceState = scope["app"].state.service
         await self._choose(scope, service)(scope, receive, send)
 
     def _choose(self, scope: Scope, service: ServiceState) -> ASGIApp:
-        """The application for a request. Raises NotFound and MethodNotAllowed."""
+        """Return the application for a request. Raises NotFound or MethodNotAllowed."""
         path, method = path_of(scope), scope["method"]
         if path in service.hidden:
             raise NotFound("there is no such route here; GET / lists the routes")
@@ -62,13 +62,13 @@ class Gate:
             if method not in ("GET", "HEAD"):
                 raise MethodNotAllowed("GET, HEAD, POST" if path == "/" else "GET, HEAD")
             return with_cors(_route, scope)
-        if method in _READING or path in _FREE or path.startswith("/v1/responses/"):
+        if method in _SAFE_METHODS or path in _NOT_GENERATING or path.startswith("/v1/responses/"):
             return self.app
         settings = service.deployment.settings
         return Admit(self.app, service.admission, service.cancellations, settings)
 
-    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The application's life, ours around vLLM's."""
+    async def _run_lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run our lifespan around vLLM's."""
         service: ServiceState = scope["app"].state.service
         try:
             async with lifespan(scope["app"]):
@@ -79,13 +79,13 @@ class Gate:
 
 
 async def _route(scope: Scope, receive: Receive, send: Send) -> None:
-    """One of `ROUTES`."""
+    """Answer a request to one of `ROUTES`."""
     response = await ROUTES[path_of(scope)](Request(scope, receive, send))
     await response(scope, receive, send)
 
 
 class Admit:
-    """A request to what may generate: behind the queue, with limits and a deadline."""
+    """Passes a request to a generating vLLM route, with limits, a queue and a deadline."""
 
     def __init__(
         self, app: ASGIApp, admission: Admission, cancellations: Cancellations, settings: Settings
@@ -102,39 +102,39 @@ class Admit:
         body = message.get("body", b"")
         request: Mapping[str, Any] = {}
         if Headers(scope=scope).get("content-type", "").startswith("multipart/form-data"):
-            if self.settings.cache_per_key:  # of which a form cannot tell vLLM
+            if self.settings.cache_per_key:  # a form has no field for the cache salt
                 raise InvalidRequest("this server takes no forms, because it keeps a cache per key")
         elif body:
             request = request_limits.parse(body)
             if self.settings.cache_per_key:
                 message["body"] = to_json({**request, "cache_salt": record.client.name})
         sequences = request_limits.sequences(request, self.settings.max_sequences)
-        ended = asyncio.Event()
+        cancelled = asyncio.Event()
 
-        async def read() -> Message:
+        async def receive_once() -> Message:
             nonlocal message
             if message is not None:
                 body, message = message, None
                 return body
-            await ended.wait()
+            await cancelled.wait()
             return {"type": "http.disconnect"}
 
-        async def send_until_ended(message: Message) -> None:
-            if not ended.is_set():
+        async def send_unless_cancelled(message: Message) -> None:
+            if not cancelled.is_set():
                 await send(message)
 
         async with (
             self.cancellations.watch(receive, deadline_of(scope)),
             self.admission.slot(record.client, sequences),
         ):
-            handler = asyncio.ensure_future(self.app(scope, read, send_until_ended))
+            handler = asyncio.ensure_future(self.app(scope, receive_once, send_unless_cancelled))
             try:
                 await asyncio.shield(handler)
             except asyncio.CancelledError:
-                # vLLM's handlers do not pass a cancellation on to the engine; what they notice is
-                # that the client leaves.
-                ended.set()
+                # vLLM's handlers do not pass a cancellation on to the engine. They abort the
+                # request when they receive a disconnect.
+                cancelled.set()
                 handler.add_done_callback(lambda task: task.cancelled() or task.exception())
-                await asyncio.wait({handler}, timeout=_NOTICE_SECONDS)
+                await asyncio.wait({handler}, timeout=_CANCEL_SECONDS)
                 handler.cancel()
                 raise

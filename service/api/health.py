@@ -1,26 +1,23 @@
-"""Is it alive, is it ready, and if not, why: one state machine, which the health routes read.
-
-Pure: who calls says what time it is and what was seen of the engine.
-"""
+"""The state machine behind the health routes. Pure: the caller passes what it observes."""
 
 import time
 from collections.abc import Callable
 
 from service.phase import PATIENCE, Phase
 
-# A step may take so many times as long as the slowest before it.
+# A step may take this many times as long as the slowest step before it.
 _GROWTH = 4
 _NOTICEABLE_STEP = 2.0  # seconds
 
 
 class Health:
-    """Of one API process that serves: ready, stalled, draining or failed.
+    """The phase of one API process: ready, stalled, draining or failed.
 
-    Slow is not stalled: an engine that computes may take `step_timeout` seconds for a step, or
-    four times its slowest step if that is more. It is stalled when it takes longer, or when it does
-    nothing: for `stall_timeout` seconds it has not answered and has not computed, or for six times
-    as long it has had work and has not computed. It has failed when it stays stalled for
-    `stall_timeout` more, and when it is dead.
+    Slow is not stalled: an engine that uses the CPU may take `step_timeout` seconds for a step, or
+    four times its slowest step if that is more. The engine is stalled when a step takes longer, or
+    when it does nothing. It does nothing when it has neither answered nor used the CPU for
+    `stall_timeout` seconds, or has had work but made no progress and used no CPU for six times as
+    long. The engine has failed when it is dead, or stays stalled for another `stall_timeout`.
     """
 
     def __init__(
@@ -39,46 +36,46 @@ class Health:
 
     @property
     def step_seconds(self) -> float | None:
-        """For how long the engine has been at one step; None: not for a time worth telling."""
+        """How long the current step has taken so far; None below 2 s."""
         seconds = self._clock() - self._answered
         return seconds if seconds > _NOTICEABLE_STEP else None
 
     def answered(self) -> None:
-        """The engine has answered a question, or made a token: it is between two steps."""
+        """Note that the engine has answered a call or made a token: it is between two steps."""
         now = self._clock()
-        # A process that was stopped for a while has computed nothing meanwhile.
+        # Count only up to the last CPU use: a process that was stopped has not computed.
         computed = self._computed - self._answered
         self._step_timeout = max(self._step_timeout, _GROWTH * computed)
         self._answered = now
 
     def computed(self) -> None:
-        """The engine's processes have used the CPU."""
+        """Note that the engine's processes have used the CPU."""
         self._computed = self._clock()
 
     def progressed(self) -> None:
-        """The engine has made tokens, or has nothing to do."""
+        """Note that the engine has made tokens, or has no work."""
         self._progressed = self._clock()
 
     def drain(self) -> None:
-        """It is stopping: what was let in is finished, nothing else."""
+        """Note that the server is stopping and only finishes accepted requests."""
         if self.phase is not Phase.FAILED:
             self.phase = Phase.DRAINING
 
     def fail(self) -> None:
-        """The engine is dead, or as good as."""
+        """Note that the engine is dead or cannot recover."""
         self.phase = Phase.FAILED
 
-    def look(self) -> Phase:
-        """The phase now, after a look at the clock."""
+    def update(self) -> Phase:
+        """Update the phase by the clock and return it."""
         now = self._clock()
         if self.phase in (Phase.DRAINING, Phase.FAILED):
             return self.phase
-        silent, fruitless = now - self._answered, now - self._progressed
+        silent, unproductive = now - self._answered, now - self._progressed
         idle = now - self._computed
         stalled = (
             min(silent, idle) > self._stall_timeout
-            or min(fruitless, idle) > self._stall_timeout * PATIENCE
-            or max(silent, fruitless) > self._step_timeout
+            or min(unproductive, idle) > self._stall_timeout * PATIENCE
+            or max(silent, unproductive) > self._step_timeout
         )
         if not stalled:
             self.phase = Phase.READY

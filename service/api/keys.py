@@ -1,4 +1,4 @@
-"""The API keys in force: whose key a request carries. Hashes are compared in constant time."""
+"""Looks up the owner of an API key. Hashes are compared in constant time."""
 
 import hmac
 import logging
@@ -13,31 +13,31 @@ _logger = logging.getLogger("service")
 
 
 class Keys:
-    """The keys in force. A file is read again when it changes, so that a key can be revoked."""
+    """The valid keys. The file is read again when it changes, so a key can be revoked."""
 
     def __init__(self, clients: Mapping[str, Client], file: Path | None) -> None:
         self._clients = clients
         self._file = file
-        self._version: tuple[int, int, int] | None = None  # it may have changed since it was read
-        self._refused: tuple[tuple[int, int, int] | None] | None = None  # told once, tried again
+        self._version: tuple[int, int, int] | None = None  # None: read the file at the first reload
+        self._refused: tuple[tuple[int, int, int] | None] | None = None  # logged once, read again
 
     def client(self, key: bytes) -> Client | None:
-        """Whose key this is."""
-        given = clients.digest(key)
-        found = None
+        """Return the owner of a key, or None."""
+        digest = clients.digest(key)
+        owner = None
         for hashed, client in self._clients.items():
-            if hmac.compare_digest(hashed, given):
-                found = client
-        return found
+            if hmac.compare_digest(hashed, digest):
+                owner = client
+        return owner
 
     def reload(self) -> None:
-        """Read the file if it has changed. One that is broken or gone changes nothing."""
+        """Read the file if it has changed. If it is invalid or missing, keep the old keys."""
         version = self._stat()
         if self._file is None or version == self._version:
             return
         try:
-            found = clients.read_file(self._file, "the file of API keys")
-            if not found:  # perhaps it is just being written
+            new_clients = clients.read_file(self._file, "the file of API keys")
+            if not new_clients:  # it may be half written
                 raise ConfigError("the file of API keys: it holds no key")
         except ConfigError as e:
             if self._refused != (version,):
@@ -45,9 +45,9 @@ class Keys:
             self._refused = (version,)
         else:
             self._version, self._refused = version, None
-            changed, self._clients = found != self._clients, found
+            changed, self._clients = new_clients != self._clients, new_clients
             if changed:
-                _logger.info("API keys read again: %d in force", len(found))
+                _logger.info("API keys read again: %d in force", len(new_clients))
 
     def _stat(self) -> tuple[int, int, int] | None:
         if self._file is None:

@@ -1,4 +1,4 @@
-"""What begins before the application accepts anyone, and ends with it."""
+"""The lifespan of our part of the application."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -13,15 +13,15 @@ from service.api.body_budget import Budget
 from service.api.state import ServiceState
 from service.api.watch import Watch
 
-# Routes of vLLM's that are not for clients: they change the engine that everybody uses.
+# vLLM's routes that clients must not reach: they change the engine for all clients.
 _ELASTIC = frozenset({"/scale_elastic_ep", "/is_scaling_elastic_ep"})
-# Where vLLM's scale-out routes are off, as here, it has routes in their place that say so.
+# Name of the placeholder routes that vLLM adds where its scale-out routes are off, as here.
 _DISABLED = "disabled_scale_out"
 
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Runs after the server is configured, while all routes are there. Raises ServiceError."""
+    """Starts once the server is configured and all routes are registered. Raises ServiceError."""
     service: ServiceState = app.state.service
     settings = service.deployment.settings
     service.hidden = frozenset() if app.state.args.enable_elastic_ep else _ELASTIC
@@ -44,10 +44,10 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.server,
         service.host,
     )
-    watching = asyncio.create_task(watch.run())  # signals are handled from here on
-    enable_envs_cache()  # vLLM asks for its variables some forty times a request
+    watch_task = asyncio.create_task(watch.run())  # from here on our signal handlers are set
+    enable_envs_cache()  # vLLM reads environment variables some forty times a request
     await asyncio.to_thread(service.host.take_over)
     try:
         yield
     finally:
-        watching.cancel()
+        watch_task.cancel()

@@ -1,9 +1,8 @@
-"""Every metric of ours: name, help, labels, buckets. Nothing else creates one.
+"""All our metrics; no other module creates one.
 
-vLLM's own metrics stay beside them under `vllm:`. With several API processes prometheus-client
-adds the processes up; a gauge says how (`multiprocess_mode`). No label value comes from a client:
-routes are the application's templates, every path without one is `unmatched`, and the names of
-keys come from the operator's file.
+vLLM's own metrics have the prefix `vllm:`. With several API processes prometheus-client adds the
+processes up; `multiprocess_mode` says how for a gauge. No label value comes from a client: a route
+is a template of the application or `unmatched`, and key names come from the operator's file.
 """
 
 from prometheus_client import Counter, Gauge, Histogram

@@ -1,7 +1,7 @@
-"""Pure-ASGI classes that every request passes, vLLM's own routes included.
+"""Pure ASGI middleware for every request, including those to vLLM's own routes.
 
-vLLM builds them without arguments (`--middleware`), so what they need of this deployment they read
-from the application's state.
+vLLM builds the classes without arguments (`--middleware`), so they read settings and state from
+`app.state.service`.
 """
 
 import asyncio
@@ -36,21 +36,21 @@ from service.errors import (
 _logger = logging.getLogger("service")
 
 REQUEST_ID = "x-request-id"
-# Probes carry no key, and are not worth a log line each.
+# Health checks need no key, and are logged only with --verbose or when they fail.
 HEALTH = frozenset({"/health", "/health/live", "/health/ready", "/ping"})
 _QUIET = HEALTH | {"/metrics"}
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-# Read at most this much of an error body: vLLM repeats what the client sent.
+# Read at most this much of an error body: vLLM echoes input.
 _MAX_ERROR_BYTES = 65_536
-# How an error of vLLM's begins in a stream; its other events are named, or begin with an id.
+# The beginnings of vLLM's error events. Its other events are named, or their JSON begins with `id`.
 _ERROR_EVENTS = (b'data: {"error"', b"event: error")
-# So many bodies of the longest kind may be held at one time.
+# How many bodies of the largest size may be held at once.
 _MAX_BODIES = 64
-_MIN_COUNTED_BODY = 65_536  # bytes; these are let in always
+_MIN_COUNTED_BODY = 65_536  # bytes; smaller bodies are always accepted
 
 
 class Observe:
-    """Outermost: gives each request an id, counts it, times it, and logs it once."""
+    """The outermost middleware: gives each request an id, counts it, times it, and logs it once."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -88,10 +88,10 @@ class Observe:
 
 
 class Refusals:
-    """Writes every error, in the form of the route's protocol.
+    """Writes every error response, in the form of the route's protocol.
 
-    Handlers raise: a RequestError says what it is, anything else is a fault of ours, and 500. Of
-    vLLM's own errors, in an answer or in a stream, the texts are replaced.
+    A RequestError from a handler becomes its response; any other exception becomes a 500. The texts
+    of vLLM's own errors are replaced, in responses and in streams.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -101,19 +101,19 @@ class Refusals:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        answer = _Answer(scope, receive, send)
+        response = _GuardedResponse(scope, receive, send)
         try:
-            await self.app(scope, receive, answer.send)
+            await self.app(scope, receive, response.send)
         except ClientDisconnect:
-            await answer.refuse(ClientGone("the client closed the connection"))
+            await response.refuse(ClientGone("the client closed the connection"))
         except RequestError as e:
-            await answer.refuse(e)
+            await response.refuse(e)
         except Exception as e:
-            await answer.refuse(answer.unexpected(e))
+            await response.refuse(response.unexpected(e))
 
 
-class _Answer:
-    """What is sent to a client; an error in it gives way to ours."""
+class _GuardedResponse:
+    """Forwards one response to the client and replaces an error in it with ours."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._scope = scope
@@ -121,15 +121,15 @@ class _Answer:
         self._send = send
         self._record = RequestRecord.of(scope)
         self._state: ServiceState = scope["app"].state.service
-        self._failed: Message | None = None  # the start of an error of vLLM's
-        self._body = b""  # of that
+        self._failed: Message | None = None  # the start message of an error response
+        self._body = b""  # of that error response, so far
         self._started = False
-        self._events: int | None = None  # sent so far, in a stream of them
+        self._events: int | None = None  # events sent so far; None: not an event stream
         self._complete = False
 
     async def send(self, message: Message) -> None:
         if self._complete:
-            return  # an error has ended it already
+            return  # an error has already ended the response
         if message["type"] == "http.response.start":
             if message["status"] >= 400 and self._record.error is None:
                 self._failed = message
@@ -138,7 +138,7 @@ class _Answer:
             headers = MutableHeaders(scope=message)
             if headers.get("content-type", "").startswith("text/event-stream"):
                 self._events = 0
-                headers["x-accel-buffering"] = "no"  # nginx would keep the events back
+                headers["x-accel-buffering"] = "no"  # nginx would buffer the events
         elif message["type"] == "http.response.body":
             body = message.get("body", b"")
             if self._failed:
@@ -155,7 +155,7 @@ class _Answer:
         await self._send(message)
 
     async def refuse(self, error: RequestError) -> None:
-        """End the answer with an error, unless it is complete."""
+        """End the response with an error, unless it is complete."""
         if self._complete:
             return
         self._record.status = error.status
@@ -164,33 +164,33 @@ class _Answer:
         if isinstance(error, ClientGone):
             return
         if not self._started:
-            answer = refusal(error, self._record.id, path)
+            response = refusal(error, self._record.id, path)
             if self._failed and "allow" in (headers := Headers(raw=self._failed["headers"])):
-                answer.headers["allow"] = headers["allow"]
-            await with_cors(answer, self._scope)(self._scope, self._receive, self._send)
+                response.headers["allow"] = headers["allow"]
+            await with_cors(response, self._scope)(self._scope, self._receive, self._send)
         elif self._events is not None:
             event = refusal_event(error, self._record.id, path, self._events)
             await self._send({"type": "http.response.body", "body": event})
         self._complete = True
 
     def unexpected(self, error: Exception) -> RequestError:
-        """A fault of ours, for the log with its place and for the client by the request's id."""
+        """Log an exception that is our fault; the client gets only the request id."""
         if self._state.engine_dead:
             return EngineDead()
         stack = "".join(traceback.format_tb((error.__cause__ or error).__traceback__))
-        # What it says may repeat what the client sent.
+        # Do not log the exception's text: it may echo input.
         _logger.error("request %s failed: %s\n%s", self._record.id, type(error).__name__, stack)
         _logger.debug("request %s", self._record.id, exc_info=error)
         return RequestError("internal error; the server's log has more under the request's id")
 
     def _explain(self, body: bytes, status: int = 500) -> RequestError:
-        """An error of vLLM's or FastAPI's as ours."""
+        """Turn a vLLM or FastAPI error body into a RequestError."""
         try:
-            answer = json.loads(body)
+            value = json.loads(body)
         except ValueError:
-            answer = None
-        found = answer.get("error", answer) if isinstance(answer, dict) else None
-        error = found if isinstance(found, dict) else {}
+            value = None
+        nested = value.get("error", value) if isinstance(value, dict) else None
+        error = nested if isinstance(nested, dict) else {}
         _logger.debug("request %s: vLLM says %r", self._record.id, vllm_errors.text(error))
         if status >= 500 and self._state.engine_dead:
             return EngineDead()
@@ -198,9 +198,9 @@ class _Answer:
 
 
 class ApiKey:
-    """Asks for an API key, when there are any, on every route but health checks and the page.
+    """Requires an API key, if any are configured, on all routes but health checks and the page.
 
-    Whose key it is goes on with the request. WebSockets are not served.
+    Notes the key's owner in the request's record. Closes WebSockets, which are not served.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -215,12 +215,12 @@ class ApiKey:
             return
         state: ServiceState = scope["app"].state.service
         path = scope["path"]
-        open_to_all = (
+        public = (
             path in HEALTH
-            or (path == "/" and scope["method"] in ("GET", "HEAD"))  # where a person enters the key
+            or (path == "/" and scope["method"] in ("GET", "HEAD"))  # the chat page
             or (path == "/metrics" and not state.deployment.settings.metrics_key)
         )
-        if state.keys and not open_to_all and not _is_preflight(scope):
+        if state.keys and not public and not _is_preflight(scope):
             client = state.keys.client(_bearer(scope))
             if client is None:
                 raise Unauthorized("send an API key in the header `Authorization: Bearer <key>`")
@@ -229,9 +229,9 @@ class ApiKey:
 
 
 class Body:
-    """Reads a request's body whole before anything else does, within a size and a time.
+    """Reads the whole body of a request first, with a size limit and a timeout.
 
-    The bodies held at one time have a limit too, which many clients reach only together.
+    Also limits the bytes of all bodies that are in memory at once.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -246,52 +246,51 @@ class Body:
             await self.app(scope, receive, send)
             return
         state: ServiceState = scope["app"].state.service
-        held = _Held(state)
+        counted = _CountedBody(state)
         try:
             try:
                 async with asyncio.timeout(state.deployment.settings.body_timeout):
-                    body = await _read(headers, receive, held)
+                    body = await _read(headers, receive, counted)
             except TimeoutError:
                 seconds = state.deployment.settings.body_timeout
                 raise BodyTooSlow(f"the body did not come within {seconds:g} s") from None
             if scope["path"] == "/" or not _is_form(scope):
                 state.budget.check(path_of(scope), body)
-            whole: Message | None = {"type": "http.request", "body": body, "more_body": False}
+            unread: Message | None = {"type": "http.request", "body": body, "more_body": False}
 
-            async def read() -> Message:
-                nonlocal whole
-                if whole is not None:
-                    message, whole = whole, None
+            async def receive_once() -> Message:
+                nonlocal unread
+                if unread is not None:
+                    message, unread = unread, None
                     return message
                 return await receive()
 
-            await self.app(scope, read, send)
+            await self.app(scope, receive_once, send)
         finally:
-            state.held_body_bytes -= held.bytes
+            state.body_bytes -= counted.bytes
 
 
-class _Held:
-    """The bytes of one body, counted among those of all."""
+class _CountedBody:
+    """The bytes of one body, which also count in `ServiceState.body_bytes`."""
 
     def __init__(self, state: ServiceState) -> None:
         self.state = state
         self.bytes = 0
 
     def add(self, count: int) -> None:
-        """Raises Overloaded when the bodies of all requests together are too much."""
+        """Count more bytes. Raises Overloaded when the bodies of all requests exceed the limit."""
         self.bytes += count
-        self.state.held_body_bytes += count
+        self.state.body_bytes += count
         if (
             self.bytes > _MIN_COUNTED_BODY
-            and self.state.held_body_bytes
-            > _MAX_BODIES * self.state.deployment.settings.max_body_bytes
+            and self.state.body_bytes > _MAX_BODIES * self.state.deployment.settings.max_body_bytes
         ):
             metrics.REFUSED.labels("bodies").inc()
             raise Overloaded("the server holds too many long bodies already", retry_after=1)
 
 
-async def _read(headers: Headers, receive: Receive, held: _Held) -> bytes:
-    limit = held.state.deployment.settings.max_body_bytes
+async def _read(headers: Headers, receive: Receive, counted: _CountedBody) -> bytes:
+    limit = counted.state.deployment.settings.max_body_bytes
     length = headers.get("content-length", "")
     if length.isdecimal() and int(length) > limit:
         raise _too_large(limit)
@@ -303,13 +302,13 @@ async def _read(headers: Headers, receive: Receive, held: _Held) -> bytes:
         body += message.get("body", b"")
         if len(body) > limit:
             raise _too_large(limit)
-        held.add(len(message.get("body", b"")))
+        counted.add(len(message.get("body", b"")))
         if not message.get("more_body"):
             return bytes(body)
 
 
 def _is_form(scope: Scope) -> bool:
-    """Whether a body is files and fields; vLLM's routes for JSON refuse such a one unread."""
+    """Whether the body is a multipart form. vLLM's JSON routes refuse a form unread."""
     return Headers(scope=scope).get("content-type", "").lower().startswith("multipart/form-data")
 
 
@@ -318,14 +317,14 @@ def _too_large(limit: int) -> RequestError:
 
 
 def _is_preflight(scope: Scope) -> bool:
-    """Whether a browser asks, without the key, if it may send it; vLLM's CORS layer answers."""
+    """Whether this is a CORS preflight request. It has no key; vLLM's CORS layer answers it."""
     headers = Headers(scope=scope)
-    asks = "origin" in headers and "access-control-request-method" in headers
-    return asks and scope["method"] == "OPTIONS"
+    cors = "origin" in headers and "access-control-request-method" in headers
+    return cors and scope["method"] == "OPTIONS"
 
 
 def _bearer(scope: Scope) -> bytes:
-    """The key that a request carries, as the bytes that came, or nothing."""
+    """Return the request's API key as raw bytes, or empty bytes."""
     for name, value in scope["headers"]:
         if name == b"authorization":
             scheme, _, key = value.partition(b" ")
@@ -334,7 +333,7 @@ def _bearer(scope: Scope) -> bytes:
 
 
 def with_cors(app: ASGIApp, scope: Scope) -> ASGIApp:
-    """Lets a page of another site read the answer, where vLLM's arguments let it."""
+    """Add CORS headers for cross-origin requests, as vLLM's arguments allow."""
     if "origin" not in Headers(scope=scope):
         return app
     args = scope["app"].state.args
@@ -344,23 +343,23 @@ def with_cors(app: ASGIApp, scope: Scope) -> ASGIApp:
 
 
 def path_of(scope: Scope) -> str:
-    """The path of a request, without what a proxy in front of us adds."""
+    """Return the request's path without the root path of a proxy in front of us."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("app_root_path", scope.get("root_path", "")))
 
 
 def _request_id(scope: Scope) -> str:
-    """The client's X-Request-Id when it is harmless, else a new one; vLLM is shown the same."""
+    """Return the client's X-Request-Id if it is safe, else a new id, also set for vLLM."""
     headers = MutableHeaders(scope=scope)
-    given = headers.get(REQUEST_ID, "")
-    if _SAFE_ID.fullmatch(given):
-        return given
+    request_id = headers.get(REQUEST_ID, "")
+    if _SAFE_ID.fullmatch(request_id):
+        return request_id
     headers[REQUEST_ID] = uuid.uuid4().hex
     return headers[REQUEST_ID]
 
 
 def _route(scope: Scope) -> str:
-    """The route's template, so that no path of a client's choosing becomes a label."""
+    """Return the route's template: a path that a client chose must not become a metric label."""
     if (route := scope.get("route")) is not None:
         return str(route.path)
     if (path := path_of(scope)) in ROUTES:
@@ -368,13 +367,13 @@ def _route(scope: Scope) -> str:
     mounted: str = scope.get("root_path", "").removeprefix(scope.get("app_root_path", ""))
     if mounted:
         return mounted
-    # Refused before it was routed.
+    # The request was refused before routing.
     paths = (getattr(route, "path", None) for route in scope["app"].routes)
     return scope["path"] if scope["path"] in paths else "unmatched"
 
 
 def _add_vllm_usage(record: RequestRecord, scope: Scope) -> None:
-    """vLLM's own handlers leave their token counts on the request's state."""
+    """Copy the token counts that vLLM's handlers leave on the request's state."""
     state: dict[str, Any] = scope.get("state", {})
     usage = getattr(state.get("request_metadata"), "final_usage_info", None)
     if usage is not None:

@@ -1,4 +1,4 @@
-"""vLLM's endpoint plugin: brings our state and our description into the application it builds."""
+"""vLLM endpoint plugin: adds our state and OpenAPI schema to the application that vLLM builds."""
 
 from argparse import Namespace
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from service.models.vllm_private import shorten_error_texts
 
 
 class ChatService:
-    """vLLM's EndpointPlugin protocol. What answers is in `gate`, before vLLM's routes."""
+    """Implements vLLM's EndpointPlugin protocol. `gate` answers our routes, before vLLM's."""
 
     name = "chat_service"
     required_tasks = ("generate",)
@@ -27,23 +27,23 @@ class ChatService:
         shorten_error_texts()
         app.title = "vllm-chat-service"
         app.version = version(app.title)
-        app.openapi = _described(app)  # type: ignore[method-assign]
+        app.openapi = _openapi_with_our_routes(app)  # type: ignore[method-assign]
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
     ) -> None:
-        assert engine_client is not None  # required_tasks keeps us off the render server
+        assert engine_client is not None  # never None, because of required_tasks
         try:
-            given: tuple[Deployment, Host] = args.chat_service
+            parts: tuple[Deployment, Host] = args.chat_service
         except AttributeError:
             raise ConfigError("this plugin runs in `chat-service`, which sets it up") from None
-        deployment, host = given
+        deployment, host = parts
         model = deployment.model
         for served in state.openai_serving_models.base_model_paths:
-            served.model_path = model.name  # /v1/models would show a path of this machine
+            served.model_path = model.name  # /v1/models would show a local path
         service = ServiceState(deployment, host, engine_client, state, args.api_server_count or 1)
         service.engine.stop_at(model.sampling.stop or ())
-        try:  # so that a broken template ends the start, and not every request
+        try:  # a broken template must fail the start, not each request
             await service.engine.tokenize(prompting.render("hi", None, model.prompt))
         except RequestError as e:
             reason = " ".join(str(e.__cause__).split())
@@ -51,16 +51,16 @@ class ChatService:
         state.service = service
 
 
-def _described(app: FastAPI) -> Callable[[], dict[str, Any]]:
-    """FastAPI's schema with our routes, which are no routes of FastAPI's."""
+def _openapi_with_our_routes(app: FastAPI) -> Callable[[], dict[str, Any]]:
+    """Return an `openapi` method that adds our routes, unknown to FastAPI, to the schema."""
 
     openapi = app.openapi
 
-    def described() -> dict[str, Any]:
+    def openapi_with_our_routes() -> dict[str, Any]:
         schema = openapi()
         for path in app.state.service.hidden:
             schema["paths"].pop(path, None)
         routes.describe(schema)
         return schema
 
-    return described
+    return openapi_with_our_routes

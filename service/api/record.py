@@ -1,4 +1,4 @@
-"""What one HTTP request's log line, span and metrics say about it; and the log line."""
+"""The data of one HTTP request for its log line, span and metrics."""
 
 import logging
 from dataclasses import dataclass
@@ -15,19 +15,19 @@ _SCOPE_KEY = "chat_service.record"
 
 @dataclass(slots=True)
 class RequestRecord:
-    """Made by `middleware.Observe`, filled in by the handler, written when the answer is out."""
+    """Created by `middleware.Observe`, filled in by handlers, logged after the response."""
 
     id: str
-    status: int = 499  # until something is answered: the client went away
+    status: int = 499  # kept if the client leaves before a response
     prompt_tokens: int | None = None
     generation_tokens: int | None = None
     finish_reason: str | None = None
     error: str | None = None  # RequestError.type
     client: Client = ANYONE
     layer_seconds: float = 0.0
-    # W3C trace context for the engine, where traces are on.
+    # W3C trace context for the engine, if traces are on.
     trace_headers: dict[str, str] | None = None
-    # Local time, prompt and response, only when the setting asks for prompts in the log.
+    # (local time, prompt, response), only with the setting log_prompts.
     exchange: tuple[str, str, str] | None = None
 
     def attach(self, scope: Scope) -> None:
@@ -35,15 +35,15 @@ class RequestRecord:
 
     @classmethod
     def of(cls, scope: Scope) -> Self:
-        """The record of the request that `scope` belongs to."""
+        """Return the record of the request of `scope`."""
         record: Self = scope[_SCOPE_KEY]
         return record
 
     def log(self, method: str, route: str, seconds: float, *, quiet: bool) -> None:
-        """One line for a finished request; times are in seconds.
+        """Log one line for a finished request. Times are in seconds.
 
-        `quiet` is for probes, whose good answers only --verbose shows. The prompt is logged only
-        when the handler left it in the record, and then in the tutorials' own format.
+        With `quiet`, for health checks, a success is shown only by --verbose. If `exchange` is set,
+        log it too, in the tutorials' format.
         """
         fields = {
             "id": self.id,
@@ -63,5 +63,5 @@ class RequestRecord:
         _logger.log(level, "request %s", line)
         if self.exchange:
             when, prompt, response = self.exchange
-            escaped = repr(prompt)[1:-1]  # one line, whatever the prompt
+            escaped = repr(prompt)[1:-1]  # keeps it on one line
             _logger.info('[%s] ", prompt:"%s", response:"%r"', when, escaped, response)

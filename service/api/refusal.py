@@ -1,4 +1,4 @@
-"""A refusal as an HTTP answer, or as the last event of a stream."""
+"""Writes a RequestError as an HTTP response, or as the last event of a stream."""
 
 import json
 
@@ -8,7 +8,7 @@ from service.errors import MethodNotAllowed, RequestError, Unauthorized, refusal
 
 
 def refusal(error: RequestError, request_id: str, path: str) -> Response:
-    """The HTTP answer for a refused or failed request to `path`."""
+    """Return the HTTP response for a refused or failed request to `path`."""
     headers = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(error.retry_after)
@@ -21,7 +21,7 @@ def refusal(error: RequestError, request_id: str, path: str) -> Response:
 
 
 def refusal_event(error: RequestError, request_id: str, path: str, number: int) -> bytes:
-    """The end of a stream that fails after `number` events, as the protocol of `path` has it."""
+    """Return the last bytes of a stream that fails after `number` events, by `path`'s protocol."""
     body = refusal_body(error, request_id, path)
     if path.startswith("/v1/responses"):
         event = {

@@ -1,4 +1,4 @@
-"""What a request to vLLM's generating routes may ask for, beyond what vLLM itself refuses."""
+"""Limits on requests to vLLM's generating routes, in addition to vLLM's own."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -9,30 +9,29 @@ from pydantic_core import from_json, to_json
 from service.api import body_budget
 from service.errors import InvalidRequest
 
-# Compiling a grammar takes time and memory that grow faster than its text.
+# The time and memory to compile a grammar grow faster than its text.
 MAX_GRAMMAR_BYTES = 16_384
 MAX_REGEX = 1_024
-# xgrammar counts properties in a grammar that grows with the cube of how many there are.
+# xgrammar's grammar for minProperties or maxProperties grows with the cube of the properties.
 MAX_COUNTED_PROPERTIES = 32
 MAX_STOP = 1_000
-# Keys that count sequences side by side, whatever the route; a key that is absent counts as one.
+# Keys that ask for several sequences per prompt, on any route; an absent key counts as 1.
 _COUNTS = ("n", "best_of")
+# Keys that may hold a list of prompts.
 _LISTS = ("items", "prompt", "messages", "questions")
-# What is long by nature. Whatever else has parts may end in a grammar, under any route's name.
-_LONG_BY_NATURE = frozenset(
+# Keys whose values may be long. Any other object or array may become a grammar, on some route.
+_MAY_BE_LONG = frozenset(
     {"messages", "prompt", "input", "items", "query", "system", "questions", "documents"}
     | {"allowed_token_ids", "stop_token_ids", "logit_bias", "bad_words", "stop"}
 )
-
-
-# Keys that may be named in an answer: any other is the client's own.
+# Keys that an error message may name. It must not echo any other key: that is the client's text.
 _GRAMMARS = frozenset(
     {"output_config", "response_format", "structured_outputs", "text", "tool_choice", "tools"}
 )
 
 
 def parse(body: bytes) -> Mapping[str, Any]:
-    """The JSON object of a body. Raises MalformedBody, and InvalidRequest for what is no object."""
+    """Return the parsed body. Raises MalformedBody, or InvalidRequest if it is no object."""
     request = body_budget.parse(body)
     if not isinstance(request, Mapping):
         raise InvalidRequest("the body must be a JSON object")
@@ -40,9 +39,9 @@ def parse(body: bytes) -> Mapping[str, Any]:
 
 
 def sequences(request: Mapping[str, Any], max_sequences: int) -> int:
-    """How many sequences a body asks the engine for.
+    """Return how many sequences a body asks for.
 
-    Raises InvalidRequest for more than `max_sequences`, and for grammars and stop strings that are
+    Raises InvalidRequest for more than `max_sequences`, and for grammars or stop strings that are
     too long.
     """
     count, param = 1, None
@@ -65,14 +64,14 @@ def sequences(request: Mapping[str, Any], max_sequences: int) -> int:
     _check_stop(request.get("stop"))
     for key, value in request.items():
         if key == "tools":
-            value = _forced(value, request.get("tool_choice"))
-        if isinstance(value, dict | list) and key not in _LONG_BY_NATURE:
+            value = _grammar_tools(value, request.get("tool_choice"))
+        if isinstance(value, dict | list) and key not in _MAY_BE_LONG:
             _check_grammar(value, key if key in _GRAMMARS else None)
     return count
 
 
 def _prompts(value: Any, key: str) -> int:
-    """Prompts in a list of them; one prompt as token ids or as messages is a list too."""
+    """Count the prompts in a value. A single prompt, of token ids or messages, is a list too."""
     if not isinstance(value, list) or not value:
         return 1
     first = value[0]
@@ -87,24 +86,24 @@ def _check_stop(stop: Any) -> None:
         raise InvalidRequest(f"a stop string has at most {MAX_STOP} characters", param="stop")
 
 
-def _forced(tools: Any, choice: Any) -> list[Any]:
-    """The tools that become a grammar: those that the model must call, or call strictly.
+def _grammar_tools(tools: Any, choice: Any) -> list[Any]:
+    """Return the tools that become a grammar: those with `strict`, or those that must be called.
 
-    A tool that it may call is only text of the prompt. OpenAI's two routes and Anthropic's differ
-    in where the name stands, and in the words for a choice.
+    Other tools are only text in the prompt. OpenAI's two routes and Anthropic's differ in where the
+    tool's name is, and in the values of `choice`.
     """
     if not isinstance(tools, list):
         return []
 
-    def inner(value: Any) -> dict[str, Any]:
+    def function_of(value: Any) -> dict[str, Any]:
         function = value.get("function", value) if isinstance(value, dict) else {}
         return function if isinstance(function, dict) else {}
 
     kind = choice.get("type") if isinstance(choice, dict) else choice
     if kind in (None, "auto", "none"):
-        return [tool for tool in tools if inner(tool).get("strict")]
-    name = inner(choice).get("name")
-    return [tool for tool in tools if name in (None, inner(tool).get("name"))]
+        return [tool for tool in tools if function_of(tool).get("strict")]
+    name = function_of(choice).get("name")
+    return [tool for tool in tools if name in (None, function_of(tool).get("name"))]
 
 
 def _check_grammar(grammar: Any, param: str | None) -> None:

@@ -1,6 +1,6 @@
-"""The routes that are ours beside `POST /`: the page, and health. The gate calls them.
+"""Our routes beside `POST /`: the chat page and the health checks. `gate` calls them.
 
-vLLM has routes of its own at some of these paths, which so are never reached.
+They replace vLLM's own routes at the same paths.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from service.api.state import ServiceState
 from service.errors import RequestError
 from service.phase import Phase
 
-# What the model's defaults are called in a request.
+# vLLM's name of each sampling default -> its name in a request.
 _SAMPLING = {
     "max_tokens": "max_new_tokens",
     **{key: key for key in ("temperature", "top_p", "top_k", "repetition_penalty")},
@@ -57,8 +57,8 @@ async def live(request: Request) -> Response:
 async def health(request: Request) -> Response:
     """200 when the engine works, 503 when it is dead or stalled"""
     service: ServiceState = request.app.state.service
-    well = service.health.phase in (Phase.READY, Phase.DRAINING) and not service.engine_dead
-    return Response(status_code=200 if well else 503)
+    healthy = service.health.phase in (Phase.READY, Phase.DRAINING) and not service.engine_dead
+    return Response(status_code=200 if healthy else 503)
 
 
 async def ready(request: Request) -> Response:
@@ -81,8 +81,7 @@ async def ready(request: Request) -> Response:
 async def generate(request: Request) -> Response:
     """200 when the engine has just made one token
 
-    It passes the queue: a full server generates all the same. Who asks while a token is being made
-    shares it.
+    It bypasses the queue, so it works on a full server. Concurrent checks share one token.
     """
     service: ServiceState = request.app.state.service
     if service.probe is None or service.probe.done():
@@ -100,7 +99,7 @@ async def generate(request: Request) -> Response:
     return JSONResponse({"status": reason}, 503)
 
 
-# All answer GET and HEAD; many health checkers send HEAD.
+# Each answers GET and HEAD, which many health checkers send.
 ROUTES: dict[str, Callable[[Request], Awaitable[Response]]] = {
     "/": index,
     "/health": health,
@@ -112,14 +111,14 @@ ROUTES: dict[str, Callable[[Request], Awaitable[Response]]] = {
 
 
 def describe(schema: dict[str, Any]) -> None:
-    """Put our routes into the application's OpenAPI schema. vLLM's at their paths are not there."""
+    """Add our routes to the application's OpenAPI schema."""
     for path, handler in ROUTES.items():
         summary = (handler.__doc__ or "").partition("\n")[0].rstrip(".")
-        answers = {"200": {"description": "It is well"}}
+        responses = {"200": {"description": "It is well"}}
         if handler not in (index, live):
-            answers["503"] = {"description": "It is not"}
+            responses["503"] = {"description": "It is not"}
         schema["paths"][path] = {
-            "get": {"summary": summary, "operationId": handler.__name__, "responses": answers}
+            "get": {"summary": summary, "operationId": handler.__name__, "responses": responses}
         }
     create = {"summary": "Answer one prompt", "operationId": "create", **OPENAPI}
     schema["paths"]["/"]["post"] = create

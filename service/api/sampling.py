@@ -1,4 +1,4 @@
-"""Which sampling values one request gets: the request over the YAML over generation_config.json."""
+"""Resolves sampling values: first the request, then the YAML, then generation_config.json."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,18 +18,20 @@ def resolve(
     prompt_tokens: int,
     context: int,
 ) -> dict[str, Any]:
-    """The fields of vLLM's SamplingParams for one request.
+    """Return the fields of vLLM's SamplingParams for one request.
 
-    `defaults` is the YAML's sampling over generation_config.json by vLLM's names; `context` is the
-    model's length in tokens. Raises PromptTooLong when no room is left for a new token.
+    `defaults` is the YAML's sampling over generation_config.json, with vLLM's names. `context` is
+    the model's context in tokens. Raises PromptTooLong if there is no room for a new token.
     """
-    given = {name: getattr(request, name) for name in _FIELDS if getattr(request, name) is not None}
-    if "stop" in given and "stop" in defaults:  # the model's own ends hold beside the request's
-        stop = given["stop"]
-        given["stop"] = [*([stop] if isinstance(stop, str) else stop), *defaults["stop"]]
+    requested = {
+        name: getattr(request, name) for name in _FIELDS if getattr(request, name) is not None
+    }
+    if "stop" in requested and "stop" in defaults:  # the model's own stop strings stay valid
+        stop = requested["stop"]
+        requested["stop"] = [*([stop] if isinstance(stop, str) else stop), *defaults["stop"]]
     return {
         **defaults,
-        **given,
+        **requested,
         "max_tokens": _new_tokens(request, defaults, max_length, prompt_tokens, context),
     }
 

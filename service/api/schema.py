@@ -1,4 +1,4 @@
-"""The body of `POST /`: its schema, and what is said of one that does not fit it."""
+"""The body of `POST /`: its schema and the errors for an invalid one."""
 
 import json
 from typing import Annotated, Any
@@ -48,9 +48,9 @@ class ContractRequest(BaseModel):
 
 
 def parse(body: bytes) -> ContractRequest:
-    """The validated request, whatever its Content-Type said.
+    """Return the validated request; the Content-Type does not matter.
 
-    Raises MalformedBody or InvalidRequest, which name the key and never repeat its value.
+    Raises MalformedBody or InvalidRequest, which name the key but never its value.
     """
     try:
         request = ContractRequest.model_validate_json(body)
@@ -82,8 +82,8 @@ def parse(body: bytes) -> ContractRequest:
 
 
 def _check_extras(history: prompting.History) -> None:
-    """A client's own keys in a turn go back to it, and not every number can: 1e400 is read as
-    infinity, which JSON cannot say."""
+    """Raise InvalidRequest if a client's own key in a turn has a value that the response cannot
+    return: 1e400 is parsed as infinity, which JSON cannot represent."""
     for turn in history:
         if len(turn) > 2:
             try:
@@ -94,7 +94,7 @@ def _check_extras(history: prompting.History) -> None:
                 ) from None
 
 
-# FastAPI cannot derive this: the handler reads the body itself, whatever its Content-Type.
+# FastAPI cannot derive this, because the handler reads the body itself.
 OPENAPI: dict[str, Any] = {
     "requestBody": {
         "required": True,

@@ -1,4 +1,4 @@
-"""Everything of ours that the requests to one application share: `app.state.service`."""
+"""Our state that all requests to one application share: `app.state.service`."""
 
 import asyncio
 import math
@@ -18,17 +18,17 @@ from service.api.engine import Engine
 from service.api.health import Health
 from service.api.keys import Keys
 
-# So many times what runs may wait, when the setting does not say.
+# Default of max_waiting: this many times the sequences that run at once.
 _WAITING_FACTOR = 4
 
 
 class ServiceState:
-    """Made when the engine runs, one for each API process."""
+    """Created when the engine runs, one for each API process."""
 
-    # Known when all routes are there.
+    # Set by `lifespan`, when all routes are registered.
     budget: Budget
-    body_keys: Collection[str]  # all that the bodies of vLLM's routes may have
-    hidden: Collection[str]  # paths of vLLM's that are not for clients
+    body_keys: Collection[str]  # all keys in the body schemas of vLLM's routes
+    hidden: Collection[str]  # vLLM's paths that clients must not reach
 
     def __init__(
         self,
@@ -42,18 +42,18 @@ class ServiceState:
         self.host = host
         self.engine_client = client
         settings = deployment.settings
-        # Each of several API processes takes its part of the limits: vLLM shares connections out.
+        # Divide the limits among the API processes: connections are spread over them.
         vllm = client.vllm_config
         parallel = vllm.parallel_config
-        # Behind a load balancer of data-parallel ranks a server has those of its machine alone.
-        local = parallel.local_engines_only
-        ranks = parallel.data_parallel_size_local if local else parallel.data_parallel_size
+        # With an external or hybrid load balancer, count only this machine's data-parallel ranks.
+        local_only = parallel.local_engines_only
+        ranks = parallel.data_parallel_size_local if local_only else parallel.data_parallel_size
         sequences = vllm.scheduler_config.max_num_seqs * ranks
         limit = math.ceil(sequences / processes)
         waiting = settings.max_waiting
         queue = limit * _WAITING_FACTOR if waiting is None else math.ceil(waiting / processes)
         self.admission = Admission(limit, queue, settings.queue_timeout)
-        # Enough that a full queue is told before the connections run out.
+        # Above limit + queue, so that a full queue is reported before connections run out.
         self.max_connections = settings.max_connections or max(4096, limit + queue + 512)
         self.cancellations = Cancellations()
         self.health = Health(settings.stall_timeout, settings.step_timeout)
@@ -62,7 +62,7 @@ class ServiceState:
         if deployment.clients is not None:
             self.keys = Keys(deployment.clients, settings.api_key_file)
         self.traces = vllm.observability_config.otlp_traces_endpoint is not None
-        self.held_body_bytes = 0  # of all bodies that are held now
+        self.body_bytes = 0  # total size of the bodies now in memory
         self._models = state.openai_serving_models
         self.engine = Engine(client, state)
         self.contract = Contract(
@@ -75,18 +75,18 @@ class ServiceState:
         )
 
     async def create(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """POST / as an ASGI application."""
+        """Answer `POST /`, as an ASGI application."""
         response = await self.contract.create(Request(scope, receive, send))
         await response(scope, receive, send)
 
     @property
     def model_names(self) -> Sequence[str]:
-        """What a request may name as its model: this one, and adapters of it."""
+        """The model names that a request may use: the model and its LoRA adapters."""
         return [model.name for model in self._models.base_model_paths] + list(
             self._models.lora_requests
         )
 
     @property
     def engine_dead(self) -> bool:
-        """Whether the engine has ended under us."""
+        """Whether the engine has died."""
         return bool(self.engine_client.errored)

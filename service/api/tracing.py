@@ -1,6 +1,6 @@
-"""OpenTelemetry: a span for each request, and the engine's own as its child.
+"""OpenTelemetry: a span for each request, the parent of the engine's own span.
 
-vLLM sets the exporter up where `engine.otlp_traces_endpoint` names one.
+vLLM sets up the exporter if `engine.otlp_traces_endpoint` is set.
 """
 
 from opentelemetry import trace
@@ -14,9 +14,9 @@ _PROPAGATOR = TraceContextTextMapPropagator()
 
 
 def begin(scope: Scope, record: RequestRecord) -> trace.Span:
-    """Start the request's span, under the client's if it names one.
+    """Start the request's span, as a child of the client's span if it sends one.
 
-    It takes the client's place in the headers, where vLLM's routes look for theirs.
+    Write it to the request headers, where vLLM's routes look for a parent.
     """
     headers = MutableHeaders(scope=scope)
     parent = _PROPAGATOR.extract(headers)
@@ -29,7 +29,7 @@ def begin(scope: Scope, record: RequestRecord) -> trace.Span:
 
 
 def end(span: trace.Span, scope: Scope, record: RequestRecord, route: str) -> None:
-    """End the request's span, with what its log line says, by the names in vLLM's own spans."""
+    """End the request's span, with the data of the log line under vLLM's attribute names."""
     span.update_name(f"{scope['method']} {route}")
     attributes = {
         "http.request.method": scope["method"],

@@ -1,8 +1,7 @@
-"""What vLLM's errors mean, in sentences of our own.
+"""Translates vLLM's error texts into our own.
 
-vLLM's texts repeat what a client sent, and name paths and addresses of the server. Nothing of them
-comes back but numbers, and names of parameters that a route's schema has. Patterns run over the
-first characters alone.
+vLLM's texts echo input and name paths and addresses of the server. We pass on only numbers, and
+parameter names that are in a route's schema. Patterns see only the first 1000 characters.
 """
 
 import re
@@ -13,11 +12,11 @@ from typing import Any
 from service.errors import RequestError
 
 _MAX_CHARACTERS = 1000
-_MAX_DEPTH = 16  # of a param: `messages.0.content`
-# What vLLM names as too long, whichever key of the body it came in.
+_MAX_DEPTH = 16  # parts of a param: `messages.0.content`
+# vLLM's params for a prompt that is too long, in any key of the body.
 _PROMPTS = ("input_tokens", "input_text")
 
-# The beginnings of vLLM 0.32's texts, and what to say; {0} and so on are numbers of the text.
+# (beginning of a text of vLLM 0.32, our text). {0} and so on are the matched numbers.
 _SENTENCES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), sentence)
     for pattern, sentence in (
@@ -83,7 +82,7 @@ _SENTENCES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"n must be 1 when using greedy", "n must be 1 where temperature is 0"),
     )
 )
-# What vLLM's sampling takes, where it is not the type of a value that is wrong.
+# Valid values of vLLM's sampling parameters, for errors other than a wrong type.
 _BOUNDS = {
     "temperature": "a number from 0 to 2",
     "top_p": "a number above 0, at most 1",
@@ -109,9 +108,9 @@ _BOUNDS = {
 }
 _SUBJECT = re.compile(r"`?([a-z_]{1,40})`? must ")
 _UNSUPPORTED = re.compile(r".{0,200}?(?:not (?:currently )?|un|only )support", re.S)
-# Pydantic's kinds of mistakes with their places, and a bound that it names.
+# Pydantic's errors: type, location, and the bound that a message names.
 _VALIDATION = re.compile(r"\d{1,9} validation errors?:\s{1,9}\{'type': '")
-_MISTAKE = re.compile(r"\{'type': '([a-z_]{1,40})', 'loc': '([^']{1,200})'")
+_ERROR = re.compile(r"\{'type': '([a-z_]{1,40})', 'loc': '([^']{1,200})'")
 _BOUND = re.compile(
     r"'msg': 'Input should be ((?:greater|less) than (?:or equal to )?-?[\d.]{1,20})'"
 )
@@ -138,7 +137,7 @@ _STATUSES = {
 
 
 class Refused(RequestError):
-    """What vLLM has refused or failed at, with its own status and type."""
+    """A vLLM error: its status and type, our text."""
 
     def __init__(self, status: int, kind: str, message: str, param: str | None = None) -> None:
         super().__init__(message, param=param, retry_after=1 if status == 503 else None)
@@ -147,19 +146,19 @@ class Refused(RequestError):
 
 
 def text(error: dict[str, Any]) -> str:
-    """The beginning of vLLM's own text, for the log of --verbose."""
+    """Return the beginning of vLLM's own text, for the log of --verbose."""
     return str(error.get("message") or error.get("detail") or "")[:_MAX_CHARACTERS]
 
 
 def explain(
     status: int, error: dict[str, Any], models: Sequence[str], keys: Collection[str]
 ) -> Refused:
-    """An error of vLLM's or FastAPI's as ours.
+    """Turn a vLLM or FastAPI error into ours.
 
-    `models` are the names that this server answers to, `keys` all that its routes' bodies may have.
+    `models` are the model names that this server accepts, `keys` all keys in its routes' schemas.
     """
     message = text(error)
-    param = _param(error.get("param"), keys)
+    param = _safe_param(error.get("param"), keys)
     kind = str(error.get("type") or "")
     if not re.fullmatch(r"[A-Za-z_ ]{1,40}", kind):
         kind = HTTPStatus(status).phrase
@@ -167,13 +166,13 @@ def explain(
         default = "the server failed at this request; its log has more under the request's id"
         return Refused(status, kind, _STATUSES.get(status, default))
     for pattern, sentence in _SENTENCES:
-        if found := pattern.match(message):
-            said = sentence.format(*found.groups(), models=", ".join(models))
-            return Refused(status, kind, said, param)
+        if match := pattern.match(message):
+            translated = sentence.format(*match.groups(), models=", ".join(models))
+            return Refused(status, kind, translated, param)
     if _VALIDATION.match(message):
-        return Refused(status, kind, _of_validation(message, param), param)
-    if param is None and (found := _SUBJECT.match(message)):
-        param = _param(found[1], keys)
+        return Refused(status, kind, _explain_validation(message, param), param)
+    if param is None and (match := _SUBJECT.match(message)):
+        param = _safe_param(match[1], keys)
     if param is None:
         default = (
             "the server does not take this request: its values do not go together, or the model's "
@@ -187,24 +186,24 @@ def explain(
     return Refused(status, kind, f"{param} has a value that this server does not take", param)
 
 
-def _of_validation(message: str, param: str | None) -> str:
-    mistakes = _MISTAKE.findall(message)
-    # Where a value may have several forms, each has a mistake of its own in the same place.
-    kinds = {kind for kind, place in mistakes if place == mistakes[0][1]}
+def _explain_validation(message: str, param: str | None) -> str:
+    errors = _ERROR.findall(message)
+    # For a union, pydantic lists one error per member, all at the same location.
+    kinds = {kind for kind, place in errors if place == errors[0][1]}
     kind = kinds.pop() if len(kinds) == 1 else ""
     if kind == "json_invalid":
         return "the body is not valid JSON"
     subject = param or "the body"
     if kind.startswith(("greater", "less")) and (bound := _BOUND.search(message)):
         return f"{subject} must be {bound[1]}"
-    for beginning, sentence in _KINDS:
-        if kind.startswith(beginning):
+    for prefix, sentence in _KINDS:
+        if kind.startswith(prefix):
             return f"{subject} {sentence}"
     return f"{subject} does not have the form that this route takes"
 
 
-def _param(param: Any, keys: Collection[str]) -> str | None:
-    """A param of vLLM's as far as it is made of known keys and places in arrays."""
+def _safe_param(param: Any, keys: Collection[str]) -> str | None:
+    """Return the longest prefix of vLLM's param made of known keys and array indices, or None."""
     if param in _PROMPTS:
         return str(param)
     parts: list[str] = []

@@ -1,4 +1,4 @@
-"""From ready to the end, in each API process: watches the engine, drains at SIGTERM, gives up."""
+"""Runs in each API process that serves: watches the engine, drains at SIGTERM, ends on failure."""
 
 import asyncio
 import logging
@@ -22,21 +22,21 @@ from service.settings import Settings
 
 _logger = logging.getLogger("service")
 
-_LOOK_EVERY = 1.0  # seconds
+_CHECK_INTERVAL = 1.0  # seconds
 
 
 class EngineProgress:
-    """When the engine last made a token or filled its cache; vLLM's statistics tell it."""
+    """The time of the last token or change of cache usage; `statistics` notes it."""
 
     last = 0.0
 
     @classmethod
-    def made(cls) -> None:
+    def note(cls) -> None:
         cls.last = time.monotonic()
 
 
 class Watch:
-    """One API process's watch over its engine and over the wish to stop."""
+    """Checks the engine every second, and handles SIGTERM and SIGINT."""
 
     def __init__(
         self,
@@ -57,24 +57,24 @@ class Watch:
         self.settings = settings
         self.server = server
         self._stopping = False
-        self._draining: asyncio.Task[None] | None = None
-        self._question: asyncio.Task[bool] | None = None
+        self._drain_task: asyncio.Task[None] | None = None
+        self._ping: asyncio.Task[bool] | None = None
         self._engines: list[psutil.Process] = []
         self._cpu_seconds = 0.0
         self._host = host
-        self._told_step_seconds = 0.0
-        self._progress = 0  # when a process of this run last saw some
+        self._logged_step_seconds = 0.0
+        self._progress = 0  # `Host.progress` at the last check
 
     async def run(self) -> None:
         """Watch until cancelled, or until the engine has failed."""
         loop = asyncio.get_running_loop()
         if self._host.handles_signals:
-            # In place of vLLM's, which stop the engine under those who wait for it.
+            # Replace vLLM's handlers, which stop the engine before requests have finished.
             loop.add_signal_handler(signal.SIGTERM, self._on_sigterm)
             loop.add_signal_handler(signal.SIGINT, self._stop)
         self._engines = _engine_processes(self._host.engine_ancestor())
         with ExitStack() as stack:
-            # With several API processes, vLLM tells only their parent that the engine is dead.
+            # With several API processes, vLLM reports a dead engine only to their parent.
             for engine in self._engines:
                 descriptor = os.pidfd_open(engine.pid)  # readable when the process has ended
                 stack.callback(os.close, descriptor)
@@ -86,40 +86,40 @@ class Watch:
                     self._host.beat()
                     if self.engine.errored:
                         self._on_engine_end()
-                    self._look()
+                    self._check()
                     failed = False
-                except Exception:  # such as no file descriptor left for a look at /proc
+                except Exception:  # such as no file descriptor left to read /proc
                     if not failed:
                         _logger.exception("looking at the engine failed; it is tried again")
                     failed = True
-                await asyncio.sleep(_LOOK_EVERY)
+                await asyncio.sleep(_CHECK_INTERVAL)
 
     def _on_engine_end(self) -> None:
         if not self._stopping and self.health.phase is not Phase.FAILED:
             self._fail("the engine process has ended")
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         if self.keys:
             self.keys.reload()
         since_progress = time.monotonic() - EngineProgress.last
-        if since_progress < _LOOK_EVERY:
-            self.health.answered()  # a question would cost more
+        if since_progress < _CHECK_INTERVAL:
+            self.health.answered()  # cheaper than a call to the engine
         else:
-            if self._question is None or self._question.done():
-                if self._question and not self._question.cancelled():
-                    if self._question.exception() is None:
+            if self._ping is None or self._ping.done():
+                if self._ping and not self._ping.cancelled():
+                    if self._ping.exception() is None:
                         self.health.answered()
-                self._question = asyncio.create_task(self.engine.is_paused())
+                self._ping = asyncio.create_task(self.engine.is_paused())
             if self.admission.running or self.health.step_seconds:
-                self._look_for_computing()
-        if since_progress < 2 * _LOOK_EVERY:
+                self._check_cpu()
+        if since_progress < 2 * _CHECK_INTERVAL:
             self._host.mark_progress()
-        before, self._progress = self._progress, self._host.progress()
-        if not self.admission.running or before != self._progress:
+        last, self._progress = self._progress, self._host.progress()
+        if not self.admission.running or last != self._progress:
             self.health.progressed()
-        was = self.health.phase
-        phase = self.health.look()
-        if phase is was:
+        last_phase = self.health.phase
+        phase = self.health.update()
+        if phase is last_phase:
             return
         if phase is Phase.STALLED:
             _logger.error("the engine makes no progress; what waits for it is answered with 503")
@@ -132,27 +132,27 @@ class Watch:
         elif phase is Phase.FAILED:
             self._fail("the engine has stopped making progress")
 
-    def _look_for_computing(self) -> None:
-        """Tell `health` whether the engine computes, and the log when it does so for long."""
+    def _check_cpu(self) -> None:
+        """Report CPU use of the engine to `health`; log a step that takes long."""
         cpu_seconds = self._engine_cpu_seconds()
-        if cpu_seconds is None or cpu_seconds - self._cpu_seconds > _LOOK_EVERY / 20:
+        if cpu_seconds is None or cpu_seconds - self._cpu_seconds > _CHECK_INTERVAL / 20:
             self.health.computed()
         self._cpu_seconds = cpu_seconds or 0.0
         seconds = self.health.step_seconds or 0.0
-        if seconds < self._told_step_seconds:  # another step
-            self._told_step_seconds = 0.0
-        if seconds > max(self.settings.stall_timeout, 2 * self._told_step_seconds):
-            self._told_step_seconds = seconds
+        if seconds < self._logged_step_seconds:  # a new step
+            self._logged_step_seconds = 0.0
+        if seconds > max(self.settings.stall_timeout, 2 * self._logged_step_seconds):
+            self._logged_step_seconds = seconds
             _logger.warning("the engine has been at one step for %.0f s; requests wait", seconds)
 
     def _on_sigterm(self) -> None:
-        if self._draining:
+        if self._drain_task:
             self._stop()
         else:
-            self._draining = asyncio.create_task(self._drain())
+            self._drain_task = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
-        """Finish what was let in, refuse the rest, and stop."""
+        """Finish accepted requests, refuse new ones, and stop."""
         timeout = self.settings.drain_timeout
         _logger.info(
             "Stopping: %d sequences run and %d wait; they have %g s (ask again to stop at once)",
@@ -170,7 +170,7 @@ class Watch:
         self._stop()
 
     def _stop(self) -> None:
-        """Answer those who still wait, and let uvicorn end, which ends vLLM."""
+        """End all requests with an error, and make uvicorn exit, which ends vLLM."""
         self._stopping = True
         self.health.drain()
         error = Unavailable("the server is stopping", retry_after=5)
@@ -188,7 +188,7 @@ class Watch:
         self.server.should_exit = True
 
     def _engine_cpu_seconds(self) -> float | None:
-        """CPU time of the engine's processes on this machine; None when there are none here."""
+        """Return the CPU time of the engine's processes, or None if none run on this machine."""
         if not self._engines:
             return None
         total = 0.0
@@ -197,12 +197,12 @@ class Watch:
                 for process in (engine, *engine.children(recursive=True)):
                     times = process.cpu_times()
                     total += times.user + times.system
-                    total += times.children_user + times.children_system  # compilers that ended
+                    total += times.children_user + times.children_system  # ended compilers
         return total
 
 
 def _engine_processes(ancestor: int) -> list[psutil.Process]:
-    """vLLM's engine processes of this run on this machine, by the title that it gives them."""
+    """Find this run's engine processes on this machine, by the process title that vLLM sets."""
     engines = []
     for process in psutil.Process(ancestor).children(recursive=True):
         with suppress(psutil.Error):

@@ -1,4 +1,4 @@
-"""Says when the service answers: `chat-service serve` asks it as a client would."""
+"""Prints the ready message of `chat-service serve`."""
 
 import http.client
 import json
@@ -15,7 +15,7 @@ from service.settings import Settings
 
 
 class Announcer(threading.Thread):
-    """Waits beside vLLM's launcher, which blocks, and says when the service answers."""
+    """A thread that polls /health/ready like a client, and prints a message when it succeeds."""
 
     def __init__(
         self, config: ModelConfig, settings: Settings, instance: str, *, tls: bool, key: bool
@@ -28,16 +28,17 @@ class Announcer(threading.Thread):
         self.failure: str | None = None
 
     def run(self) -> None:
-        trusting = ssl.create_default_context()  # we ask ourselves, whatever the name on the paper
-        trusting.check_hostname = False
-        trusting.verify_mode = ssl.CERT_NONE
+        # Do not verify the certificate: it may not be for this address, and the server is ours.
+        tls_context = ssl.create_default_context()
+        tls_context.check_hostname = False
+        tls_context.verify_mode = ssl.CERT_NONE
         opener = urllib.request.build_opener(
-            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trusting)
+            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=tls_context)
         )
         while True:
             try:
-                with opener.open(f"{self.url}/health/ready", timeout=5) as answer:
-                    if json.load(answer).get("instance") == self.instance:
+                with opener.open(f"{self.url}/health/ready", timeout=5) as response:
+                    if json.load(response).get("instance") == self.instance:
                         break
             except urllib.error.HTTPError as e:
                 if e.code in (404, 500):  # vLLM's app, without our plugin

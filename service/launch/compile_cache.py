@@ -1,8 +1,8 @@
-"""Compiled code on a CPU: `chat-service compile` makes it (`compiling.py`), `serve` uses it.
+"""Compiled code on a CPU: `chat-service compile` builds it, `serve` uses it.
 
-Compiling takes minutes, and brings little or nothing on some processors. So `serve` starts eager,
-unless this machine has compiled this model before and it brought something. On a GPU the choice is
-vLLM's.
+Compiling takes minutes, and gains little or nothing on some processors. So `serve` runs eager,
+unless `chat-service compile` has measured a gain for this model on this machine. On a GPU vLLM
+chooses.
 """
 
 import argparse
@@ -16,22 +16,22 @@ from pathlib import Path
 
 from service.model_config import ModelConfig
 
-BATCHES = (1, 8)  # requests at once that are measured
-_WORTHWHILE = 1.05  # less is noise, and a compiled start takes twice as long
-# With one of these in the YAML the user has chosen.
+BATCHES = (1, 8)  # batch sizes that are measured
+_WORTHWHILE = 1.05  # a smaller gain is noise, and a compiled start takes twice as long
+# Keys of `engine` in the YAML with which the user chooses.
 CHOICES = frozenset({"enforce_eager", "compilation_config", "optimization_level"})
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What compiling one model brought on this machine."""
+    """Measured speed of one model on this machine, eager and compiled."""
 
     eager: list[float]  # tokens/s for each of BATCHES
     compiled: list[float]
 
     @property
     def gain(self) -> float:
-        """How many times the speed, by geometric mean."""
+        """Compiled speed / eager speed, as a geometric mean."""
         ratios = [after / before for before, after in zip(self.eager, self.compiled, strict=True)]
         return math.prod(ratios) ** (1 / len(ratios))
 
@@ -41,33 +41,33 @@ class Compiled:
 
 
 def choose(args: argparse.Namespace, config: ModelConfig) -> str | None:
-    """Run eager on a CPU where compiled code is not kept or brings nothing, unless told otherwise.
+    """Choose eager mode on a CPU, unless compiled code is cached and faster.
 
-    Puts the choice into vLLM's `args`, which name the model's folder. Returns why; None: the choice
-    is the user's, or vLLM's.
+    Sets `args.enforce_eager`; `args` must name the model's folder. Returns the reason, or None if
+    the user or vLLM chooses.
     """
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu() or CHOICES & config.engine.keys():
         return None
     try:
-        found = Compiled(**json.loads(file(args).read_text()))
-    except (OSError, ValueError, TypeError):  # none, or not what this version writes
+        result = Compiled(**json.loads(file(args).read_text()))
+    except (OSError, ValueError, TypeError):  # no file, or one of another version
         args.enforce_eager = True
         return (
             f"Not compiled: `chat-service compile {config.name}` takes some minutes, measures what "
             "it brings here (1.0 to 1.3 times the speed, by processor), and keeps it for later "
             "starts"
         )
-    args.enforce_eager = not found.worthwhile
-    used = "Compiled code is used" if found.worthwhile else "Compiled code is not used"
-    return f"{used}: it was measured at {found.gain:.2f} times the speed"
+    args.enforce_eager = not result.worthwhile
+    used = "Compiled code is used" if result.worthwhile else "Compiled code is not used"
+    return f"{used}: it was measured at {result.gain:.2f} times the speed"
 
 
 def file(args: argparse.Namespace) -> Path:
-    """Where the result is kept: for this model, these arguments, these versions, this processor.
+    """Return the result's path, unique to the model, arguments, versions and processor.
 
-    It is in the folder of the compiled code, so that both are there or neither.
+    It is in the folder of the compiled code, so both are deleted together.
     """
     import torch
     from vllm import AsyncEngineArgs

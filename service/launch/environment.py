@@ -1,4 +1,4 @@
-"""What every process of a server reads from its environment."""
+"""The environment variables of a server's processes."""
 
 import json
 import math
@@ -12,32 +12,32 @@ from service.settings import Settings
 
 
 def prepare(folder: RunFolder, settings: Settings) -> None:
-    """What every process of the server reads from its environment; `folder` must outlive them."""
+    """Set the environment of the server's processes. `folder` must outlive them."""
     logging_config = log_config.configuration(folder, verbose=settings.verbose)
     folder.logging_file.write_text(json.dumps(logging_config))
     vllm_plugins.choose()
     os.environ[FOLDER_VARIABLE] = str(folder.path)
     os.environ["VLLM_LOGGING_CONFIG_PATH"] = str(folder.logging_file)
     defaults = {
-        # As vLLM's own command line sets it.
+        # As vLLM's command line sets it.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_NO_USAGE_STATS": "1",
-        # Seconds; the end of the server waits so long for a collector that does not answer.
+        # Seconds. Shutdown waits this long for a collector that does not answer.
         "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT": "2",
-        # Prompts are encoded one at a time: handing them to a pool of threads costs more.
+        # Prompts are encoded one at a time, so a thread pool only costs time.
         "TOKENIZERS_PARALLELISM": "false",
-        # On a CPU vLLM leaves what it compiles to torch, whose own place no container keeps: /tmp.
+        # On a CPU torch caches compiled code, by default in /tmp, which no container keeps.
         "TORCHINDUCTOR_CACHE_DIR": str(settings.cache_dir / "torchinductor"),
-        # An executor with several workers gives a step up, and the engine with it, after 300 s.
+        # An executor with several workers ends the engine after a step of 300 s by default.
         "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(math.ceil(settings.step_timeout)),
-        # A large model on a slow machine loads and compiles for longer than vLLM's 600 s.
+        # A large model on a slow machine may take longer to start than vLLM's 600 s.
         "VLLM_ENGINE_READY_TIMEOUT_S": "7200",
-        # vLLM sets it on a CPU when torch has read it already: the number of threads is not in the
-        # compiled code.
+        # Do not compile for a fixed number of threads. On a CPU vLLM sets this too, but after
+        # torch has read it.
         "TORCHINDUCTOR_CPP_DYNAMIC_THREADS": "1",
-        # Longer than the longest Retry-After: who comes back meets no closed connection.
+        # Above max Retry-After, so a retry can reuse its connection.
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",
-        # vLLM allows 16,384 and 1,024; the routes that its own limits do not reach have ours.
+        # vLLM's defaults are 16,384 and 1,024. `request_limits` covers other routes.
         "VLLM_MAX_N_SEQUENCES": str(settings.max_sequences),
         "VLLM_MAX_COMPLETION_PROMPTS": str(settings.max_sequences),
     }
@@ -49,4 +49,4 @@ def prepare(folder: RunFolder, settings: Settings) -> None:
         warnings.simplefilter("ignore")
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    os.environ.pop("SERVICE_API_KEY", None)  # its hash is all that the other processes need
+    os.environ.pop("SERVICE_API_KEY", None)  # other processes need only its hash

@@ -1,4 +1,4 @@
-"""The float type a CPU computes in: it multiplies in software what it has no instructions for."""
+"""Chooses the float type on a CPU. Types without hardware instructions are slow."""
 
 import argparse
 from collections.abc import Mapping
@@ -7,9 +7,9 @@ from pathlib import Path
 from service.model_config import ModelConfig
 from service.weights import tensor_files
 
-# Names in torch.cpu.get_capabilities() of what multiplies matrices of a type; one is enough. x86,
-# then ARM. AVX-512 alone has no products of bfloat16, and is not among them (not measured).
-_PRODUCTS = {
+# Names in torch.cpu.get_capabilities() of instructions that multiply matrices of a type; one is
+# enough. x86 first, then ARM. AVX-512 alone is missing: it cannot multiply bfloat16 (not measured).
+_INSTRUCTIONS = {
     "bfloat16": ("amx_bf16", "avx512_bf16", "bf16"),
     "float16": ("amx_fp16", "avx512_fp16", "fp16_arith"),
 }
@@ -17,11 +17,11 @@ _SPELLINGS = {"half": "float16", "float": "float32"}  # vLLM's other names
 
 
 def choose(args: argparse.Namespace, config: ModelConfig) -> str | None:
-    """Let a CPU compute in a type that it has instructions for, unless engine.dtype insists.
+    """Use float32 on a CPU without instructions for the model's type, unless engine.dtype is set.
 
-    Puts the type into vLLM's `args`, which name the model's folder. Returns why it is not the
-    model's own, or why it should not be what engine.dtype says; None where all is well. A quantised
-    model keeps its type, because vLLM's kernels for it take no float32.
+    Sets `args.dtype`; `args` must name the model's folder. Returns why it is not the model's own
+    type, or why engine.dtype is slow; else None. A quantised model keeps its type, because vLLM's
+    kernels for it do not support float32.
     """
     import torch
     from vllm.platforms import current_platform
@@ -30,7 +30,8 @@ def choose(args: argparse.Namespace, config: ModelConfig) -> str | None:
         return None
     file = Path(args.model) / "config.json"
     checkpoint = tensor_files.read_json(file) if file.exists() else {}
-    checkpoint = {**(checkpoint.get("text_config") or {}), **checkpoint}  # that of what answers
+    # The values of config.json win over those of its text_config.
+    checkpoint = {**(checkpoint.get("text_config") or {}), **checkpoint}
     if args.quantization or "quantization_config" in checkpoint:
         return None
     wanted = _SPELLINGS.get(args.dtype, args.dtype)
@@ -48,14 +49,14 @@ def choose(args: argparse.Namespace, config: ModelConfig) -> str | None:
 def has_products(dtype: str, capabilities: Mapping[str, object]) -> bool:
     """Whether a processor multiplies matrices of this type in hardware.
 
-    `capabilities` is what torch.cpu.get_capabilities() returns. One that tells nothing of such
-    instructions (Power, RISC-V) counts as having them: the choice is vLLM's there.
+    `capabilities` is the result of torch.cpu.get_capabilities(). If it does not list such
+    instructions (Power, RISC-V), return True, so that vLLM chooses.
     """
-    told = [bool(capabilities[name]) for name in _PRODUCTS.get(dtype, ()) if name in capabilities]
-    return any(told) or not told
+    names = [name for name in _INSTRUCTIONS.get(dtype, ()) if name in capabilities]
+    return any(capabilities[name] for name in names) or not names
 
 
 def _of_checkpoint(config: Mapping[str, object]) -> str:
-    """The type of vLLM's `dtype: auto`: that of config.json, but bfloat16 for float32."""
+    """Return vLLM's `dtype: auto`: the type in config.json, but bfloat16 for float32."""
     stored = config.get("dtype") or config.get("torch_dtype")
     return "float16" if stored == "float16" else "bfloat16"

@@ -1,9 +1,8 @@
-"""Imported by the fork server alone, before it forks: what all processes of a server begin with.
+"""Preloaded by the fork server: imports vLLM once for all processes of a server.
 
-Importing vLLM takes 15 s on a slow core. The server's first process and, on a CPU, the engine's
-(`vllm_private.fork_engine`) are forked from this one, which has imported it once and started no
-thread. It leads the session and the process group of them all, so Ctrl-C reaches only the
-supervisor.
+The import takes 15 s on a slow core. The server's first process and, on a CPU, the engine process
+(`vllm_private.fork_engine`) are forked from the fork server, which must start no thread. It leads
+their session and process group, so Ctrl-C reaches only the supervisor.
 """
 
 import importlib
@@ -37,13 +36,13 @@ def _import_vllm() -> None:
             importlib.import_module(name)
 
 
-def _fetch_meanwhile() -> None:
-    """Fetch the embedded model beside the import, in a process of this group.
+def _fetch_in_background() -> None:
+    """Fetch an embedded model in another process of this group, during the import.
 
-    The server fetches it again, and finds it, waits for it, or says why it cannot be had.
+    The server fetches it again: it then finds the files, waits for them, or reports the error.
     """
     if os.fork() == 0:
-        if os.fork() == 0:  # nobody waits for it
+        if os.fork() == 0:  # a grandchild, which nobody has to wait for
             with suppress(Exception):
                 deployment = RunFolder.of_this_process().read_deployment()
                 if deployment.model.source.embedded:
@@ -54,6 +53,6 @@ def _fetch_meanwhile() -> None:
 
 os.setsid()
 setproctitle.setproctitle("chat-service fork server")
-_fetch_meanwhile()
-with suppress(Exception):  # the process that needs it fails as well, and says why
+_fetch_in_background()
+with suppress(Exception):  # the server fails on the same import and reports it
     _import_vllm()

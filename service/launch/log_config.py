@@ -1,4 +1,4 @@
-"""What every process of a server logs, and how it looks: the start-up is told in phases."""
+"""The logging of a server's processes: shows the start in phases, drops noise."""
 
 import logging
 import os
@@ -12,8 +12,7 @@ from service.launch import start_errors
 from service.launch.run_folder import RunFolder
 from service.phase import Phase
 
-# vLLM 0.32's own messages that begin or end a phase of the start, and what we say instead. The
-# last element: whether the time since the previous phase is worth saying.
+# (message of vLLM 0.32, our message, whether to add the time since the previous phase).
 _PHASES: tuple[tuple[re.Pattern[str], str, bool], ...] = tuple(
     (re.compile(pattern), phase, timed)
     for pattern, phase, timed in (
@@ -27,13 +26,13 @@ _PHASES: tuple[tuple[re.Pattern[str], str, bool], ...] = tuple(
         (r"init engine \(.*\) took ([\d.]+) s", r"Engine ready in \1 s", False),
     )
 )
-# The same messages as phases that /health/ready tells.
+# (message of vLLM, phase for /health/ready).
 _HEALTH_PHASES: tuple[tuple[re.Pattern[str], Phase], ...] = (
     (re.compile(r"Starting to load model "), Phase.LOADING),
     (re.compile(r"Warming up model for the compilation|Dynamo bytecode"), Phase.COMPILING),
     (re.compile(r"Loading weights took|Warming up done|Graph captur|KV cache size"), Phase.WARMING),
 )
-# Warnings of vLLM and its libraries that ask nothing of the user here; --verbose shows them.
+# Warnings of vLLM and its libraries that need no action; shown only by --verbose.
 _HARMLESS = re.compile(
     "|".join(
         (
@@ -58,14 +57,12 @@ _HARMLESS = re.compile(
         )
     )
 )
-
-
-# Of a worker's start, of a worker's later work, of the engine's start.
+# vLLM's errors when a worker or the engine fails, at start or later.
 _FAILED = re.compile(r"failed to start|WorkerProc hit an exception")
 
 
 class ToSupervisor(logging.Filter):
-    """Tells the supervisor what vLLM's processes only log: how far they are, and why they fail."""
+    """Reports phases and causes of failure, which vLLM only logs, through the run folder."""
 
     def __init__(self, folder: str) -> None:
         super().__init__()
@@ -81,14 +78,14 @@ class ToSupervisor(logging.Filter):
                 self._folder.report_cause(start_errors.sentence(error))
         else:
             for pattern, phase in _HEALTH_PHASES:
-                # A server that is ready may load an adapter, or compile a shape that is new.
+                # A ready server may log the same when it loads an adapter or compiles a new shape.
                 if pattern.search(message) and self._folder.phase()[0] is not Phase.READY:
                     self._folder.set_phase(phase)
         return True
 
 
 class StartUp(logging.Filter):
-    """Keeps what a user needs: phases with their durations, warnings that matter, and our lines."""
+    """Keeps only phases with durations, important warnings, errors, and our own lines."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,13 +96,13 @@ class StartUp(logging.Filter):
             return True
         message = record.getMessage()
         if record.exc_info and type(record.exc_info[1]).__name__ == "EngineDeadError":
-            return False  # told once, by our own line
+            return False  # our own line reports it once
         if "Exception occurred while running API servers" in message:
-            return False  # told by the supervisor
+            return False  # the supervisor reports it
         if message.startswith("Error with model "):
-            return False  # a client's mistake, with what the client sent
+            return False  # a client error, whose text echoes input
         if record.exc_info and record.name.startswith("vllm.entrypoints."):
-            # The texts of errors in vLLM's handlers may repeat what a client sent.
+            # Log no error texts of vLLM's handlers: they may echo input.
             kind, _, stack = record.exc_info
             where = "".join(traceback.format_tb(stack))
             record.msg, record.args = f"vLLM failed: {kind and kind.__name__}\n{where}", ()
@@ -113,7 +110,7 @@ class StartUp(logging.Filter):
             return True
         if record.levelno >= logging.ERROR:
             if "failed to start" in message:
-                # Our own last line tells the cause. multiprocessing would print the traceback.
+                # Our last line reports the cause. multiprocessing would print a traceback.
                 sys.stderr = open(os.devnull, "w")
                 return False
             if _FAILED.search(message) and record.exc_info:
@@ -123,8 +120,8 @@ class StartUp(logging.Filter):
         if record.levelno >= logging.WARNING:
             return not _HARMLESS.search(message)
         for pattern, phase, timed in _PHASES:
-            if found := pattern.search(message):
-                text = found.expand(phase)
+            if match := pattern.search(message):
+                text = match.expand(phase)
                 if timed:
                     text += f" in {record.created - self._phase_began:.0f} s"
                 self._phase_began = record.created
@@ -134,7 +131,7 @@ class StartUp(logging.Filter):
 
 
 def configuration(folder: RunFolder, *, verbose: bool) -> dict[str, Any]:
-    """The logging.config.dictConfig of every process of the server, vLLM's and uvicorn's too."""
+    """Return the logging.config.dictConfig for all processes of the server."""
     handler: dict[str, Any] = {
         "class": "logging.StreamHandler",
         "stream": "ext://sys.stderr",
@@ -165,6 +162,6 @@ def configuration(folder: RunFolder, *, verbose: bool) -> dict[str, Any]:
             "vllm": {"level": "INFO"},
             "service": {"level": "DEBUG" if verbose else "INFO"},
             "uvicorn": {"level": "INFO"},
-            "opentelemetry": {"level": "ERROR"},  # its warnings repeat a client's headers
+            "opentelemetry": {"level": "ERROR"},  # its warnings echo a client's headers
         },
     }

@@ -1,7 +1,7 @@
-"""What answers on the service's port while the model is still loading.
+"""Answers on the service's port while the model is loading.
 
-It runs in the supervisor, which imports neither torch nor vLLM, so that it answers from the first
-second, and quickly. The API processes take over from it (`RunFolder.take_over`).
+It runs in the supervisor, which imports neither torch nor vLLM, so it answers within a second. The
+API processes take over from it (`RunFolder.take_over`).
 """
 
 import json
@@ -22,9 +22,9 @@ _RETRY_AFTER = 5
 
 
 class ProgressServer:
-    """Answers health checks with the phase of the start, and everything else with 503.
+    """Answers health checks with the phase of the start, and other requests with 503.
 
-    A browser gets the chat page with it, which shows the phase and waits.
+    A browser also gets the chat page, which shows the phase and waits.
     """
 
     def __init__(
@@ -40,24 +40,26 @@ class ProgressServer:
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(0.05,), name="progress", daemon=True
         )
-        self._handover = socket.socket(socket.AF_UNIX)
-        self._handover.bind(str(folder.handover_socket))
-        self._handover.listen()
-        self._waiter = threading.Thread(target=self._wait, name="handover", daemon=True)
+        self._handover_listener = socket.socket(socket.AF_UNIX)
+        self._handover_listener.bind(str(folder.handover_socket))
+        self._handover_listener.listen()
+        self._handover_thread = threading.Thread(
+            target=self._hand_over, name="handover", daemon=True
+        )
 
     @property
     def handed_over(self) -> bool:
-        """Whether an API process answers now."""
+        """Whether an API process has taken over."""
         return self._handed_over.is_set()
 
     def start(self) -> None:
         self._thread.start()
-        self._waiter.start()
+        self._handover_thread.start()
 
-    def _wait(self) -> None:
-        """Stop answering when an API process is about to begin; it goes on when we hang up."""
-        connection, _ = self._handover.accept()
-        with connection, self._handover:
+    def _hand_over(self) -> None:
+        """Stop answering when an API process connects; it waits until we close the connection."""
+        connection, _ = self._handover_listener.accept()
+        with connection, self._handover_listener:
             self._server.shutdown()
             self._server.server_close()
             self._handed_over.set()
@@ -98,7 +100,7 @@ class _Server(ThreadingHTTPServer):
             self.connections.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that leaves is not worth a traceback."""
+        """Print no traceback for a client that disconnects."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -114,17 +116,17 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/health/live":
             status, body = 200, json.dumps({"status": "alive"}).encode()
         elif path.startswith("/health"):
-            told: dict[str, object] = {"status": phase.value, "model": self.server.model}
+            content: dict[str, object] = {"status": phase.value, "model": self.server.model}
             if percent is not None:
-                told["percent"] = percent
+                content["percent"] = percent
             status = 503
-            body = json.dumps({**told, "instance": self.server.instance}).encode()
+            body = json.dumps({**content, "instance": self.server.instance}).encode()
         elif (
             path == "/"
             and self.command in ("GET", "HEAD")
             and web.wants_page(self.headers.get("accept"))
         ):
-            status, body = 503, web.PAGE.encode()  # which asks again until the model answers
+            status, body = 503, web.PAGE.encode()  # the page polls until the model is ready
             headers = {**web.HEADERS, "content-type": "text/html; charset=utf-8"}
         else:
             error = Unavailable(f"the model is not ready yet: {phase}", retry_after=_RETRY_AFTER)
@@ -146,7 +148,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_OPTIONS = do_PATCH = _answer
 
     def _read_body(self) -> None:
-        """As much as a client sends at once: closing on unread bytes would cut our answer off."""
+        """Read what the client has sent: closing with unread bytes would reset the connection."""
         self.connection.settimeout(0.2)
         deadline = time.monotonic() + 2
         try:
@@ -160,4 +162,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.settimeout(5)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Probes during the start are not worth a line."""
+        """Log no request during the start."""

@@ -1,4 +1,4 @@
-"""The folder that the processes of one run share: its config, its phase, and why it failed."""
+"""The folder through which the processes of one run share config, phase and failure."""
 
 import os
 import socket
@@ -8,12 +8,12 @@ from pathlib import Path
 from service.api.application import Deployment, Host
 from service.phase import Phase
 
-# Names the folder to every process of a run.
+# The environment variable with the folder's path.
 FOLDER_VARIABLE = "CHAT_SERVICE_RUN_FOLDER"
 
 
 class RunFolder(Host):
-    """Written and read by the supervisor, the launcher, the API processes and the engine's."""
+    """Used by the supervisor and by the server, API and engine processes."""
 
     handles_signals = True
 
@@ -31,7 +31,7 @@ class RunFolder(Host):
 
     @classmethod
     def of_this_process(cls) -> "RunFolder":
-        """The folder that the environment names; below `chat-service serve` only."""
+        """Return the folder of this run. Works only in processes of `chat-service serve`."""
         return cls(Path(os.environ[FOLDER_VARIABLE]))
 
     def write_deployment(self, deployment: Deployment) -> None:
@@ -42,25 +42,25 @@ class RunFolder(Host):
         return Deployment.model_validate_json(self.config_file.read_bytes(), strict=False)
 
     def engine_ancestor(self) -> int:
-        return os.getpgrp()  # the supervisor gives each run a group of its own
+        return os.getpgrp()  # each run has its own process group
 
     def take_over(self) -> None:
-        """Wait until the progress server has stopped; the phase is then READY."""
+        """Wait until the progress server has stopped, then set the phase to READY."""
         try:
             with socket.socket(socket.AF_UNIX) as s:
                 s.settimeout(10)
                 s.connect(str(self.handover_socket))
                 s.recv(1)
         except OSError:
-            pass  # another API process was first
+            pass  # another API process has taken over
         self.set_phase(Phase.READY)
 
     def set_phase(self, phase: Phase, percent: int | None = None) -> None:
-        """Say how far the start is; `percent` of a download."""
+        """Report the phase of the start; `percent` is of a download."""
         self._write(self.phase_file, f"{phase} {'' if percent is None else percent}")
 
     def phase(self) -> tuple[Phase, int | None]:
-        """How far the start is."""
+        """Return the phase and, during a download, its percentage."""
         try:
             phase, _, percent = self.phase_file.read_text().strip().partition(" ")
         except FileNotFoundError:
@@ -68,35 +68,35 @@ class RunFolder(Host):
         return Phase(phase), int(percent) if percent else None
 
     def beat(self) -> None:
-        """Say that this API process is alive. A touch needs no room on a disk that is full."""
+        """Report that this API process is alive. A touch works on a full disk."""
         self._beats.mkdir(exist_ok=True)
         (self._beats / str(os.getpid())).touch()
 
     def beats(self) -> dict[str, int]:
-        """When each API process said so, by its pid; in nanoseconds of the wall clock."""
+        """Return pid -> time of the last beat, in nanoseconds of the wall clock."""
         try:
             return {file.name: file.stat().st_mtime_ns for file in self._beats.iterdir()}
-        except OSError:  # none yet, or no file descriptor is left to look with
+        except OSError:  # no beat yet, or no file descriptor left
             return {}
 
     def mark_progress(self) -> None:
-        """Say that the engine makes progress: vLLM tells it to one API process of several."""
+        """Report that the engine makes progress. vLLM reports it to only one API process."""
         self._progress_file.touch()
 
     def progress(self) -> int:
-        """When one of them last said so; in nanoseconds of the wall clock."""
+        """Return the time of the last progress, in nanoseconds of the wall clock, or 0."""
         file = self._progress_file
         return file.stat().st_mtime_ns if file.exists() else 0
 
     def report_failure(self, reason: str) -> None:
-        """Say why the server ends though nobody asked it to; the first to say so is believed."""
+        """Report why the server ends by itself. Only the first report counts."""
         self._write_once(self._failure, reason)
 
     def failure(self) -> str | None:
         return self._failure.read_text() if self._failure.exists() else None
 
     def report_cause(self, error: str) -> None:
-        """Say why a process could not start; the first is the root."""
+        """Report why a process failed. Only the first report counts: it is the root cause."""
         self._write_once(self._cause, error)
 
     def cause(self) -> str | None:
@@ -104,9 +104,9 @@ class RunFolder(Host):
 
     def _write(self, file: Path, text: str) -> None:
         part = file.with_name(f"{file.name}.{os.getpid()}")
-        with suppress(OSError):  # a full disk costs the news, not the server
+        with suppress(OSError):  # on a full disk lose the report, not the server
             part.write_text(text)
-            part.replace(file)  # a reader sees the old or the new, never half
+            part.replace(file)  # atomic: a reader never sees half a file
 
     def _write_once(self, file: Path, text: str) -> None:
         with suppress(OSError), file.open("x") as f:

@@ -1,7 +1,7 @@
-"""The server process: from a deployment to a running engine and vLLM's own launcher.
+"""The server process: prepares vLLM's arguments and runs vLLM's launcher.
 
-The only file that knows the launcher. vLLM is imported inside functions: it takes seconds, and
-reads the environment that the supervisor prepares.
+Only this file uses the launcher. vLLM is imported inside functions, because the import takes
+seconds and reads the environment that the supervisor prepares.
 """
 
 import argparse
@@ -27,10 +27,10 @@ from service.weights import checkpoint
 
 
 def run(folder: RunFolder, origins: Origins, listener: socket.socket) -> None:
-    """Serve what `folder` describes on `listener`, until it ends.
+    """Serve the deployment of `folder` on `listener` until the server ends.
 
-    Several API processes share the listener's address. `environment.prepare` comes before it.
-    Raises ServiceError when it cannot start, or has failed.
+    Several API processes share the listener's address. Call `environment.prepare` first. Raises
+    ServiceError when the server cannot start, or fails.
     """
     deployment = folder.read_deployment()
     config, settings = deployment.model, deployment.settings
@@ -38,15 +38,15 @@ def run(folder: RunFolder, origins: Origins, listener: socket.socket) -> None:
         vllm_plugins.load()
         args = vllm_arguments.arguments(config, origins, settings)
         _work_around_vllm()
-        of_fork_server = forkserver.get_inherited_fds() is not None
-        if of_fork_server and args.distributed_executor_backend == vllm_arguments.CPU_EXECUTOR:
+        in_fork_server = forkserver.get_inherited_fds() is not None
+        if in_fork_server and args.distributed_executor_backend == vllm_arguments.CPU_EXECUTOR:
             from service.models.vllm_private import fork_engine
 
             fork_engine()
         folder.set_phase(Phase.DOWNLOADING)
         report = functools.partial(folder.set_phase, Phase.DOWNLOADING)
         fetch_files(args, config, settings, report)
-        if args.load_format == "auto":  # others need no weights, or keep them in other files
+        if args.load_format == "auto":  # other formats need no weights, or use other files
             checkpoint.check(Path(args.model))
         choose_compiled(args, config)
         folder.set_phase(Phase.LOADING)
@@ -57,9 +57,9 @@ def run(folder: RunFolder, origins: Origins, listener: socket.socket) -> None:
 def prepared(
     config: ModelConfig, origins: Origins, settings: Settings
 ) -> Iterator[tuple[argparse.Namespace, RunFolder]]:
-    """The environment and vLLM's arguments for this model, to ask vLLM or run its engine here.
+    """Prepare the environment and vLLM's arguments, to use vLLM in this process.
 
-    Raises ServiceError.
+    Yields the arguments and a temporary run folder. Raises ServiceError.
     """
     with tempfile.TemporaryDirectory(prefix="chat-service-") as path:
         folder = RunFolder(Path(path))
@@ -76,9 +76,9 @@ def fetch_files(
     settings: Settings,
     report: Callable[[int], None] | None = None,
 ) -> None:
-    """Fetch what is missing of the model and its tokenizer, and put both into `args`."""
-    loads = args.load_format != "dummy"  # which makes random ones
-    model = weights.fetch(config.source, settings.cache_dir, report=report, weights=loads)
+    """Fetch missing files of the model and its tokenizer, and set both in `args`."""
+    needs_weights = args.load_format != "dummy"
+    model = weights.fetch(config.source, settings.cache_dir, report=report, weights=needs_weights)
     tokenizer = model
     if config.tokenizer:
         tokenizer = weights.fetch(config.tokenizer, settings.cache_dir, weights=False)
@@ -88,14 +88,14 @@ def fetch_files(
 
 
 def choose_compiled(args: argparse.Namespace, config: ModelConfig) -> None:
-    """Choose between eager and compiled code (`compile_cache.choose`), and say why."""
+    """Choose between eager and compiled code (`compile_cache.choose`), and print the reason."""
     if reason := compile_cache.choose(args, config):
         print(reason, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def explained(settings: Settings, folder: RunFolder) -> Iterator[None]:
-    """Turn what vLLM raises into one sentence; --verbose keeps its traceback."""
+    """Turn a vLLM exception into a LaunchError of one sentence, unless --verbose is set."""
     try:
         yield
     except ServiceError:
@@ -103,15 +103,15 @@ def explained(settings: Settings, folder: RunFolder) -> Iterator[None]:
     except Exception as e:
         if settings.verbose:
             raise
-        served = folder.phase()[0] is Phase.READY
-        what = "the server has failed" if served else "vLLM could not start"
+        was_ready = folder.phase()[0] is Phase.READY
+        what = "the server has failed" if was_ready else "vLLM could not start"
         cause = start_errors.explain(folder.cause() or start_errors.sentence(e))
         raise LaunchError(f"{what}: {cause} (--verbose shows all)") from e
 
 
 def _work_around_vllm() -> None:
-    """vLLM 0.32 on CPU cannot load its ahead-of-time compiled model again, and compiles at every
-    start; its older way works (15 s instead of 56 for the embedded model on 2 cores)."""
+    """Turn off ahead-of-time compilation on a CPU. vLLM 0.32 cannot load its result there, so it
+    would compile at every start: 56 s instead of 15 for the embedded model on 2 cores."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
@@ -137,7 +137,7 @@ def _serve(
         return
     application.configure(args, deployment, folder)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    listener.close()  # the supervisor has it too, and answers until the API processes do
+    listener.close()  # the supervisor's copy answers until the API processes take over
     command.cmd(args)
 
 
@@ -147,7 +147,7 @@ async def _serve_here(
     folder: RunFolder,
     listener: socket.socket,
 ) -> None:
-    """What vLLM's command does for one API process, with our application and our socket."""
+    """Serve in this process, as vLLM's command does, with our application and our socket."""
     from vllm import envs
     from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
     from vllm.entrypoints.launchers.launcher import serve_http, validate_api_server_args
@@ -166,7 +166,7 @@ async def _serve_here(
     logging = {"log_config": config} if (config := get_uvicorn_log_config(args)) else {}
     async with build_async_engine_client(args) as client:
         app = await application.build(args, deployment, client, folder)
-        ended = await serve_http(
+        shutdown_task = await serve_http(
             app,
             sock=listener,
             enable_ssl_refresh=args.enable_ssl_refresh,
@@ -176,4 +176,4 @@ async def _serve_here(
             **{name: getattr(args, name) for name in options},
             **logging,
         )
-    await ended
+    await shutdown_task

@@ -1,8 +1,7 @@
-"""Why vLLM could not start, as one sentence with the value to change.
+"""Turns vLLM's errors at start into one sentence that names the setting to change.
 
-vLLM 0.32 names the cause in the log of the process where it arose, where `log_config.ToSupervisor`
-finds it, and often advises flags of its own command line. Each entry is what it says, and what we
-say instead.
+vLLM 0.32 logs the cause in the process that failed, where `log_config.ToSupervisor` finds it. Its
+texts often advise flags of its command line, which our users do not have.
 """
 
 import re
@@ -14,6 +13,7 @@ _LESS_MEMORY = (
 _OTHER_FILES = (
     "config.json and the weights are not of one model, or a file is damaged; fetch both again"
 )
+# (pattern of vLLM's text, our text).
 _ADVICE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern, re.DOTALL), advice)
     for pattern, advice in (
@@ -124,17 +124,17 @@ _ADVICE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         ),
     )
 )
-# What one process says about the failure of another; the other's own words are the cause.
+# One process's report of the failure of another, whose own error is the cause.
 _SECOND_HAND = re.compile(r"WorkerProc initialization failed due to|Worker failed with error")
 
 
 def is_root(error: BaseException) -> bool:
-    """Whether an exception is a cause, and not the report of another process's."""
+    """Whether an exception is a cause, not a report of another process's failure."""
     return not _SECOND_HAND.search(str(error))
 
 
 def sentence(error: BaseException) -> str:
-    """An exception as one line: its class and what it says; pydantic's name the key."""
+    """Return an exception as one line: class and text, or for pydantic's the key and text."""
     errors = getattr(error, "errors", None)
     if callable(errors):
         first = errors()[0]
@@ -145,8 +145,8 @@ def sentence(error: BaseException) -> str:
 
 
 def explain(cause: str) -> str:
-    """What to do about a cause, or the cause itself where we know no better."""
+    """Return our text for a cause, or the cause itself if no pattern matches."""
     for pattern, advice in _ADVICE:
-        if found := pattern.search(cause):
-            return found.expand(advice)
+        if match := pattern.search(cause):
+            return match.expand(advice)
     return cause if len(cause) <= 500 else cause[:500] + " ..."

@@ -1,7 +1,7 @@
-"""`serve`: runs the server as a child process, answers for it until it does, and says how it ended.
+"""`serve`: runs the server as a child process, answers until it is ready, reports how it ended.
 
-The child and all its processes are one process group without a terminal: Ctrl-C reaches only the
-supervisor, which decides in which order they end.
+The child and its processes are one process group without a terminal. So Ctrl-C reaches only the
+supervisor, which stops them in the right order.
 """
 
 import errno
@@ -36,16 +36,16 @@ from service.model_config import ModelConfig, Origins
 from service.phase import PATIENCE, Phase
 from service.settings import Settings
 
-# How long the server has to end by itself after it was told to, or has said that it failed.
+# How long the server has to end after a signal, or after it has reported a failure.
 _GRACE_SECONDS = 10
-_LOOK_EVERY = 0.2  # seconds
-_MIN_SILENCE = 5.0  # seconds; a busy machine may keep a process waiting for so long
+_CHECK_INTERVAL = 0.2  # seconds
+_MIN_SILENCE = 5.0  # seconds; a busy machine may delay a process this long
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _BACKLOG = 2048
-# A socket's path has 107 bytes, of which vLLM's file names take 37.
+# Bytes. A socket's path has at most 107, and vLLM's file names take 37.
 _MAX_TEMPORARY_FOLDER = 70
-_FORK_SERVER_GONE = 255  # what multiprocessing then says of its processes
-# Variables of vLLM that would undo what this service promises.
+_FORK_SERVER_GONE = 255  # multiprocessing's exit code when the fork server has died
+# vLLM's variables that would bypass a protection of this service.
 _REFUSED = {
     "VLLM_SERVER_DEV_MODE": "opens routes that change the engine: unset it",
     "VLLM_ENABLE_COHERE_API": "opens routes that go past the queue: unset it",
@@ -56,13 +56,13 @@ _REFUSED = {
 
 
 def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
-    """Run the server until it is stopped. Raises ServiceError when it cannot start, or fails."""
+    """Run the server until it is stopped. Raises ServiceError if it cannot start, or fails."""
     clients = settings.clients()
     for variable, reason in _REFUSED.items():
         if os.environ.get(variable, "0") != "0":
             raise ConfigError(f"{variable} {reason}")
-    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # connections are files
+    _, max_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max_files, max_files))  # one per connection
     _check_temporary_folder()
     listener = _listen(settings.host, settings.port)
     if clients is None and not _is_loopback(listener):
@@ -102,8 +102,8 @@ def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
         _Supervisor(process, folder, progress, announcer, settings).run()
 
 
-class _Stopped(Exception):
-    """A signal came while the fork server imports vLLM."""
+class _StoppedEarly(Exception):
+    """Raised by a signal while the fork server imports vLLM."""
 
 
 class _Supervisor:
@@ -119,43 +119,44 @@ class _Supervisor:
     ) -> None:
         self.announcer = announcer
         self.drain_timeout = settings.drain_timeout
-        self.hung_after = max(settings.stall_timeout * PATIENCE, _MIN_SILENCE)
+        self.max_silence = max(settings.stall_timeout * PATIENCE, _MIN_SILENCE)
         self.server = server
         self.folder = folder
         self.progress = progress
-        self.group: int | None = None  # of the server's processes, once there are some
-        self.asked_to_stop = 0
+        self.group: int | None = None  # process group of the server, once it exists
+        self.stop_signals = 0
         self.kill_at: float | None = None
         self._beats: dict[str, int] = {}
-        self._silent_seconds: defaultdict[str, float] = defaultdict(float)  # of each process
+        # By pid of the API process.
+        self._silent_seconds: defaultdict[str, float] = defaultdict(float)
 
     def run(self) -> None:
-        """Return when the server has ended as it was asked to. Raises LaunchError otherwise."""
-        before = {number: signal.signal(number, self._on_signal) for number in _STOP_SIGNALS}
+        """Wait for the server to end. Raises LaunchError unless a signal stopped it."""
+        old_handlers = {number: signal.signal(number, self._on_signal) for number in _STOP_SIGNALS}
         try:
             self._start()
-            while not multiprocessing.connection.wait([self.server.sentinel], _LOOK_EVERY):
-                self._listen_for_beats()
+            while not multiprocessing.connection.wait([self.server.sentinel], _CHECK_INTERVAL):
+                self._check_beats()
                 if self.kill_at is None and self.folder.failure():
                     self.kill_at = time.monotonic() + _GRACE_SECONDS
                 if self.kill_at is not None and time.monotonic() > self.kill_at:
                     self._signal_all(signal.SIGKILL)
-            self._signal_all(signal.SIGKILL)  # what it left behind
+            self._signal_all(signal.SIGKILL)  # remaining processes
             self.server.join()
             if self.group:
                 with suppress(ChildProcessError):
-                    os.waitpid(self.group, 0)  # the fork server
-        except _Stopped:
+                    os.waitpid(self.group, 0)  # reap the fork server
+        except _StoppedEarly:
             for process in psutil.Process().children():
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)  # the fork server leads its group
         finally:
-            for number, handler in before.items():
+            for number, handler in old_handlers.items():
                 signal.signal(number, handler)
-        self._explain()
+        self._report_end()
 
     def _start(self) -> None:
-        """Return when the fork server has imported vLLM and forked the server."""
+        """Start the server. Blocks until the fork server has imported vLLM. Raises LaunchError."""
         try:
             self.server.start()
             self.group = os.getpgid(self.server.pid or 0)
@@ -165,29 +166,30 @@ class _Supervisor:
                 "memory, stop what else uses it"
             ) from None
 
-    def _listen_for_beats(self) -> None:
-        """Give up when an API process has hung: its clients' connections would, too.
+    def _check_beats(self) -> None:
+        """Kill the server if an API process hangs, because its connections hang too.
 
-        Seconds are counted in looks: when the whole service was stopped for a while, so was this.
+        Silence is counted in checks, not by the clock: if the whole service was suspended, so was
+        this loop.
         """
-        before, self._beats = self._beats, self.folder.beats()
-        if self.asked_to_stop or self.kill_at is not None:
+        last_beats, self._beats = self._beats, self.folder.beats()
+        if self.stop_signals or self.kill_at is not None:
             return
         for process, beat in self._beats.items():
-            if beat != before.get(process):
+            if beat != last_beats.get(process):
                 self._silent_seconds[process] = 0
-            self._silent_seconds[process] += _LOOK_EVERY
-            if self._silent_seconds[process] > self.hung_after:
+            self._silent_seconds[process] += _CHECK_INTERVAL
+            if self._silent_seconds[process] > self.max_silence:
                 self.folder.report_failure("the API process has hung")
                 self.kill_at = time.monotonic()
 
-    def _explain(self) -> None:
+    def _report_end(self) -> None:
         status = self.server.exitcode or 0
         if failure := self.folder.failure():
             raise LaunchError(f"{failure}; start it again")
         if self.announcer.failure:
             raise LaunchError(self.announcer.failure)
-        if self.asked_to_stop:
+        if self.stop_signals:
             print("Stopped.", file=sys.stderr)
         elif status == _FORK_SERVER_GONE:
             raise LaunchError("the server's processes were killed; start it again")
@@ -195,22 +197,22 @@ class _Supervisor:
             name = signal.Signals(-status).name
             raise LaunchError(f"the server process was killed by {name}; start it again")
         elif status:
-            raise SystemExit(status)  # it has said why
+            raise SystemExit(status)  # the server has printed the reason
         else:
             raise LaunchError("the server ended though nobody asked it to; start it again")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.asked_to_stop += 1
+        self.stop_signals += 1
         if self.group is None:
-            if self.asked_to_stop == 1:
-                raise _Stopped
+            if self.stop_signals == 1:
+                raise _StoppedEarly
             return
         if not self.progress.handed_over:
-            self.kill_at = time.monotonic()  # nobody is being answered; `run` does it
+            self.kill_at = time.monotonic()  # no requests to finish: `run` kills at once
             return
-        if self.asked_to_stop > 2:
+        if self.stop_signals > 2:
             self._signal_all(signal.SIGKILL)
-        elif number == signal.SIGTERM and self.asked_to_stop == 1:
+        elif number == signal.SIGTERM and self.stop_signals == 1:
             if self.server.pid:
                 with suppress(ProcessLookupError):
                     os.kill(self.server.pid, signal.SIGTERM)  # drains
@@ -220,29 +222,29 @@ class _Supervisor:
             self.kill_at = time.monotonic() + _GRACE_SECONDS
 
     def _signal_all(self, number: signal.Signals) -> None:
-        """To every process of the run, the fork server too."""
+        """Send a signal to all processes of the run, including the fork server."""
         if self.group:
             with suppress(ProcessLookupError):
                 os.killpg(self.group, number)
 
 
 def _run_server(path: str, origins: Origins, listener: socket.socket) -> None:
-    """The child's main function."""
+    """Main function of the server process."""
     setproctitle.setproctitle("chat-service server")
     supervisor = multiprocessing.parent_process()
     assert supervisor is not None
     folder = RunFolder(Path(path))
-    threading.Thread(target=_end_with, args=(supervisor, folder), daemon=True).start()
+    threading.Thread(target=_follow, args=(supervisor, folder), daemon=True).start()
     try:
         server.run(folder, origins, listener)
     except ServiceError as e:
-        if not folder.failure():  # which the supervisor tells
+        if not folder.failure():  # else the supervisor reports it
             print(f"error: {e}", file=sys.stderr)
         raise SystemExit(e.exit_status) from None
 
 
-def _end_with(supervisor: Any, folder: RunFolder) -> None:
-    """End when the supervisor is gone without a word; drain first, when there may be clients."""
+def _follow(supervisor: Any, folder: RunFolder) -> None:
+    """Wait for the supervisor to die, then kill this run; drain first if the server is ready."""
     multiprocessing.connection.wait([supervisor.sentinel])
     if folder.phase()[0] is Phase.READY:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -251,7 +253,7 @@ def _end_with(supervisor: Any, folder: RunFolder) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """The socket of the service."""
+    """Open the service's socket. Raises LaunchError."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
@@ -270,7 +272,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _check_temporary_folder() -> None:
-    """Sockets of ours and of vLLM's are files there, and their names have a limit."""
+    """Raise ConfigError if TMPDIR is too long for the paths of our and vLLM's sockets."""
     folder = tempfile.gettempdir()
     if len(folder.encode()) > _MAX_TEMPORARY_FOLDER:
         raise ConfigError(
@@ -285,7 +287,7 @@ def _is_loopback(listener: socket.socket) -> bool:
 
 
 def _tls(config: ModelConfig, origins: Origins) -> ssl.SSLContext | None:
-    """What the YAML's ssl_certfile and ssl_keyfile say. Raises ConfigError for unusable ones."""
+    """Load the YAML's ssl_certfile and ssl_keyfile. Raises ConfigError if they are unusable."""
     values = {key.replace("-", "_"): value for key, value in config.engine.items()}
     if not (certificate := values.get("ssl_certfile")):
         return None

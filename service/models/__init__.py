@@ -1,11 +1,11 @@
-"""Models that vLLM lacks or cannot load as published, as a `vllm.general_plugins` plugin.
+"""A `vllm.general_plugins` plugin with models that vLLM lacks or cannot load as published.
 
-vLLM calls `register` in every process it starts, bare `vllm serve` included.
+vLLM calls `register` in each of its processes, also for bare `vllm serve`.
 """
 
 
 def register() -> None:
-    """Make the models known to transformers and vLLM. May be called more than once."""
+    """Register the models with transformers and vLLM. May be called more than once."""
     from transformers import AutoConfig
     from vllm import ModelRegistry
     from vllm.model_executor.models.llama import LlamaForCausalLM
@@ -15,12 +15,12 @@ def register() -> None:
     from service.models.bluelm import BlueLMConfig, BlueLMForCausalLM
     from service.models.minicpm import MiniCPMConfig
     from service.models.openelm import OpenELMConfig, OpenELMForCausalLM
-    from service.models.vllm_private import assume_model_type, penalize_only_what_was_seen
+    from service.models.vllm_private import assume_model_type, use_fast_penalties
     from service.models.xverse import XverseConfig
     from service.tokenizers import register as register_tokenizers
 
-    # Architecture in config.json -> its model. Classes and not their names: for a name vLLM starts
-    # a process that imports all of vLLM again (16 s on two cores) at every start of the server.
+    # Architecture in config.json -> model class. Use classes, not names: for a name vLLM starts a
+    # process at each server start that imports vLLM again (16 s on two cores).
     architectures = {
         "BaichuanForCausalLM": Baichuan2ForCausalLM,
         "BlueLMForCausalLM": BlueLMForCausalLM,
@@ -36,4 +36,4 @@ def register() -> None:
     assume_model_type("MiniCPMForCausalLM", MiniCPMConfig.model_type)
     register_tokenizers()
     if current_platform.is_cpu():
-        penalize_only_what_was_seen()
+        use_fast_penalties()

@@ -18,7 +18,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 class Baichuan2Config(LlamaConfig):  # type: ignore[misc]  # neither it nor vLLM is typed for us
     """Source: baichuan-inc's configuration_baichuan.py.
 
-    Raises ValueError for the models that share its architecture's name and are others.
+    Raises ValueError for other models with the same architecture name.
     """
 
     model_type = "baichuan"
@@ -71,5 +71,5 @@ class Baichuan2ForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
 
 
 def _normalized(head: torch.Tensor) -> torch.Tensor:
-    """NormHead, once for good and in float32; the published code does it in the stored dtype."""
+    """Apply NormHead once, in float32; the published code does it in the stored dtype."""
     return normalize(head.float()).to(head.dtype)

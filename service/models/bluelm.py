@@ -41,7 +41,7 @@ class BlueLMConfig(LlamaConfig):  # type: ignore[misc]  # neither it nor vLLM is
                 raise ValueError(
                     "config.json: rope_scaling of a BlueLM has type ntkmixed, a factor and a power"
                 )
-            # vLLM has the formula, under another name.
+            # vLLM has the same formula under another name.
             kwargs["rope_scaling"] = {
                 "rope_type": "ntk",
                 "factor": int(scaling["factor"]),
@@ -50,7 +50,7 @@ class BlueLMConfig(LlamaConfig):  # type: ignore[misc]  # neither it nor vLLM is
         super().__post_init__(**kwargs)
 
     def _validate_ntk_rope_parameters(self, *_: object, **__: object) -> None:
-        """transformers asks for this by name, and warns at every start when it is missing."""
+        """transformers looks this up by name, and warns at each start if it is missing."""
 
 
 class BlueLMAttention(LlamaAttention):  # type: ignore[misc]
@@ -70,7 +70,7 @@ class BlueLMModel(LlamaModel):  # type: ignore[misc]
             prefix=prefix,
             layer_type=partial(LlamaDecoderLayer, attn_layer_type=BlueLMAttention),
         )
-        # Elsewhere, and without the norm: it returns its input, and its weights are skipped.
+        # On other ranks, or without the norm: returns its input; its weights are skipped.
         self.embed_layer_norm: nn.Module = PPMissingLayer()
         if self.config.use_stable_embedding and get_pp_group().is_first_rank:
             self.embed_layer_norm = nn.LayerNorm(

@@ -32,9 +32,9 @@ from vllm.model_executor.models.utils import (
 class OpenELMConfig(PreTrainedConfig):  # type: ignore[misc]  # neither it nor vLLM is typed for us
     """Source: apple's configuration_openelm.py.
 
-    Heads and feed-forward widths differ by layer. vLLM's names for them hold the largest; the lists
-    are in `query_heads`, `kv_heads` and `ffn_sizes`, one entry a layer.
-    Raises ValueError for a variant that was never published.
+    Heads and feed-forward widths differ by layer: `query_heads`, `kv_heads` and `ffn_sizes` have
+    one entry per layer, and vLLM's attributes for them hold the maximum. Raises ValueError for an
+    invalid config.json and for a variant that was never published.
     """
 
     model_type = "openelm"
@@ -56,7 +56,7 @@ class OpenELMConfig(PreTrainedConfig):  # type: ignore[misc]  # neither it nor v
             "rope_theta": float(kwargs.pop("rope_freq_constant", 10000)),
         }
         self.query_heads = kwargs.pop("num_query_heads", [])
-        # Under its own name vLLM would take the list for the number of KV heads.
+        # Not as `num_kv_heads`: vLLM would read the list as the number of KV heads.
         self.kv_heads = kwargs.pop("num_kv_heads", [])
         divisor = kwargs.pop("ffn_dim_divisor", 256)
         multipliers = kwargs.pop("ffn_multipliers", [])
@@ -91,16 +91,16 @@ class OpenELMConfig(PreTrainedConfig):  # type: ignore[misc]  # neither it nor v
 
 
 def _make_divisible(value: float, divisor: int) -> int:
-    """The multiple of `divisor` nearest to `value`, and not below 0.9 of it (apple/corenet)."""
+    """Round `value` to a multiple of `divisor`, but not below 0.9 * `value` (apple/corenet)."""
     rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * value else rounded
 
 
 def kv_repeats(config: OpenELMConfig, layer: int, tp_size: int | None = None) -> int:
-    """How often each KV head of a layer is repeated so that all tensor-parallel ranks get as many.
+    """Return how often to repeat each KV head of a layer, so that all ranks get equally many.
 
-    The smallest number that leaves every query head its own KV head. `tp_size` is that of the
-    running group when it is not given. Raises ValueError when there is no such number.
+    It is the smallest number that keeps each query head with its KV head. `tp_size` defaults to
+    that of the running group. Raises ValueError if there is no such number.
     """
     query_heads, kv_heads = config.query_heads[layer], config.kv_heads[layer]
     tp_size = tp_size or get_tensor_model_parallel_world_size()
@@ -115,9 +115,9 @@ def kv_repeats(config: OpenELMConfig, layer: int, tp_size: int | None = None) ->
 
 
 def check_backend(name: str) -> None:
-    """Raises ValueError for a class of vLLM's that counts on as many heads in every layer.
+    """Raise ValueError for an attention backend that requires equal heads in all layers.
 
-    So do vllm/v1/attention/backends/flex_attention.py and rocm_aiter_fa.py of vLLM 0.32.
+    In vLLM 0.32 these are flex_attention.py and rocm_aiter_fa.py of vllm/v1/attention/backends.
     """
     if name in ("AiterFlashAttentionBackend", "FlexAttentionBackend"):
         raise ValueError(
@@ -161,7 +161,7 @@ class OpenELMAttention(LlamaAttention):  # type: ignore[misc]
 
 class OpenELMDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
     def __init__(self, vllm_config: VllmConfig, prefix: str = "") -> None:
-        nn.Module.__init__(self)  # Llama's would build layers of one size
+        nn.Module.__init__(self)  # skip Llama's: it builds layers of one size
         config: OpenELMConfig = vllm_config.model_config.hf_config
         quant_config = self.get_quant_config(vllm_config)
         layer = extract_layer_index(prefix)
@@ -216,7 +216,7 @@ class OpenELMForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         return loaded
 
     def _repeat_kv_heads(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """qkv_proj, [heads of q, k and v * head_dim, hidden], with each of k's and v's repeated."""
+        """Repeat the heads of k and v in qkv_proj, [(q + k + v heads) * head_dim, hidden]."""
         layer = extract_layer_index(name)
         repeats = kv_repeats(self.config, layer)
         if repeats == 1:

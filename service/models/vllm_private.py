@@ -1,4 +1,4 @@
-"""The one place that touches what vLLM 0.32 keeps to itself: names, and functions it replaces."""
+"""All uses of vLLM 0.32's private names, and all replacements of its functions."""
 
 import os
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from vllm.v1.sample.ops import penalties
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
-_of_vllm = penalties.apply_penalties
+_vllm_apply_penalties = penalties.apply_penalties
 
 
 def assume_model_type(architecture: str, model_type: str) -> None:
@@ -25,17 +25,17 @@ def assume_model_type(architecture: str, model_type: str) -> None:
 def stop_every_answer(
     client: "EngineClient", strings: Sequence[str], token_ids: Sequence[int]
 ) -> None:
-    """Have this engine client end each answer at these too, whatever the request asks for.
+    """Make an engine client end each answer also at these strings and tokens.
 
-    vLLM's routes have no default for stop strings, and only two have one for stop tokens; all of
-    them call the client's `generate`.
+    Wraps the client's `generate`, which all routes call: vLLM's routes have no default for stop
+    strings, and only two have one for stop tokens.
     """
     if not strings and not token_ids:
         return
     generate = client.generate
 
     def generate_and_stop(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
-        if sampling_params.detokenize:  # else no text is made in which to look
+        if sampling_params.detokenize:  # else there is no text to search
             missing = [s for s in strings if s not in sampling_params.stop]
             sampling_params.stop = [*sampling_params.stop, *missing]
         missing_ids = [id for id in token_ids if id not in sampling_params.stop_token_ids]
@@ -47,10 +47,9 @@ def stop_every_answer(
 
 
 def shorten_error_texts(limit: int = 1000) -> None:
-    """Have vLLM clean no more than the first characters of an error's text.
+    """Make vLLM sanitise only the first `limit` characters of an error's text.
 
-    It repeats what the client sent, and takes minutes to clean a megabyte of slashes. We read no
-    more of it either.
+    The text echoes input, and sanitising a megabyte of slashes takes minutes. We use no more of it.
     """
     from vllm.entrypoints.serve.exception_handling import error_response
     from vllm.entrypoints.serve.exception_handling.handlers import http, validation
@@ -65,11 +64,11 @@ def shorten_error_texts(limit: int = 1000) -> None:
         module.sanitize_message = shorten
 
 
-def penalize_only_what_was_seen() -> None:
-    """Have vLLM's sampler use `apply_penalties`.
+def use_fast_penalties() -> None:
+    """Make vLLM's sampler use our `apply_penalties`.
 
-    vLLM's own goes over the whole vocabulary a dozen times for each sequence, which on a CPU is a
-    quarter of a step; nearly all tutorials ask for a repetition penalty.
+    vLLM's own makes a dozen passes over the whole vocabulary for each sequence, which takes a
+    quarter of a step on a CPU. Nearly all tutorials use a repetition penalty.
     """
     penalties.apply_penalties = apply_penalties
 
@@ -82,14 +81,14 @@ def apply_penalties(
     frequency_penalties: torch.Tensor,
     repetition_penalties: torch.Tensor,
 ) -> torch.Tensor:
-    """As vllm.model_executor.layers.utils.apply_penalties, equal in every bit.
+    """Bitwise equal to vllm.model_executor.layers.utils.apply_penalties, but faster.
 
-    Changes `logits` (sequences, vocabulary), float32, in place. The tokens are (sequences, most
-    tokens), padded with the size of the vocabulary; the penalties are (sequences,). A batch with a
-    presence or frequency penalty is vLLM's.
+    Changes `logits` [sequences, vocabulary], float32, in place. Tokens are [sequences, max tokens],
+    padded with the vocabulary size; penalties are [sequences]. A batch with a presence or frequency
+    penalty uses vLLM's function.
     """
     if presence_penalties.any() or frequency_penalties.any():
-        changed: torch.Tensor = _of_vllm(
+        result: torch.Tensor = _vllm_apply_penalties(
             logits,
             prompt_tokens,
             output_tokens,
@@ -97,18 +96,18 @@ def apply_penalties(
             frequency_penalties,
             repetition_penalties,
         )
-        return changed
-    seen = torch.cat((prompt_tokens, output_tokens), 1)
-    row, column = (seen < logits.shape[1]).nonzero(as_tuple=True)
-    token, penalty = seen[row, column], repetition_penalties[row]
+        return result
+    tokens = torch.cat((prompt_tokens, output_tokens), 1)
+    row, column = (tokens < logits.shape[1]).nonzero(as_tuple=True)
+    token, penalty = tokens[row, column], repetition_penalties[row]
     before = logits[row, token]
-    # A token that was seen twice is written twice, with the same value.
+    # A token that occurs twice is written twice, with the same value.
     logits[row, token] = before * torch.where(before > 0, 1 / penalty, penalty)
     return logits
 
 
 class _Process(ForkServerProcess):
-    """A process of the fork server that has its parent's environment, as vLLM expects of spawn."""
+    """A forked process with its parent's environment, as vLLM expects from spawn."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "environment": dict(os.environ)}
@@ -124,10 +123,10 @@ class _Context(ForkServerContext):
 
 
 def fork_engine() -> None:
-    """Have vLLM fork the engine's process from the fork server, which has imported vLLM.
+    """Make vLLM fork the engine process from the fork server, which has imported vLLM.
 
-    vLLM spawns it on a CPU, and the new process imports all of vLLM again. Python documents that a
-    child uses its parent's fork server, but starts another (python/cpython#86354).
+    On a CPU vLLM would spawn it, and the new process would import vLLM again. Python should use the
+    parent's fork server in a child, but starts another one (python/cpython#86354).
     """
     forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]
     engine_processes.get_mp_context = _Context

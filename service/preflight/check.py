@@ -1,4 +1,4 @@
-"""`chat-service check`: what `serve` would run with, does it fit, and are its prompts sane.
+"""`chat-service check`: effective values, whether the model fits, whether its prompts are right.
 
 vLLM validates its arguments and builds its whole configuration; weights are never loaded.
 """
@@ -22,9 +22,9 @@ from service.settings import Settings
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `check` found. A problem keeps the model from being served well."""
+    """The result of `check`. A problem keeps the model from being served well."""
 
-    rows: list[tuple[str, object, str]]  # each effective value with its origin
+    rows: list[tuple[str, object, str]]  # (key, effective value, its origin)
     fit: list[str]
     problems: list[str]
     warnings: list[str]
@@ -39,13 +39,12 @@ def check(
     concurrent: int = 1,
     context: int | None = None,
 ) -> CheckReport:
-    """Each effective value, after vLLM has validated its arguments; whether it fits and is sane.
+    """Check a model: its values, and with its files on this machine also fit and prompts.
 
-    When the model's files are here, vLLM's whole configuration is built from them too; weights are
-    never loaded. `memory` is that of each GPU in bytes, absent: this machine's. Raises
-    ServiceError.
+    `memory` is bytes per GPU to plan for; None: this machine's. `concurrent` requests of `context`
+    tokens must fit. Weights are never loaded. Raises ServiceError.
     """
-    asked = memory is not None or context is not None or concurrent > 1
+    must_fit = memory is not None or context is not None or concurrent > 1
     with server.prepared(config, origins, settings) as (args, folder):
         rows = [
             (".".join(map(str, path)), value, origins.place(path))
@@ -64,9 +63,9 @@ def check(
             known = catalogue().get(config.name) == origins.file
             name = config.name if known else origins.file
             download = f"run `chat-service download {name}` first"
-            if asked:
+            if must_fit:
                 raise WeightsError(f"whether it fits is read from the model's files; {download}")
-            # Without its files nobody knows whether a model is quantised.
+            # Without its files it is unknown whether the model is quantised.
             warnings = _float_type(args, config, rows) if config.dtype else []
             rows.append(("files", "not downloaded yet", "`serve` does it"))
             return CheckReport(rows, [f"fit and template: not checked; {download}"], [], warnings)
@@ -86,12 +85,12 @@ def check(
             on_gpu = memory is not None or not current_platform.is_cpu()
             if memory is None:
                 memory = current_platform.get_device_total_memory()
-            short = [] if on_gpu else _short_of_memory(vllm_config, memory)
+            memory_problems = [] if on_gpu else _memory_problems(vllm_config, memory)
             try:
-                room = fit.estimate(vllm_config, model, memory, on_gpu=on_gpu)
-                lines, problems = room.lines(), room.problems(concurrent, context)
+                fit_result = fit.estimate(vllm_config, model, memory, on_gpu=on_gpu)
+                lines, problems = fit_result.lines(), fit_result.problems(concurrent, context)
             except WeightsError as e:
-                if asked:
+                if must_fit:
                     raise
                 lines, problems = [f"fit: not computed; {e}"], []
             with rendering(args, vllm_config) as (render, loaded):
@@ -104,14 +103,14 @@ def check(
                 rows.append((f"sampling.{name}", value, "generation_config.json"))
     lines.append(f"template: {'see below' if findings.problems else 'ok'}")
     return CheckReport(
-        rows, lines, short + problems + findings.problems, warnings + findings.warnings
+        rows, lines, memory_problems + problems + findings.problems, warnings + findings.warnings
     )
 
 
 def _float_type(
     args: argparse.Namespace, config: ModelConfig, rows: list[tuple[str, object, str]]
 ) -> list[str]:
-    """Choose it for this machine: a row where it is not the model's, warnings where it is slow."""
+    """Choose the float type. Adds a row if it is not the model's; warns if it is slow."""
     reason = float_type.choose(args, config)
     if reason and "dtype" in config.engine:
         return [f"engine.dtype: {reason}"]
@@ -120,8 +119,8 @@ def _float_type(
     return []
 
 
-def _short_of_memory(vllm_config: Any, memory: int) -> list[str]:
-    """On a CPU vLLM wants its share of the memory to be free when it starts."""
+def _memory_problems(vllm_config: Any, memory: int) -> list[str]:
+    """Return a problem if vLLM's share of the CPU's memory is not free, as it must be at start."""
     cache = vllm_config.cache_config
     wanted, free = memory * cache.gpu_memory_utilization, psutil.virtual_memory().available
     if cache.kv_cache_memory_bytes is not None or wanted <= free:
@@ -133,8 +132,9 @@ def _short_of_memory(vllm_config: Any, memory: int) -> list[str]:
 
 
 def plan_for_gpu(args: argparse.Namespace, memory: int) -> list[tuple[str, object, str]]:
-    """vLLM's defaults on a GPU of this many bytes, whatever this machine has
-    (EngineArgs.get_batch_defaults). Returns rows for those that another GPU of this size has not.
+    """Set vLLM's batch defaults for a GPU of `memory` bytes (EngineArgs.get_batch_defaults).
+
+    Returns rows for values that differ between GPUs of this size.
     """
     sequences, tokens = 256, 2048
     if memory >= 70 * fit.GIB:
@@ -142,14 +142,14 @@ def plan_for_gpu(args: argparse.Namespace, memory: int) -> list[tuple[str, objec
     if memory >= 160 * fit.GIB:
         tokens = 16384
     rows: list[tuple[str, object, str]] = []
-    for name, value, of_a100 in (
+    for name, value, a100_value in (
         ("max_num_seqs", sequences, 256),
         ("max_num_batched_tokens", tokens, 2048),
     ):
         if getattr(args, name) is None:
             setattr(args, name, value)
             if 70 * fit.GIB <= memory < 160 * fit.GIB:
-                rows.append((f"engine.{name}", value, f"of an H100 or H200; an A100: {of_a100}"))
+                rows.append((f"engine.{name}", value, f"of an H100 or H200; an A100: {a100_value}"))
     return rows
 
 
@@ -157,8 +157,10 @@ def plan_for_gpu(args: argparse.Namespace, memory: int) -> list[tuple[str, objec
 def rendering(
     args: argparse.Namespace, vllm_config: Any
 ) -> Iterator[tuple[chat_template.Render, Any]]:
-    """The prompts as the server makes them (vLLM's init_app_state and `api.engine.Engine`), and the
-    tokenizer."""
+    """Yield a `Render` that works as the server does, and the tokenizer.
+
+    Follows vLLM's init_app_state and `api.engine.Engine`.
+    """
     try:
         from vllm.entrypoints.common.cli_args import resolve_default_chat_template_kwargs
     except ImportError:  # vLLM 0.32
@@ -175,11 +177,11 @@ def rendering(
         resolve_default_chat_template_kwargs(args),
     )
 
-    def render(prompt: list[Message] | str, answering: bool) -> list[int]:
+    def render(prompt: list[Message] | str, add_generation_prompt: bool) -> list[int]:
         if isinstance(prompt, str):
             (rendered,) = renderer.render_cmpl([{"prompt": prompt}])
         else:
-            kwargs = {**chat.chat_template_kwargs, "add_generation_prompt": answering}
+            kwargs = {**chat.chat_template_kwargs, "add_generation_prompt": add_generation_prompt}
             _, (rendered,) = renderer.render_chat(
                 [prompt], replace(chat, chat_template_kwargs=kwargs)
             )

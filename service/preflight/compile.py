@@ -1,4 +1,4 @@
-"""`chat-service compile`: compiles a model for this CPU, and measures what that brings."""
+"""`chat-service compile`: compiles a model for this CPU, and measures the gain."""
 
 import argparse
 import copy
@@ -21,7 +21,7 @@ _ROUNDS = 3
 
 
 def make(config: ModelConfig, origins: Origins, settings: Settings) -> compile_cache.Compiled:
-    """Compile for later starts of `serve`, and measure what it brings. Raises ServiceError."""
+    """Compile for later starts of `serve`, and measure the gain. Raises ServiceError."""
     if chosen := compile_cache.CHOICES & config.engine.keys():
         place = origins.of(("engine", sorted(chosen)[0]))
         raise ConfigError(f"{place}: decides whether `serve` compiles; leave it out")
@@ -35,26 +35,26 @@ def make(config: ModelConfig, origins: Origins, settings: Settings) -> compile_c
         file = compile_cache.file(args)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.unlink(missing_ok=True)  # what follows may be cut short
+            file.unlink(missing_ok=True)  # the compilation may be interrupted
         except OSError as e:
             raise ConfigError(
                 f"cannot write to {file.parent}: {e.strerror}; choose another folder with "
                 "SERVICE_CACHE_DIR"
             ) from None
         with server.explained(settings, folder):
-            _as_the_server(args)
+            _use_server_sizes(args)
             print("Measuring without compiled code ...", file=sys.stderr, flush=True)
             eager = _measure(args, enforce_eager=True)
             print("Compiling, which takes some minutes ...", file=sys.stderr, flush=True)
-            found = compile_cache.Compiled(eager, _measure(args, enforce_eager=False))
+            result = compile_cache.Compiled(eager, _measure(args, enforce_eager=False))
     part = file.with_suffix(".part")
-    part.write_text(json.dumps(asdict(found)))
+    part.write_text(json.dumps(asdict(result)))
     part.replace(file)
-    return found
+    return result
 
 
-def _as_the_server(args: argparse.Namespace) -> None:
-    """Give vLLM's LLM class the sizes that its server has by default: they are in the code."""
+def _use_server_sizes(args: argparse.Namespace) -> None:
+    """Use the server's default sizes in vLLM's LLM class: the compiled code depends on them."""
     from vllm import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
 
@@ -65,21 +65,21 @@ def _as_the_server(args: argparse.Namespace) -> None:
 
 
 def _measure(args: argparse.Namespace, *, enforce_eager: bool) -> list[float]:
-    """Tokens/s for each of compile_cache.BATCHES."""
+    """Return tokens/s for each of compile_cache.BATCHES."""
     from vllm import LLM, EngineArgs
 
     args = copy.copy(args)
     args.enforce_eager = enforce_eager
     llm = LLM.from_engine_args(EngineArgs.from_cli_args(args))
-    _tokens_per_second(llm, 1)  # the first allocates
-    found = [
+    _tokens_per_second(llm, 1)  # warm-up: the first run allocates
+    speeds = [
         max(_tokens_per_second(llm, batch) for _ in range(_ROUNDS))
         for batch in compile_cache.BATCHES
     ]
     llm.llm_engine.engine_core.shutdown()
     del llm
-    gc.collect()  # the next engine wants its memory
-    return found
+    gc.collect()  # free the memory for the next engine
+    return speeds
 
 
 def _tokens_per_second(llm: Any, batch: int) -> float:

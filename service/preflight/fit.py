@@ -1,7 +1,7 @@
-"""Will a model fit? Weights and KV cache in bytes, from config.json and the weight files' headers.
+"""Computes whether a model fits, from config.json and the headers of the weight files.
 
-Blocks, tokens and concurrency are counted as vLLM counts them (vllm/v1/core/kv_cache_utils.py);
-what only a run can measure is estimated, on a GPU from public logs. Nothing is loaded.
+Blocks, tokens and concurrency are computed as in vLLM (vllm/v1/core/kv_cache_utils.py). Values that
+only a run can measure are estimated, for a GPU from public logs. No weights are loaded.
 """
 
 from dataclasses import dataclass
@@ -18,45 +18,45 @@ GIB = 2**30
 # (0.6 and 0.7) at its 256 requests say "activation peak memory takes 1.19GiB" for a vocabulary of
 # 128,256 and 1.42 for one of 152,064: 39 bytes in both.
 _SAMPLER_BYTES = 40
-# The largest of the public logs for models up to 8B (Qwen2.5-7B on vLLM 0.8: "Graph capturing ...
-# took 1.44 GiB"; others 0.1 to 0.7), and what the CUDA libraries take on one GPU in most of them
-# ("non_torch_memory takes 0.05GiB" to 0.12; one, from before that was measured so, says 1.79).
+# The largest values in public logs for models up to 8B. CUDA graphs: Qwen2.5-7B on vLLM 0.8 says
+# "Graph capturing ... took 1.44 GiB", others 0.1 to 0.7. CUDA libraries on one GPU: most say
+# "non_torch_memory takes 0.05GiB" to 0.12; one older log, measured in another way, says 1.79.
 _CUDA_GRAPHS = int(1.44 * GIB)
 _CUDA_LIBRARIES = int(0.12 * GIB)
-# On the CPU vLLM counts its whole process, and samples without a sort. Measured with vLLM 0.32, in
-# GiB: 0.55 for a model of 0.3 MB; 1.02, and 1.15 compiled, for one with 0.25 of weights and 256
-# requests over a vocabulary of 49,152.
+# On a CPU vLLM counts its whole process, and samples without a sort. Measured with vLLM 0.32: 0.55
+# GiB for a model of 0.3 MB; 1.02 GiB (compiled 1.15) for a model with 0.25 GiB of weights, 256
+# requests and a vocabulary of 49,152.
 _CPU_PROCESS = int(0.62 * GIB)
 _CPU_SAMPLER_BYTES = 16
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What a model asks of each GPU, in bytes, and its limits."""
+    """Memory that a model needs on each GPU, in bytes, and its limits."""
 
     weights: int
     overhead: int
-    block: int  # of KV cache, over all layers
+    block: int  # one KV cache block over all layers
     block_tokens: int
-    max_model_len: int  # tokens of one request at most, prompt and answer
-    max_num_seqs: int  # requests at once at most
+    max_model_len: int  # max tokens of one request, prompt and answer
+    max_num_seqs: int  # max requests at once
     gpus: int
     on_gpu: bool = True
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A model in the memory of its GPUs, in bytes of each."""
+    """A model in the memory of its GPUs. Sizes are bytes per GPU."""
 
     demand: Demand
     memory: int
-    utilization: float  # the share of it that vLLM takes
-    given: int | None  # engine.kv_cache_memory_bytes, which replaces that share
+    utilization: float  # the share of `memory` that vLLM uses
+    fixed_kv_cache: int | None  # engine.kv_cache_memory_bytes, which replaces the share
 
     @property
     def kv_cache(self) -> int:
-        if self.given is not None:
-            return self.given
+        if self.fixed_kv_cache is not None:
+            return self.fixed_kv_cache
         demand = self.demand
         return int(self.memory * self.utilization) - demand.weights - demand.overhead
 
@@ -70,23 +70,23 @@ class Fit:
         return int(self.concurrency(self.demand.max_model_len) * self.demand.max_model_len)
 
     def concurrency(self, context: int) -> float:
-        """Requests of `context` tokens at once: vLLM's "Maximum concurrency"."""
+        """Return how many requests of `context` tokens fit: vLLM's "Maximum concurrency"."""
         return self.blocks / self._blocks_of(context)
 
     @property
     def largest_context(self) -> int:
-        """Tokens that one request may have, alone."""
+        """Tokens of the largest single request that fits."""
         return min(self.demand.max_model_len, self.blocks * self.demand.block_tokens)
 
     def lines(self) -> list[str]:
-        """For a person."""
+        """Describe the fit to the user."""
         demand = self.demand
         memory = f"{self.memory / GIB:.1f} GiB"
         if demand.gpus > 1:
             memory = f"each of {demand.gpus} with {memory}"
-        if self.given is None:
+        if self.fixed_kv_cache is None:
             memory += f" x {self.utilization:g} = {self.memory * self.utilization / GIB:.1f} GiB"
-        key = "" if self.given is None else " (engine.kv_cache_memory_bytes)"
+        key = "" if self.fixed_kv_cache is None else " (engine.kv_cache_memory_bytes)"
         head = (
             f"memory: {memory}: weights {demand.weights / GIB:.1f}, overhead about "
             f"{demand.overhead / GIB:.1f}, "
@@ -105,18 +105,22 @@ class Fit:
         ]
 
     def problems(self, concurrent: int = 1, context: int | None = None) -> list[str]:
-        """Why so many requests of so many tokens do not fit, and what to do; none when they do.
+        """Return why `concurrent` requests of `context` tokens do not fit, with remedies.
 
-        vLLM does not start unless one request of engine.max_model_len tokens fits.
+        One request of engine.max_model_len tokens must always fit, or vLLM does not start.
         """
         demand = self.demand
         smaller = "a larger engine.tensor_parallel_size"
         if demand.on_gpu:
             smaller = f"engine.quantization=fp8, or {smaller}"
-        used = demand.weights + demand.overhead + (self.given or 0)
-        limit = self.memory if self.given is not None else int(self.memory * self.utilization)
+        used = demand.weights + demand.overhead + (self.fixed_kv_cache or 0)
+        limit = (
+            self.memory if self.fixed_kv_cache is not None else int(self.memory * self.utilization)
+        )
         if used > limit or not self.blocks:
-            lower = "a lower engine.kv_cache_memory_bytes, " if self.given is not None else ""
+            lower = (
+                "a lower engine.kv_cache_memory_bytes, " if self.fixed_kv_cache is not None else ""
+            )
             return [
                 f"does not fit: {max(used - limit, demand.block) / GIB:.2f} GiB more than there "
                 f"is; set {lower}{smaller}"
@@ -134,14 +138,14 @@ class Fit:
                 f"of {concurrent:,} requests {demand.max_num_seqs:,} are answered at once and the "
                 f"others wait; raise engine.max_num_seqs to {concurrent}"
             )
-        # What was asked for, and what vLLM asks for.
+        # The user's demand, then vLLM's.
         for requests, tokens in (concurrent, min(context, full)), (1, full):
             if self.concurrency(tokens) < requests:
                 missing = (requests * self._blocks_of(tokens) - self.blocks) * demand.block
                 shorter = self.blocks // requests * demand.block_tokens
                 remedy = f"engine.max_model_len={shorter}, " if shorter else ""
                 remedy += "engine.kv_cache_dtype=fp8, " if demand.on_gpu else ""
-                if self.given is not None:
+                if self.fixed_kv_cache is not None:
                     remedy += "a larger engine.kv_cache_memory_bytes, "
                 found.append(
                     f"does not fit: {requests} x {tokens:,} tokens need {missing / GIB:.2f} GiB "
@@ -155,11 +159,11 @@ class Fit:
 
 
 def estimate(vllm_config: Any, folder: Path, memory: int, *, on_gpu: bool) -> Fit:
-    """The model in `folder`, served with vLLM's whole configuration, in `memory` bytes a GPU.
+    """Estimate the fit of the model in `folder` in `memory` bytes per GPU.
 
-    The overhead is an estimate, see `_overhead`. A sliding window is counted as full attention,
-    and of a model that also reads images only what answers. Raises WeightsError when there is
-    nothing to count.
+    The overhead is an estimate, see `_overhead`. A sliding window counts as full attention. Of a
+    model that also reads images, only the KV cache of the text model counts. Raises WeightsError
+    if there are neither weights nor an index, or the model keeps more than a KV cache.
     """
     cache = vllm_config.cache_config
     demand = _demand(vllm_config, folder, on_gpu=on_gpu)
@@ -173,10 +177,10 @@ def _demand(vllm_config: Any, folder: Path, *, on_gpu: bool) -> Demand:
             f"the memory of {model.architecture} is not estimated: it keeps more than a KV cache"
         )
     cache = vllm_config.cache_config
-    # The CPU's blocks are larger than a GPU's, whose size is known only there.
+    # The CPU's block size differs from a GPU's, which is known only on a GPU.
     chosen = cache.user_specified_block_size or not on_gpu
     block_tokens = cache.block_size if chosen else cache.DEFAULT_BLOCK_SIZE
-    # vLLM keeps a latent vector for each token instead of keys and values where there is MLA.
+    # With MLA vLLM caches one latent vector per token instead of a key and a value.
     vectors = (1 if model.use_mla else 2) * sum(_kv_heads(vllm_config))
     item = model.dtype.itemsize
     if cache.cache_dtype != "auto":
@@ -194,7 +198,7 @@ def _demand(vllm_config: Any, folder: Path, *, on_gpu: bool) -> Demand:
 
 
 def _kv_heads(vllm_config: Any) -> list[int]:
-    """KV heads of each layer on one GPU."""
+    """Return the KV heads of each layer on one GPU."""
     from service.models.openelm import OpenELMConfig, kv_repeats
 
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
@@ -207,11 +211,11 @@ def _kv_heads(vllm_config: Any) -> list[int]:
 
 
 def _overhead(vllm_config: Any, *, on_gpu: bool) -> int:
-    """Bytes beside weights and KV cache: vLLM measures them at start, here they are estimated.
+    """Estimate the bytes beside weights and KV cache, which vLLM measures at start.
 
-    The largest tensors of a step, which are those of a feed-forward layer over
-    max_num_batched_tokens or those of sampling for max_num_seqs requests, whichever are larger;
-    and what `_CUDA_GRAPHS`, `_CUDA_LIBRARIES` and `_CPU_PROCESS` stand for. No GPU was at hand.
+    The sum of the largest tensors of a step and the constants above. The largest tensors are those
+    of a feed-forward layer over max_num_batched_tokens, or those of sampling for max_num_seqs
+    requests. Not measured on a GPU.
     """
     model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
     hidden = model.get_hidden_size()
@@ -227,15 +231,15 @@ def _overhead(vllm_config: Any, *, on_gpu: bool) -> int:
 
 
 def _weights(model: Any, folder: Path) -> int:
-    """Bytes of all weights in the type they are served in.
+    """Return the bytes of all weights in the type they are served in.
 
-    A tied model whose files have an output head too keeps both when they differ, so both count.
+    A tied model whose files also have an output head keeps both if they differ, so both count.
     """
     stored, elements = _stored(folder, model.hf_config)
     if getattr(model.hf_config, "quantization_config", None):
         return stored
     size: int = elements * model.dtype.itemsize
-    if model.quantization and "8" in model.quantization:  # while loading; embeddings stay as is
+    if model.quantization and "8" in model.quantization:  # at 1 byte each, except embeddings
         tables = 1 if getattr(model.hf_text_config, "tie_word_embeddings", False) else 2
         unchanged = tables * model.get_vocab_size() * model.get_hidden_size()
         size = unchanged * model.dtype.itemsize + (elements - unchanged)
@@ -243,10 +247,10 @@ def _weights(model: Any, folder: Path) -> int:
 
 
 def _stored(folder: Path, hf_config: Any) -> tuple[int, int]:
-    """Bytes of a checkpoint's tensors, and how many numbers the float ones have.
+    """Return the bytes of a checkpoint's tensors and the number of their float elements.
 
-    From the headers of the weight files, or without them from the index and config.json. Raises
-    WeightsError when there is neither.
+    Reads the headers of the weight files; without the files, the index and config.json. Raises
+    WeightsError if there is neither.
     """
     for pattern in ("*.safetensors", "*.bin"):
         index = tensor_files.index(folder, pattern)

@@ -1,8 +1,8 @@
-"""The tutorials' architectures in plain PyTorch, to compare an engine with.
+"""The tutorials' architectures in plain PyTorch, as a reference for the engine.
 
-Written from the published descriptions, and from config.json and the weights' own names: nothing is
-shared with `service.models`, so that a mistake there shows. Slow, float32, on the CPU, and one
-layer in memory at a time.
+Written from the published descriptions, config.json and the names of the weights. It shares nothing
+with `service.models`, so that a mistake there shows. Slow: float32 on the CPU, with one layer in
+memory at a time.
 """
 
 import json
@@ -20,7 +20,7 @@ from service.weights.tensor_files import weight_files
 
 
 class Weights:
-    """Tensors of a checkpoint by name, in float32; read from its files when they are asked for."""
+    """Tensors of a checkpoint by name, in float32. Each access reads the file."""
 
     def __init__(self, folder: Path) -> None:
         from safetensors import safe_open
@@ -43,7 +43,7 @@ class Weights:
 
 @dataclass
 class Layer:
-    """One decoder layer: shapes and float32 weights; q and k carry a norm over head_dim or not."""
+    """One decoder layer: head counts and float32 weights; q_norm and k_norm are over head_dim."""
 
     query_heads: int
     kv_heads: int
@@ -61,7 +61,7 @@ class Layer:
 
 
 class Architecture(Protocol):
-    """What differs between the architectures. Attributes are named as in Llama's config.json."""
+    """The differences between architectures. Attributes are named as in Llama's config.json."""
 
     layers: int
     head_dim: int
@@ -71,19 +71,19 @@ class Architecture(Protocol):
     def __init__(self, config: dict[str, Any], weights: Weights) -> None: ...
 
     def inverse_frequencies(self) -> Tensor:
-        """Radians per position of each rotated pair, [head_dim / 2]."""
+        """Return the radians per position of each rotated pair, [head_dim / 2]."""
         ...
 
     def embed(self, ids: Tensor) -> Tensor: ...
     def layer(self, index: int) -> Layer: ...
     def final_norm(self) -> Tensor: ...
     def head(self) -> Tensor:
-        """Output weights, [vocabulary, hidden]."""
+        """Return the output weights, [vocabulary, hidden]."""
         ...
 
 
 class Llama:
-    """XVERSE is this; the others differ by what they override."""
+    """Llama; XVERSE is the same. The other classes override their differences."""
 
     residual_scale = 1.0
     tied_by_default = False
@@ -236,7 +236,7 @@ class OpenELM:
         return self.weights["transformer.token_embeddings.weight"]
 
 
-# Architecture in config.json -> its description above.
+# Architecture in config.json -> class.
 ARCHITECTURES: dict[str, type[Architecture]] = {
     "BaichuanForCausalLM": Baichuan2,
     "BlueLMForCausalLM": BlueLM,
@@ -247,11 +247,10 @@ ARCHITECTURES: dict[str, type[Architecture]] = {
 
 
 def logits(folder: Path, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-    """What the model says after each token of each sequence: [tokens, vocabulary] float32 logits.
+    """Return the float32 logits after each token, [tokens, vocabulary] for each sequence.
 
-    `folder` is a checkpoint as published. Architectures that transformers has are run by
-    transformers. Raises ValueError for a weight and KeyError for a key of config.json that is
-    missing.
+    `folder` is a checkpoint as published. transformers runs architectures that are not in
+    ARCHITECTURES. Raises ValueError for a missing weight, KeyError for a missing config.json key.
     """
     config = json.loads((folder / "config.json").read_text())
     (architecture,) = config["architectures"]
@@ -262,7 +261,7 @@ def logits(folder: Path, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
 
 @torch.inference_mode()
 def forward(model: Architecture, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Every sequence through every layer, layer by layer."""
+    """Run all sequences layer by layer."""
     frequencies = model.inverse_frequencies()
     hidden = [model.embed(torch.tensor(ids)) for ids in sequences]
     for index in range(model.layers):

@@ -1,7 +1,7 @@
-"""`chat-service verify`: does the engine say what the reference says, on the user's own files?
+"""`chat-service verify`: compares the engine with the reference on the user's own files.
 
-The engine answers some prompts greedily; the reference reads the same tokens and says what it would
-have chosen at each.
+The engine answers some prompts greedily. The reference reads the same tokens, and its choice at
+each is compared with the engine's.
 """
 
 import os
@@ -24,33 +24,33 @@ PROMPTS = (
     "Which mountain is the highest in Shandong Province? Is it higher or lower than Huangshan?",
     "山东省最高的山是哪座山？🏔️",
 )
-# How far log probabilities may be from a float32 reference by the engine's rounding alone, in nats:
-# on average over a prompt, and at most. Seen on tiny checkpoints: 0.02 to 0.11 and 0.07 to 1.2 in
-# bfloat16, 5e-6 and 3e-5 in float32.
+# (mean over a prompt, maximum) difference that rounding may cause between log probabilities of the
+# engine and a float32 reference, in nats. Measured on tiny checkpoints: mean 0.02 to 0.11, maximum
+# 0.07 to 1.2 in bfloat16; 5e-6 and 3e-5 in float32.
 _TOLERANCE = {"float32": (1e-4, 1e-3), "float16": (0.02, 0.2), "bfloat16": (0.15, 1.5)}
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where the reference would have chosen another token than the engine."""
+    """The first token at which the reference chooses another than the engine."""
 
-    position: int  # of the answer, from 0
+    position: int  # in the answer, from 0
     engine: str
     reference: str
-    gap: float  # how much likelier the reference finds its own, in nats
+    gap: float  # log probability of the reference's token minus the engine's, in nats
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One prompt: what the model was given, and how far the engine and the reference agree."""
+    """One prompt as the model reads it, and how far the engine and the reference agree."""
 
     prompt: str
     rendered: str
     token_ids: list[int]
-    tokens: int  # that the engine answered
-    agreeing: int  # of them, before the first divergence
+    tokens: int  # in the engine's answer
+    agreeing: int  # tokens before the first divergence
     divergence: Divergence | None
-    largest_difference: float  # between log probabilities of the engine's likeliest, in nats
+    largest_difference: float  # over the engine's likeliest tokens, in nats
     mean_difference: float
 
 
@@ -61,7 +61,7 @@ class Verification:
     dtype: str
     comparisons: list[Comparison]
     stop_tokens: list[StopToken]
-    problems: list[str]  # none: the engine and the reference say the same
+    problems: list[str]  # empty: the engine and the reference agree
 
     @property
     def verdict(self) -> str:
@@ -81,7 +81,7 @@ def verify(
     tokens: int = 24,
 ) -> Verification:
     """Run the engine as `serve` would, then the reference. Raises ServiceError."""
-    # In this process: its memory is free again when the reference needs it.
+    # Run the engine in this process, so that its memory is free for the reference.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     with server.prepared(config, origins, settings) as (args, folder):
         server.fetch_files(args, config, settings)
@@ -115,8 +115,8 @@ class _Answer:
     rendered: str
     prompt_ids: list[int]
     token_ids: list[int]
-    logprobs: list[dict[int, float]]  # of each answered token's place, the likeliest
-    texts: dict[int, str]  # of every id in logprobs
+    logprobs: list[dict[int, float]]  # for each answer token: id -> logprob of the likeliest
+    texts: dict[int, str]  # id -> text, for all ids in logprobs
 
 
 def _ask_engine(
@@ -148,8 +148,8 @@ def _ask_engine(
 
 
 def _compare(answer: _Answer, logits: Any) -> Comparison:
-    """`logits`: the reference's, [prompt and answer, vocabulary]."""
-    # The row of a token says what comes after it.
+    """Compare an answer with the reference's `logits`, [prompt and answer, vocabulary]."""
+    # The row of a token predicts the next token.
     rows = logits[len(answer.prompt_ids) - 1 : -1].log_softmax(-1)
     differences = [
         abs(logprob - float(row[id]))
@@ -179,20 +179,21 @@ def _compare(answer: _Answer, logits: Any) -> Comparison:
 
 
 def _problems(comparisons: Sequence[Comparison], dtype: str) -> list[str]:
-    on_average, at_most = _TOLERANCE[dtype]
-    found = []
+    max_mean, max_difference = _TOLERANCE[dtype]
+    problems = []
     for number, comparison in enumerate(comparisons, 1):
         divergence = comparison.divergence
-        if divergence and divergence.gap > at_most:
-            found.append(
+        if divergence and divergence.gap > max_difference:
+            problems.append(
                 f"prompt {number}, token {divergence.position}: the engine says "
                 f"{divergence.engine!r}, the reference {divergence.reference!r}, which it finds "
                 f"likelier by {divergence.gap:.3g} nats"
             )
-        mean, most = comparison.mean_difference, comparison.largest_difference
-        if not (mean <= on_average and most <= at_most):  # also when they are not numbers
-            found.append(
+        mean, largest = comparison.mean_difference, comparison.largest_difference
+        if not (mean <= max_mean and largest <= max_difference):  # true also for NaN
+            problems.append(
                 f"prompt {number}: log probabilities differ by {mean:.3g} nats on average and "
-                f"{most:.3g} at most; rounding to {dtype} makes {on_average:g} and {at_most:g}"
+                f"{largest:.3g} at most; rounding to {dtype} makes {max_mean:g} and "
+                f"{max_difference:g}"
             )
-    return found
+    return problems

@@ -1,25 +1,25 @@
-"""Tokenizers that build a model's chat prompt as its publisher's code does, to the token id.
+"""Tokenizers that build the same token ids from a chat as the publisher's code.
 
-Each is a `tokenizer_mode` of vLLM, so that `POST /`, /v1/chat/completions and bare vLLM share it.
-What a user writes is text in all of them, also when it spells a control token.
+Each is a `tokenizer_mode` of vLLM, so `POST /`, /v1/chat/completions and bare vLLM share it. In all
+of them a control token that a user writes is plain text.
 """
 
 
 def register() -> None:
-    """Make the tokenizer modes known to vLLM. May be called more than once."""
+    """Register the tokenizer modes with vLLM. May be called more than once."""
     from vllm.renderers.registry import RENDERER_REGISTRY
     from vllm.tokenizers import TokenizerRegistry
 
-    # Mode -> the class, and the renderer for it: one for tokenizers that turn messages into token
-    # ids themselves, one that applies the chat template. Both give each thread its own tokenizer.
-    by_itself = ("service.tokenizers.renderer", "TokenIdsRenderer")
-    by_template = ("vllm.renderers.hf", "HfRenderer")
-    modes = {
-        "baichuan2": ("BaichuanTokenizer", by_itself),
-        "bluelm": ("BlueLMTokenizer", by_itself),
-        "literal": ("LiteralTokenizer", by_template),
-        "minicpm": ("MiniCPMTokenizer", by_template),
-        "xverse": ("XverseTokenizer", by_itself),
+    # TokenIdsRenderer is for tokenizers that turn messages into token ids themselves, HfRenderer
+    # applies the chat template. Both give each thread its own tokenizer.
+    token_ids_renderer = ("service.tokenizers.renderer", "TokenIdsRenderer")
+    template_renderer = ("vllm.renderers.hf", "HfRenderer")
+    modes = {  # mode -> (class, renderer)
+        "baichuan2": ("BaichuanTokenizer", token_ids_renderer),
+        "bluelm": ("BlueLMTokenizer", token_ids_renderer),
+        "literal": ("LiteralTokenizer", template_renderer),
+        "minicpm": ("MiniCPMTokenizer", template_renderer),
+        "xverse": ("XverseTokenizer", token_ids_renderer),
     }
     for mode, (name, renderer) in modes.items():
         if mode not in TokenizerRegistry.tokenizers:

@@ -2,7 +2,7 @@
 
     system 195 user 196 answer 195 user 196
 
-Every message is encoded on its own. 195 and 196 are user_token_id and assistant_token_id of
+Each message is encoded separately. 195 and 196 are user_token_id and assistant_token_id of
 generation_config.json.
 """
 
@@ -15,7 +15,7 @@ from service.tokenizers.sentencepiece import SentencePieceTokenizer
 
 
 class BaichuanTokenizer(SentencePieceTokenizer):
-    """`<reserved_106>` begins a user's turn, `<reserved_107>` the model's. Text never has them."""
+    """`<reserved_106>` begins a user's turn, `<reserved_107>` the model's. Text yields neither."""
 
     MARKERS = ("<reserved_106>", "<reserved_107>")
 
@@ -39,7 +39,7 @@ class BaichuanTokenizer(SentencePieceTokenizer):
         truncate_to: int | None = None,
         **options: Any,
     ) -> list[int]:
-        """Token ids of the prompt. `truncate_to` is a limit in tokens, see `chat.joined`."""
+        """Return the prompt's token ids. `truncate_to` is in tokens, see `chat.join`."""
         if len(self.turn_ids) != 2:
             raise ValueError("these files are not of a Baichuan2-Chat: its turn tokens are missing")
         turns = chat.turns(conversation, truncate_to, options)
@@ -48,7 +48,7 @@ class BaichuanTokenizer(SentencePieceTokenizer):
             [id for role, text in group for id in (self.turn_ids[role], *self._encode(text))]
             for group in chat.rounds_of(turns)
         ]
-        return chat.joined(system, rounds, truncate_to, end=[self.turn_ids["assistant"]])
+        return chat.join(system, rounds, truncate_to, end=[self.turn_ids["assistant"]])
 
     def _encode(self, text: str) -> list[int]:
         return self.build_inputs_with_special_tokens(self.encode_text(text))

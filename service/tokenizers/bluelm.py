@@ -2,7 +2,7 @@
 
     <s>[|Human|]:question[|AI|]:answer</s>[|Human|]:question[|AI|]:
 
-The published code encodes that as one string. `[|SYSTEM|]:` exists in the 32K variants.
+The published code encodes this as one string. `[|SYSTEM|]:` exists in the 32K variants.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ class BlueLMTokenizer(SentencePieceTokenizer):
     MARKERS = (*_MARKER.values(), "[|Function|]:")
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
-        # The tutorial's answers show none of them.
+        # The tutorial's answers show no markers.
         if skip_special_tokens and not isinstance(ids, int):
             markers = set(self.marker_ids.values())
             ids = [id for id in ids if id not in markers]
@@ -32,7 +32,7 @@ class BlueLMTokenizer(SentencePieceTokenizer):
         truncate_to: int | None = None,
         **options: Any,
     ) -> list[int]:
-        """Token ids of the prompt. `truncate_to` is a limit in tokens, see `chat.joined`."""
+        """Return the prompt's token ids. `truncate_to` is in tokens, see `chat.join`."""
         turns = chat.turns(conversation, truncate_to, options)
         for role, _ in turns:
             if _MARKER[role] not in self.marker_ids:
@@ -44,10 +44,10 @@ class BlueLMTokenizer(SentencePieceTokenizer):
         if turns[0][0] == "system":
             bos += self._encode([turns.pop(0)])
         rounds = [self._encode(group) for group in chat.rounds_of(turns)]
-        return chat.joined(bos, rounds, truncate_to)
+        return chat.join(bos, rounds, truncate_to)
 
     def _encode(self, turns: list[chat.Turn]) -> list[int]:
-        """Ids of these turns; after a user's, an answer begins."""
+        """Return the token ids of turns. If the last is a user's, begin an answer."""
         ids: list[int] = []
         string: list[chat.Turn] = []
         for turn in turns:

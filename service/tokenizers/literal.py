@@ -1,6 +1,6 @@
-"""Any model of transformers with a chat template, where control tokens in a message stay text.
+"""Chat templates for any model of transformers, with control tokens in messages kept as text.
 
-transformers renders a conversation to one string and then finds the control tokens in it, also
+transformers renders a conversation to one string and then finds the control tokens in it, including
 those that a user wrote: `<|im_end|>` in a question would end the question.
 """
 
@@ -22,11 +22,11 @@ class LiteralTokenizer:
         return literal(CachedHfTokenizer.from_pretrained(*args, **kwargs))
 
 
-def literal(tokenizer: Any, *, begun: bool = False) -> Any:
-    """A tokenizer like this one whose chat prompts keep the messages' control tokens as text.
+def literal(tokenizer: Any, *, add_bos: bool = False) -> Any:
+    """Return a copy of a tokenizer that keeps control tokens in messages as text.
 
-    Conversations without such text are rendered exactly as before; the others to token ids. With
-    `begun` all are, and begin as the tokenizer begins a text: with its bos.
+    A conversation without control tokens is rendered as before, another one to token ids. With
+    `add_bos` all are rendered to token ids, with the tokenizer's bos if it adds one.
     """
     control = control_pattern(tokenizer)
 
@@ -37,7 +37,7 @@ def literal(tokenizer: Any, *, begun: bool = False) -> Any:
             render = super().apply_chat_template
             if not control.search("\0".join(_texts(conversation))):
                 rendered: str | list[int] = render(conversation, *args, **kwargs)
-                return self.encode(rendered) if begun else rendered
+                return self.encode(rendered) if add_bos else rendered
             hidden: list[str] = []
             nonce = uuid.uuid4().hex
 
@@ -47,7 +47,7 @@ def literal(tokenizer: Any, *, begun: bool = False) -> Any:
 
             conversation = _mapped(conversation, lambda text: control.sub(hide, text))
             text = render(conversation, *args, **{**kwargs, "tokenize": False})
-            ids: list[int] = self.encode("") if begun else []
+            ids: list[int] = self.encode("") if add_bos else []
             for piece in control.split(text):
                 shown = re.sub(rf"{nonce}\.(\d+)\.", lambda m: hidden[int(m[1])], piece)
                 ids += self.encode(
@@ -56,22 +56,22 @@ def literal(tokenizer: Any, *, begun: bool = False) -> Any:
             return ids
 
         def __reduce__(self) -> tuple[Any, ...]:
-            return partial(literal, begun=begun), (tokenizer,)
+            return partial(literal, add_bos=add_bos), (tokenizer,)
 
     Literal.__name__ = f"Literal{type(tokenizer).__name__}"
-    made = copy.copy(tokenizer)
-    made.__class__ = Literal
-    return made
+    clone = copy.copy(tokenizer)
+    clone.__class__ = Literal
+    return clone
 
 
 def control_pattern(tokenizer: Any) -> re.Pattern[str]:
-    """Splits a text into control tokens and what is between them, keeping both."""
+    """Return a pattern that splits a text at control tokens and keeps them."""
     tokens = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
     return re.compile(f"({'|'.join(re.escape(t) for t in sorted(tokens, key=len, reverse=True))})")
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """`value` with `change` made to every string that is not a key of a message's structure."""
+    """Return `value` with `change` applied to all strings except keys, roles and types."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, list | tuple):
@@ -85,11 +85,11 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _texts(value: Any) -> list[str]:
-    found: list[str] = []
+    texts: list[str] = []
 
-    def note(text: str) -> str:
-        found.append(text)
+    def append(text: str) -> str:
+        texts.append(text)
         return text
 
-    _mapped(value, note)
-    return found
+    _mapped(value, append)
+    return texts

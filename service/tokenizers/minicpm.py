@@ -2,8 +2,8 @@
 
     <s><用户>question<AI>answer<用户>question<AI>
 
-The published code encodes the template's text as any text, so that bos comes from the tokenizer: a
-template that writes it would lose the space that some tokenizers put before a text.
+As in the published code, the tokenizer adds bos. If the template wrote it, the prompt would lose
+the space that some tokenizers put before a text.
 """
 
 from typing import Any
@@ -14,8 +14,8 @@ from service.tokenizers.literal import literal
 
 
 class MiniCPMTokenizer:
-    """The `tokenizer_mode` "minicpm": control tokens in a message stay text here too."""
+    """The `tokenizer_mode` "minicpm". Control tokens in a message stay text."""
 
     @staticmethod
     def from_pretrained(*args: Any, **kwargs: Any) -> Any:
-        return literal(CachedHfTokenizer.from_pretrained(*args, **kwargs), begun=True)
+        return literal(CachedHfTokenizer.from_pretrained(*args, **kwargs), add_bos=True)

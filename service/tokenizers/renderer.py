@@ -10,8 +10,8 @@ from vllm.tokenizers.hf import maybe_make_thread_pool
 class TokenIdsRenderer(DeepseekV32Renderer):  # type: ignore[misc]  # vLLM is not typed for us
     """DeepSeek's renderer with the tokenizer pool of HfRenderer.
 
-    `encode` sets `split_special_tokens` and the truncation on the Rust tokenizer itself, so the
-    event loop and each of vLLM's threads need a copy of their own.
+    `encode` changes `split_special_tokens` and truncation of the Rust tokenizer, so the event loop
+    and each of vLLM's threads need their own copy.
     """
 
     def __init__(self, config: Any, tokenizer: Any) -> None:

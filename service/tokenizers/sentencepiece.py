@@ -1,7 +1,7 @@
-"""Tokenizers that are a sentencepiece model, encoded and decoded by sentencepiece itself.
+"""Tokenizers from a sentencepiece `tokenizer.model`, with the semantics of the publishers' code.
 
-transformers reads such a `tokenizer.model` too, and gets texts wrong silently: it ignores the flag
-for the dummy prefix. The semantics here are those of the publishers' own Python classes.
+transformers reads `tokenizer.model` too, but tokenises some texts wrongly: it ignores the flag for
+the dummy prefix.
 """
 
 from typing import Any, Self
@@ -17,7 +17,7 @@ _UNUSED = ModelProto.SentencePiece.Type.UNUSED
 
 
 class SentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]  # transformers is untyped
-    """`MARKERS` are the pieces that structure a chat. Text never becomes one (`encode_text`)."""
+    """`MARKERS` are the pieces that structure a chat. `encode_text` never yields one."""
 
     MARKERS: tuple[str, ...] = ()
 
@@ -56,10 +56,10 @@ class SentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]  # tra
                 self.marker_ids[piece.piece] = id
                 piece.type = _UNUSED
         self._text_model = SentencePieceProcessor(model_proto=model.SerializeToString())
-        # The same again for text that follows a marker, where no dummy prefix belongs.
+        # The same model without a dummy prefix, for text after a marker.
         model.normalizer_spec.add_dummy_prefix = False
         model.normalizer_spec.remove_extra_whitespaces = False
-        self._inner_model = SentencePieceProcessor(model_proto=model.SerializeToString())
+        self._after_marker_model = SentencePieceProcessor(model_proto=model.SerializeToString())
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
@@ -67,9 +67,9 @@ class SentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]  # tra
         return tokenizer
 
     def encode_text(self, text: str, *, follows_marker: bool = False) -> list[int]:
-        """Ids of text alone: no bos or eos, and no marker whatever the text spells."""
+        """Return the token ids of a text, without bos and eos. A marker in it is plain text."""
         check_text(text)
-        model = self._inner_model if follows_marker else self._text_model
+        model = self._after_marker_model if follows_marker else self._text_model
         ids: list[int] = model.encode(text)
         return ids
 
@@ -79,7 +79,7 @@ class SentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]  # tra
         return pieces
 
     def _convert_id_to_token(self, index: int) -> str:
-        # A model's vocabulary may be padded, and it may say what is not in the tokenizer's.
+        # The model's vocabulary may be padded, so it may generate ids beyond the tokenizer's.
         return str(self.sp_model.id_to_piece(index)) if index < len(self.sp_model) else ""
 
     def build_inputs_with_special_tokens(

@@ -2,7 +2,7 @@
 
     Human: question\n\nAssistant: answer<eos>Human: question\n\nAssistant:
 
-Every turn is encoded on its own, and the end of an answer is one token id.
+Each turn is encoded separately, and an answer ends with one token id.
 """
 
 import copy
@@ -21,13 +21,13 @@ class XverseTokenizer:
     @staticmethod
     def from_pretrained(path: str | Path, *args: Any, **kwargs: Any) -> Any:
         tokenizer = CachedHfTokenizer.from_pretrained(path, *args, **kwargs)
-        # As published: the model's eos, and not the tokenizer's.
+        # Like the published code, use the model's eos instead of the tokenizer's.
         eos = chat.generation_config(Path(path)).get("eos_token_id", tokenizer.eos_token_id)
         return xverse(tokenizer, eos[0] if isinstance(eos, list) else eos)
 
 
 def xverse(tokenizer: Any, eos: int) -> Any:
-    """A tokenizer like this one that builds XVERSE's chat prompts; `eos` ends an answer in them."""
+    """Return a copy of a tokenizer that builds XVERSE's chat prompts; `eos` ends each answer."""
 
     class Xverse(tokenizer.__class__):  # type: ignore[misc]  # as vLLM derives its cached tokenizers
         def apply_chat_template(
@@ -36,7 +36,7 @@ def xverse(tokenizer: Any, eos: int) -> Any:
             truncate_to: int | None = None,
             **options: Any,
         ) -> list[int]:
-            """Token ids of the prompt. `truncate_to` is a limit in tokens, see `chat.joined`."""
+            """Return the prompt's token ids. `truncate_to` is in tokens, see `chat.join`."""
             turns = chat.turns(conversation, truncate_to, options)
             if turns[0][0] == "system":
                 raise ValueError("this model has no system messages")
@@ -51,7 +51,7 @@ def xverse(tokenizer: Any, eos: int) -> Any:
                         end = "Assistant: " if turn is turns[-1] else ""
                         ids += self._encode(f"Human: {text}\n\n{end}")
                 rounds.append(ids)
-            return chat.joined([], rounds, truncate_to)
+            return chat.join([], rounds, truncate_to)
 
         def _encode(self, text: str) -> list[int]:
             ids: list[int] = self.encode(text, split_special_tokens=True)
@@ -61,6 +61,6 @@ def xverse(tokenizer: Any, eos: int) -> Any:
             return xverse, (tokenizer, eos)
 
     Xverse.__name__ = f"Xverse{type(tokenizer).__name__}"
-    made = copy.copy(tokenizer)
-    made.__class__ = Xverse
-    return made
+    clone = copy.copy(tokenizer)
+    clone.__class__ = Xverse
+    return clone

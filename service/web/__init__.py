@@ -9,7 +9,7 @@ PAGE = files(__name__).joinpath("chat.html").read_text(encoding="utf-8")
 
 
 def _hash(tag: str) -> str:
-    """The CSP source of the page's only element of this kind."""
+    """Return the CSP hash of the page's only element `tag`."""
     (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", PAGE, re.S)
     digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return f"'sha256-{digest}'"
@@ -29,5 +29,5 @@ HEADERS = {
 
 
 def wants_page(accept: str | None) -> bool:
-    """Whether an Accept header is a browser's that opens the address."""
+    """Whether an Accept header is from a browser that opens the page."""
     return "text/html" in (accept or "")

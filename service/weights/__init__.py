@@ -1,4 +1,4 @@
-"""Where a model's files come from: one module for each kind of source, each with one `fetch`."""
+"""Fetches a model's files. Each kind of source has a module with a function `fetch`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +14,10 @@ def fetch(
     weights: bool = True,
     report: Callable[[int], None] | None = None,
 ) -> Path:
-    """The folder with the model's files, fetched on the first call.
+    """Return the folder with the model's files; fetch missing ones.
 
-    `weights=False` is for the source of a tokenizer: what only the weights need is not downloaded.
-    `report` is told the per cent of a long download.
-    Raises WeightsError or ConfigError with the remedy.
+    Use `weights=False` for the source of a tokenizer, to download no weights. `report` is called
+    with the percentage of a long download. Raises WeightsError or ConfigError with the remedy.
     """
     if source.embedded and source.sha256:
         return embedded.fetch(source.embedded, source.sha256, cache_dir)
@@ -28,7 +27,7 @@ def fetch(
 
 
 def present(source: Source, cache_dir: Path, *, weights: bool = True) -> Path | None:
-    """The folder that `fetch` would return when all is on this machine already, else None."""
+    """Return the folder of `fetch` if all files are on this machine, else None."""
     if source.embedded and source.sha256:
         folder = embedded.folder(source.embedded, source.sha256, cache_dir)
         return folder if folder.is_dir() else None

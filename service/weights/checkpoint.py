@@ -1,7 +1,7 @@
-"""Is a checkpoint whole? vLLM 0.32 serves garbage from one that lacks matrices or its head.
+"""Checks that a checkpoint is complete, from the names and headers of its files.
 
-(`DefaultModelLoader.track_weights_loading` leaves linear layers and embeddings of unquantised
-models out of its check.) Read from the files' headers and names alone.
+vLLM 0.32 serves garbage from one that lacks matrices or its head: its check
+(`DefaultModelLoader.track_weights_loading`) skips unquantised linear layers and embeddings.
 """
 
 import re
@@ -13,7 +13,7 @@ from service.errors import WeightsError
 from service.weights import tensor_files
 from service.weights.tensor_files import REMEDY, read_json, weight_files
 
-# Whose layers all have the same tensors.
+# Architectures whose layers all have the same tensors.
 _UNIFORM = frozenset(
     {
         "BaichuanForCausalLM",
@@ -27,13 +27,13 @@ _UNIFORM = frozenset(
         "XverseForCausalLM",
     }
 )
-# Of these the head is a matrix of its own, whatever config.json leaves out.
+# Architectures with a separate head unless config.json sets tie_word_embeddings.
 _UNTIED = frozenset({"BaichuanForCausalLM", "BlueLMForCausalLM", "XverseForCausalLM"})
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
 def check(folder: Path) -> None:
-    """Raises WeightsError naming what is cut short or missing, when that can be told."""
+    """Raise WeightsError if a file is damaged, cut short or missing, as far as can be checked."""
     _check_json(folder)
     files = weight_files(folder, "*.safetensors")
     for file in files:
@@ -48,7 +48,7 @@ def check(folder: Path) -> None:
         return
     try:
         names = {name for file in files for name in tensor_files.read(file)}
-    except WeightsError:  # a PyTorch file of the old form, or a broken one: vLLM tells
+    except WeightsError:  # an old or broken PyTorch file: vLLM reports it
         return
     _check_layers(names, config)
     tied = config.get("tie_word_embeddings", architecture not in _UNTIED)
@@ -59,7 +59,7 @@ def check(folder: Path) -> None:
 
 
 def _check_json(folder: Path) -> None:
-    """Whether the files that are JSON are JSON: the libraries that read them do not name them."""
+    """Raise WeightsError for invalid JSON; the libraries that read it do not name the file."""
     for file in folder.glob("*.json"):
         read_json(file)
 
@@ -67,12 +67,14 @@ def _check_json(folder: Path) -> None:
 def _check_layers(names: set[str], config: dict[str, Any]) -> None:
     layers: dict[int, set[str]] = defaultdict(set)
     for name in names:
-        if found := _LAYER.search(name):
-            layers[int(found[1])].add(name[: found.start()] + "." + name[found.end() :])
-    every = set().union(*layers.values())
-    wanted = config.get("num_hidden_layers") or config.get("num_transformer_layers") or len(layers)
-    for number in range(wanted):
-        if missing := sorted(every - layers[number]):
+        if match := _LAYER.search(name):
+            layers[int(match[1])].add(name[: match.start()] + "." + name[match.end() :])
+    all_tensors = set().union(*layers.values())
+    layer_count = (
+        config.get("num_hidden_layers") or config.get("num_transformer_layers") or len(layers)
+    )
+    for number in range(layer_count):
+        if missing := sorted(all_tensors - layers[number]):
             raise WeightsError(
                 f"the weights lack {len(missing)} tensors of layer {number}, among them "
                 f"{missing[0]}; {REMEDY}"

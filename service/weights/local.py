@@ -1,4 +1,4 @@
-"""A folder that the user names."""
+"""A model in a local folder."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ from service.errors import ConfigError
 
 
 def fetch(path: str, *, weights: bool = True) -> Path:
-    """The folder, when it looks like a checkpoint. Raises ConfigError when it does not.
+    """Return the folder. Raises ConfigError if it does not look like a checkpoint.
 
-    `weights=False` is for a tokenizer's folder, which may have no config.json.
+    Use `weights=False` for a tokenizer's folder, which may have no config.json.
     """
     try:
         folder = Path(path).expanduser()

@@ -1,4 +1,4 @@
-"""One process at a time, whatever kills it: the kernel drops the lock with its holder."""
+"""A lock between processes. The kernel releases it when its holder dies."""
 
 import sys
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 
 @contextmanager
 def locked(file: Path, name: str) -> Iterator[None]:
-    """Hold the lock `file`, waiting for another process that fetches `name`. Raises OSError."""
+    """Hold the lock `file`; wait for another process that fetches `name`. Raises OSError."""
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(file)
     try:
@@ -18,6 +18,6 @@ def locked(file: Path, name: str) -> Iterator[None]:
     except Timeout:
         print(f"Waiting for {name}, which is being fetched ...", file=sys.stderr, flush=True)
         lock.acquire()
-    with lock:  # counted: the one above is released with it
+    with lock:  # reentrant: a second level, so release the first
         lock.release()
         yield

@@ -1,8 +1,8 @@
 """A ModelScope repository, in modelscope's own cache (MODELSCOPE_CACHE moves it).
 
-modelscope resumes, retries, checks hashes and shows progress. What is here: which files, one
-download at a time, room on the disk, what a complete download is, and a remedy for each failure.
-`modelscope_hub` is the part of it that does so; `import modelscope` would import torch.
+`modelscope_hub` resumes, retries, checks hashes and shows progress. (`import modelscope` would
+import torch.) This module selects files, allows one download at a time, checks disk space, records
+complete downloads, and gives a remedy for each failure.
 """
 
 import errno
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("service")
 
-# Other formats of the same weights, which vLLM does not read, and code, which is never run.
+# Formats of weights that vLLM does not read, and code, which is never run.
 _IGNORED = ("*.gguf", "*.onnx", "*.msgpack", "*.h5", "*.ot", "*.pth", "*.py")
-_PICKLED = ("*.bin", "*.pt")  # read by vLLM only where there is no safetensors file
+_PICKLED = ("*.bin", "*.pt")  # vLLM reads these only if there is no safetensors file
 _WEIGHTS = ("*.safetensors", *_PICKLED)
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -40,11 +40,11 @@ def fetch(
     weights: bool = True,
     report: Callable[[int], None] | None = None,
 ) -> Path:
-    """The folder with the repository's files, after downloading those that are missing.
+    """Return the folder with the repository's files; download missing ones.
 
-    When the hub cannot be asked, an earlier complete download is used. `weights=False` leaves the
-    weights out: the source of a tokenizer. `report` is told the per cent that is here.
-    Raises WeightsError with the remedy.
+    If the hub does not answer, use an earlier complete download. `weights=False` skips the weights,
+    for the source of a tokenizer. `report` is called with the percentage downloaded. Raises
+    WeightsError with the remedy.
     """
     hub, config = _hub()
     from modelscope_hub.errors import HubError
@@ -54,9 +54,9 @@ def fetch(
     folder = _folder(hub, model_id, revision)
     print(f"Asking ModelScope for {what} ...", file=sys.stderr, flush=True)
     try:
-        files = _wanted(hub, model_id, revision, weights)
+        files = _select_files(hub, model_id, revision, weights)
     except (HubError, RequestException) as e:
-        problem = f"{config.endpoint} {_refusal(hub, model_id, revision, e)}"
+        problem = f"{config.endpoint} {_explain_listing(hub, model_id, revision, e)}"
         if _complete(folder, revision, weights):
             _logger.warning("%s; using the files already downloaded", problem)
             return folder
@@ -72,7 +72,7 @@ def fetch(
                 folder.mkdir(parents=True, exist_ok=True)
                 _check_space(folder, files)
                 receipt = _receipt(folder, weights)
-                receipt.write_text("{}")  # from now on the folder may be a mixture
+                receipt.write_text("{}")  # until the download ends, the folder may mix revisions
                 hub.download_repo(
                     model_id,
                     "model",
@@ -83,32 +83,32 @@ def fetch(
                 receipt.write_text(json.dumps({"revision": revision, "files": files}))
     except (HubError, RequestException, OSError) as e:
         raise WeightsError(
-            f"could not download {what} from ModelScope: {_failure(e, folder)}"
+            f"could not download {what} from ModelScope: {_explain_download(e, folder)}"
         ) from e
     return folder
 
 
 def present(model_id: str, revision: str, *, weights: bool = True) -> Path | None:
-    """The folder of an earlier complete download, or None. Does not ask the hub."""
+    """Return the folder of an earlier complete download, or None. Works offline."""
     hub, _ = _hub()
     folder = _folder(hub, model_id, revision)
     return folder if _complete(folder, revision, weights) else None
 
 
 def _hub() -> tuple["HubApi", "HubConfig"]:
-    """modelscope, with its settings. It reads some of them from the environment when imported."""
-    # For one file; an hour, its default, is too short for a 5 GB shard on a slow line.
+    """Import modelscope_hub and return its client and settings."""
+    # Seconds per file, read on import. The default of an hour is too short for a 5 GB shard.
     os.environ.setdefault("MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT", "86400")
     from modelscope_hub import HubApi, HubConfig
 
-    # It tells every try to reach a hub that is away; what to do is told once, at the end.
+    # It warns at every retry; we report the failure once, at the end.
     logging.getLogger("modelscope_hub").setLevel(logging.ERROR)
     config = HubConfig()
     return HubApi(config), config
 
 
 def _folder(hub: "HubApi", model_id: str, revision: str) -> Path:
-    """Where modelscope keeps the repository's files, or will; caches of its past are found too."""
+    """Return modelscope's cache folder of the repository, also in the layout of older versions."""
     from modelscope_hub.errors import CacheNotFound
 
     try:
@@ -122,18 +122,22 @@ def _folder(hub: "HubApi", model_id: str, revision: str) -> Path:
         ) from e
 
 
-def _wanted(hub: "HubApi", model_id: str, revision: str, weights: bool) -> list[dict[str, Any]]:
-    """The files to have, from the hub's list, as `download_repo` takes them."""
-    listed = [f for f in hub.list_repo_files(model_id, "model", revision=revision) if not f.is_dir]
+def _select_files(
+    hub: "HubApi", model_id: str, revision: str, weights: bool
+) -> list[dict[str, Any]]:
+    """Select files from the hub's list, in the form that `download_repo` takes."""
+    hub_files = [
+        f for f in hub.list_repo_files(model_id, "model", revision=revision) if not f.is_dir
+    ]
     ignored: tuple[str, ...] = _IGNORED
     if not weights:
         ignored += _WEIGHTS
-    # As vLLM looks for them: in the top folder.
-    elif any(_matches(f.path, ("*.safetensors",)) and "/" not in f.path for f in listed):
+    # Like vLLM, look for safetensors only in the top folder.
+    elif any(_matches(f.path, ("*.safetensors",)) and "/" not in f.path for f in hub_files):
         ignored += _PICKLED
     files: list[dict[str, Any]] = [
         {"Path": f.path, "Size": f.size, "Sha256": f.sha256}
-        for f in sorted(listed, key=lambda f: f.path)
+        for f in sorted(hub_files, key=lambda f: f.path)
         if not _matches(f.path, ignored)
     ]
     if not any(_matches(f["Path"], _WEIGHTS if weights else ("*",)) for f in files):
@@ -147,35 +151,37 @@ def _matches(path: str, patterns: Iterable[str]) -> bool:
 
 
 def _receipt(folder: Path, weights: bool) -> Path:
-    """Written after a download: its files. modelscope alone calls a half-filled folder present."""
+    """Return the path of the list of files that is written after a complete download."""
     return folder / (".complete.json" if weights else ".complete-tokenizer.json")
 
 
 def _complete(
     folder: Path, revision: str, weights: bool, files: list[dict[str, Any]] | None = None
 ) -> bool:
-    """Whether all files of a finished download are here, and are still `files` when given.
+    """Whether a complete download is in `folder`, and if `files` is given, of the same files.
 
-    Their hashes were checked when they came; now only sizes are.
+    Checks only sizes; the hashes were checked during the download.
     """
     try:
-        kept = json.loads(_receipt(folder, weights).read_text())
+        recorded = json.loads(_receipt(folder, weights).read_text())
     except FileNotFoundError:
-        return files is None and _looks_complete(folder, weights)  # modelscope's own command's
+        return files is None and _looks_complete(
+            folder, weights
+        )  # downloaded by modelscope's own command
     except (OSError, ValueError):
         return False
     try:
         return (
-            kept["revision"] == revision
-            and files in (None, kept["files"])
-            and all((folder / f["Path"]).stat().st_size == f["Size"] for f in kept["files"])
+            recorded["revision"] == revision
+            and files in (None, recorded["files"])
+            and all((folder / f["Path"]).stat().st_size == f["Size"] for f in recorded["files"])
         )
     except (OSError, KeyError):
         return False
 
 
 def _looks_complete(folder: Path, weights: bool) -> bool:
-    """Whether a folder that another program filled lacks nothing that can be told from itself."""
+    """Whether a folder that another program filled seems complete."""
     if any(folder.rglob("*.incomplete")):
         return False
     if not weights:
@@ -192,8 +198,8 @@ def _looks_complete(folder: Path, weights: bool) -> bool:
     )
 
 
-def _here(folder: Path, file: dict[str, Any]) -> int:
-    """Bytes of a file that are here, those that a cut download left to be resumed too."""
+def _local_bytes(folder: Path, file: dict[str, Any]) -> int:
+    """Return the bytes of a file on this machine, including a partial download to resume."""
     copies = (folder / file["Path"], folder / f"{file['Path']}.incomplete")
     return sum(copy.stat().st_size for copy in copies if copy.is_file())
 
@@ -201,27 +207,27 @@ def _here(folder: Path, file: dict[str, Any]) -> int:
 def _progress(
     folder: Path, files: list[dict[str, Any]], report: Callable[[int], None]
 ) -> "list[type[ProgressCallback]]":
-    """modelscope's progress bars, and one that counts over all files."""
+    """Return modelscope's progress bars, and a callback that reports the total percentage."""
     from modelscope_hub import ProgressCallback, TqdmCallback
 
     total = sum(file["Size"] for file in files) or 1
-    here = sum(_here(folder, file) for file in files)
-    told = -1
+    local_bytes = sum(_local_bytes(folder, file) for file in files)
+    last_percent = -1
 
     class Percent(ProgressCallback):
         def update(self, size: int) -> None:
-            nonlocal here, told
-            here += size
-            if (percent := min(99, here * 100 // total)) > told:
-                told = percent
+            nonlocal local_bytes, last_percent
+            local_bytes += size
+            if (percent := min(99, local_bytes * 100 // total)) > last_percent:
+                last_percent = percent
                 report(percent)
 
     return [TqdmCallback, Percent]
 
 
 def _check_space(folder: Path, files: list[dict[str, Any]]) -> None:
-    """Raises WeightsError when the disk cannot hold what is missing of `files`."""
-    needed = sum(max(0, file["Size"] - _here(folder, file)) for file in files)
+    """Raise WeightsError if the disk has no space for the missing parts of `files`."""
+    needed = sum(max(0, file["Size"] - _local_bytes(folder, file)) for file in files)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise WeightsError(
@@ -231,8 +237,8 @@ def _check_space(folder: Path, files: list[dict[str, Any]]) -> None:
         )
 
 
-def _refusal(hub: "HubApi", model_id: str, revision: str, error: Exception) -> str:
-    """What the hub did instead of listing the files, and what to do."""
+def _explain_listing(hub: "HubApi", model_id: str, revision: str, error: Exception) -> str:
+    """Explain why the hub did not list the files, and what to do."""
     from modelscope_hub.errors import HubError
     from requests import RequestException
 
@@ -242,7 +248,7 @@ def _refusal(hub: "HubApi", model_id: str, revision: str, error: Exception) -> s
         return f"refuses it (HTTP {status}): {private}, of an account that may read it"
     if status not in (400, 404):
         return (
-            f"does not answer as a hub ({_kind(error)}); check the network, the proxy and "
+            f"does not answer as a hub ({_class_name(error)}); check the network, the proxy and "
             "MODELSCOPE_ENDPOINT"
         )
     try:
@@ -257,8 +263,8 @@ def _refusal(hub: "HubApi", model_id: str, revision: str, error: Exception) -> s
     return f"has no such repository (HTTP {status}); check source.modelscope; {private}"
 
 
-def _failure(error: Exception, folder: Path) -> str:
-    """Why the files could not be had, and what to do."""
+def _explain_download(error: Exception, folder: Path) -> str:
+    """Explain why a download failed, and what to do."""
     from modelscope_hub.errors import FileDownloadError, FileIntegrityError
 
     failed = error.failed_files if isinstance(error, FileDownloadError) else {str(folder): error}
@@ -282,9 +288,9 @@ def _failure(error: Exception, folder: Path) -> str:
                 "owner"
             )
     file, e = next(iter(failed.items()))
-    return f"{file}: {_kind(e)}; run the command again: it resumes where it stopped"
+    return f"{file}: {_class_name(e)}; run the command again: it resumes where it stopped"
 
 
-def _kind(error: BaseException) -> str:
-    """An error by its class: modelscope's messages are partly Chinese, and carry signed URLs."""
+def _class_name(error: BaseException) -> str:
+    """Name an error by its class: modelscope's texts are partly Chinese and hold signed URLs."""
     return type(error).__name__.lstrip("_")

@@ -1,7 +1,7 @@
-"""The weight files of a checkpoint: which there are, and what their headers say.
+"""Lists the weight files of a checkpoint and reads their headers; loads no weights.
 
-A safetensors file begins with the length of its header in 8 bytes, little-endian, and the header in
-JSON (https://huggingface.co/docs/safetensors). No weights are loaded.
+A safetensors file begins with the length of its header in 8 bytes, little-endian, then the header
+in JSON (https://huggingface.co/docs/safetensors).
 """
 
 import json
@@ -11,20 +11,20 @@ from typing import Any, NamedTuple
 from service.errors import WeightsError
 
 _ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # safetensors' names of float types
-_NOT_WEIGHTS = ("training_args.bin", "optimizer.bin")  # which vLLM leaves out too
-_MAX_HEADER_BYTES = 100_000_000  # as the safetensors library has it
+_NOT_WEIGHTS = ("training_args.bin", "optimizer.bin")  # vLLM ignores them too
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 REMEDY = "fetch the model again"
 
 
 class Tensor(NamedTuple):
-    """Bytes of one tensor, and how many floats it has: 0 for a tensor of integers."""
+    """Size of one tensor in bytes and in floats; 0 floats for a tensor of integers."""
 
     bytes: int
     floats: int
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file of a checkpoint. Raises WeightsError."""
+    """Return a JSON file of a checkpoint. Raises WeightsError."""
     try:
         content: dict[str, Any] = json.loads(file.read_bytes())
         return content
@@ -33,15 +33,15 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def index(folder: Path, pattern: str) -> dict[str, Any]:
-    """The index of several weight files of one pattern, or an empty one."""
-    found: dict[str, Any] = {}
+    """Return the index of the weight files of one pattern, or an empty dict."""
+    content: dict[str, Any] = {}
     for file in folder.glob(f"{pattern}.index.json"):
-        found = read_json(file)
-    return found
+        content = read_json(file)
+    return content
 
 
 def weight_files(folder: Path, pattern: str) -> list[Path]:
-    """The files of this pattern, such as "*.bin", that vLLM would read weights from."""
+    """Return the files of a pattern, such as "*.bin", that vLLM would load."""
     names = set(index(folder, pattern).get("weight_map", {}).values())
     return [
         file
@@ -51,7 +51,7 @@ def weight_files(folder: Path, pattern: str) -> list[Path]:
 
 
 def read(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors or PyTorch file by name. Raises WeightsError."""
+    """Return the tensors of a safetensors or PyTorch file by name. Raises WeightsError."""
     if file.suffix == ".safetensors":
         header, _ = _header(file)
         tensors = {}
@@ -70,7 +70,7 @@ def read(file: Path) -> dict[str, Tensor]:
 
 
 def check_length(file: Path) -> None:
-    """Raises WeightsError when a safetensors file is not as long as its header says."""
+    """Raise WeightsError if the length of a safetensors file differs from its header."""
     header, length = _header(file)
     expected = length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
     if (found := file.stat().st_size) != expected:
@@ -80,7 +80,7 @@ def check_length(file: Path) -> None:
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file, and where its data begins."""
+    """Return the header of a safetensors file, and the offset of its data."""
     header = None
     try:
         with file.open("rb") as f:
@@ -96,7 +96,7 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
 
 
 def _pickled(file: Path) -> dict[str, Any]:
-    """What a PyTorch file holds; its data stays on the disk."""
+    """Return the tensors of a PyTorch file; their data stays on the disk."""
     import torch
 
     try:
