@@ -10,6 +10,7 @@ from pathlib import Path
 
 from service.errors import ConfigError
 
+_COMMENT = re.compile(r"(?:^|\s)#")
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HASH = re.compile(r"sha256:([0-9a-f]{64})")
 
@@ -36,7 +37,7 @@ def parse(text: str, place: str) -> dict[str, Client]:
     KEY may be `sha256:` and the hash. A text of a single word is a key with the name default.
     Raises ConfigError with `place` and line, but never a key.
     """
-    lines = [(n, line.partition("#")[0].split()) for n, line in enumerate(text.splitlines(), 1)]
+    lines = [(n, _COMMENT.split(line)[0].split()) for n, line in enumerate(text.splitlines(), 1)]
     lines = [(n, words) for n, words in lines if words]
     if len(lines) == 1 and len(lines[0][1]) == 1:
         lines = [(lines[0][0], ["default", *lines[0][1]])]

@@ -14,7 +14,8 @@ from starlette.types import Receive, Scope, Send
 from service.api.admission import Admission
 from service.api.cancellation import Cancellations
 from service.api.gate import Gate
-from service.api.middleware import Observe, Refusals
+from service.api.keys import Keys
+from service.api.middleware import ApiKey, Observe, Refusals
 from service.errors import Overloaded
 from service.settings import Settings
 from tests.conftest import hardening
@@ -28,6 +29,7 @@ class State:
     model_names = ("a-model",)
     body_keys: frozenset[str] = frozenset()
     hidden = frozenset({"/v1/hidden"})
+    keys: Keys | None = None
 
     def __init__(self, *, cache_per_key: bool = False) -> None:
         self.admission = Admission(1, 0, 10)
@@ -42,13 +44,14 @@ async def echo(request: Request) -> JSONResponse:
     return JSONResponse({"body": (await request.body()).decode()})
 
 
-def application(state: State) -> FastAPI:
-    app = FastAPI()
+def application(state: State, root_path: str = "") -> FastAPI:
+    app = FastAPI(root_path=root_path)
     app.state.service = state
     app.state.args = Namespace(allowed_origins=["*"], allow_credentials=False)
     for path in ("/v1/new", "/v1/hidden", "/v1/audio/transcriptions", "/tokenize"):
         app.add_route(path, echo, methods=["GET", "POST"])
     app.add_middleware(Gate)
+    app.add_middleware(ApiKey)
     app.add_middleware(Refusals)
     app.add_middleware(Observe)
     return app
@@ -108,3 +111,13 @@ def test_each_key_has_a_cache_of_its_own_on_every_route() -> None:
 def test_a_page_of_another_site_may_post() -> None:
     answer = ask(State(), "POST", "/", headers={"origin": "http://elsewhere"})
     assert answer.headers["access-control-allow-origin"] == "*"
+
+
+def test_behind_a_proxy_that_keeps_its_prefix_the_same_paths_need_no_key() -> None:
+    state = State()
+    state.keys = Keys({}, None)
+    client = TestClient(application(state, "/prefix"))
+    assert client.get("/prefix/health/live").json() == {"status": "alive"}
+    assert client.get("/prefix/", headers={"accept": "text/html"}).status_code == 200
+    assert client.post("/prefix/").status_code == 401
+    assert client.get("/prefix/v1/new").status_code == 401

@@ -21,6 +21,7 @@ def test_a_line_is_a_name_a_key_and_a_weight() -> None:
     assert list(found.values()) == [Client("alice", 2.5), Client("bob", 1.0)]
     assert found[hashed] == Client("bob")
     assert list(clients.parse("secret\n", "keys").values()) == [Client("default")]
+    assert clients.digest(b"se#cret") in clients.parse("alice se#cret # hers", "keys")
 
 
 @pytest.mark.parametrize(

@@ -73,9 +73,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._write_timer: asyncio.TimerHandle | None = None
         self._refused = False
         self._spare = False
-        self._cycles: deque[RequestResponseCycle] = (
-            deque()
-        )  # unfinished; several if the client sends ahead
+        # Unfinished ones; several if the client sends ahead.
+        self._cycles: deque[RequestResponseCycle] = deque()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -85,7 +84,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._start_header_timer()
         if len(self.connections) > self.max_connections:
             self._make_room()
-        self.idle[self] = None
+        if not self._refused:
+            self.idle[self] = None
 
     def _make_room(self) -> None:
         """Close the longest idle connection; if none is idle, make this one spare or refuse it."""

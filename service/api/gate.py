@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from pydantic_core import to_json
-from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -13,7 +12,7 @@ from service.api import request_limits
 from service.api.admission import Admission
 from service.api.cancellation import Cancellations, deadline_of
 from service.api.lifespan import lifespan
-from service.api.middleware import path_of, with_cors
+from service.api.middleware import is_form, path_of, with_cors
 from service.api.record import RequestRecord
 from service.api.routes import ROUTES
 from service.api.state import ServiceState
@@ -101,7 +100,7 @@ class Admit:
         assert message is not None
         body = message.get("body", b"")
         request: Mapping[str, Any] = {}
-        if Headers(scope=scope).get("content-type", "").startswith("multipart/form-data"):
+        if is_form(scope):
             if self.settings.cache_per_key:  # a form has no field for the cache salt
                 raise InvalidRequest("this server takes no forms, because it keeps a cache per key")
         elif body:

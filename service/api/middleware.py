@@ -62,7 +62,7 @@ class Observe:
         record = RequestRecord(_request_id(scope))
         record.attach(scope)
         state: ServiceState = scope["app"].state.service
-        traced = state.traces and scope["path"] not in _QUIET
+        traced = state.traces and path_of(scope) not in _QUIET
         span = tracing.begin(scope, record) if traced else None
 
         async def observed(message: Message) -> None:
@@ -84,7 +84,7 @@ class Observe:
             _add_vllm_usage(record, scope)
             if span:
                 tracing.end(span, scope, record, route)
-            record.log(scope["method"], route, seconds, quiet=scope["path"] in _QUIET)
+            record.log(scope["method"], route, seconds, quiet=path_of(scope) in _QUIET)
 
 
 class Refusals:
@@ -214,7 +214,7 @@ class ApiKey:
             await self.app(scope, receive, send)
             return
         state: ServiceState = scope["app"].state.service
-        path = scope["path"]
+        path = path_of(scope)
         public = (
             path in HEALTH
             or (path == "/" and scope["method"] in ("GET", "HEAD"))  # the chat page
@@ -254,8 +254,9 @@ class Body:
             except TimeoutError:
                 seconds = state.deployment.settings.body_timeout
                 raise BodyTooSlow(f"the body did not come within {seconds:g} s") from None
-            if scope["path"] == "/" or not _is_form(scope):
-                state.budget.check(path_of(scope), body)
+            path = path_of(scope)
+            if path == "/" or not is_form(scope):  # POST / reads JSON, whatever its type says
+                state.budget.check(path, body)
             unread: Message | None = {"type": "http.request", "body": body, "more_body": False}
 
             async def receive_once() -> Message:
@@ -307,7 +308,7 @@ async def _read(headers: Headers, receive: Receive, counted: _CountedBody) -> by
             return bytes(body)
 
 
-def _is_form(scope: Scope) -> bool:
+def is_form(scope: Scope) -> bool:
     """Whether the body is a multipart form. vLLM's JSON routes refuse a form unread."""
     return Headers(scope=scope).get("content-type", "").lower().startswith("multipart/form-data")
 

@@ -258,7 +258,6 @@ def _stored(folder: Path, hf_config: Any) -> tuple[int, int]:
         if files and len(files) >= len(set(index.get("weight_map", {}).values())):
             tensors = [tensor for file in files for tensor in tensor_files.read(file).values()]
             return sum(t.bytes for t in tensors), sum(t.floats for t in tensors)
-        if index:
-            total = int(index["metadata"]["total_size"])
+        if total := int(index.get("metadata", {}).get("total_size", 0)):
             return total, total // getattr(hf_config.dtype, "itemsize", 2)
     raise WeightsError(f"{folder} has neither weights nor their index, so no fit can be computed")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from service.errors import WeightsError
 from service.weights.lock import locked
+from service.weights.tensor_files import read_json
 
 if TYPE_CHECKING:
     from modelscope_hub import HubApi, HubConfig, ProgressCallback
@@ -186,11 +187,11 @@ def _looks_complete(folder: Path, weights: bool) -> bool:
         return False
     if not weights:
         return any(folder.glob("tokenizer*"))
-    shards = {
-        shard
-        for index in folder.glob("*.index.json")
-        for shard in json.loads(index.read_text())["weight_map"].values()
-    }
+    try:
+        indexes = [read_json(index) for index in folder.glob("*.index.json")]
+    except WeightsError:  # half-written
+        return False
+    shards = {shard for index in indexes for shard in index.get("weight_map", {}).values()}
     return (
         (folder / "config.json").is_file()
         and any(_matches(file.name, _WEIGHTS) for file in folder.iterdir())

@@ -60,13 +60,16 @@ def read(file: Path) -> dict[str, Tensor]:
             item = _ITEM_SIZES.get(tensor["dtype"], 0)
             tensors[name] = Tensor(end - begin, (end - begin) // item if item else 0)
         return tensors
-    return {
-        name: Tensor(
-            tensor.numel() * tensor.element_size(),
-            tensor.numel() if tensor.is_floating_point() else 0,
-        )
-        for name, tensor in _pickled(file).items()
-    }
+    try:
+        return {
+            name: Tensor(
+                tensor.numel() * tensor.element_size(),
+                tensor.numel() if tensor.is_floating_point() else 0,
+            )
+            for name, tensor in _pickled(file).items()
+        }
+    except AttributeError:
+        raise WeightsError(f"{file} holds more than tensors, which vLLM does not read") from None
 
 
 def check_length(file: Path) -> None:
