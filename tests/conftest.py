@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.server import Server
 from service import model_config, settings, weights
+from tests import warm
 
 # Two files of tests run at once, and threads of an engine that wait for each other want cores of
 # their own.
@@ -51,7 +52,7 @@ def environment() -> Iterator[None]:
 def service(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path) -> Iterator[Server]:
     """One API process. Eager, because compiling is most of a start; README's test compiles."""
     log = tmp_path_factory.mktemp("service") / "log"
-    with Server.service(log, "--set", "engine.enforce_eager=true") as server:
+    with warm.Server.service(log, "--set", "engine.enforce_eager=true") as server:
         yield server
 
 

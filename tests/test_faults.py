@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from benchmarks.server import Server
-from tests import slow_step
+from tests import slow_step, warm
 from tests.conftest import LOOPBACK, MODEL, PATIENCE, hardening, logged
 
 LONG = {"prompt": "Count from one to a thousand.", "temperature": 2, "max_new_tokens": 1900}
@@ -114,7 +114,7 @@ def test_a_hung_engine_is_noticed_forgiven_when_it_wakes_and_given_up_when_not(
     tmp_path: Path,
 ) -> None:
     env = {"SERVICE_STALL_TIMEOUT": str(STALL_SECONDS)}
-    with Server.service(tmp_path / "log", *EAGER, env=env) as server:
+    with warm.Server.service(tmp_path / "log", *EAGER, env=env) as server:
         children = processes(server)
         (engine,) = processes(server, "EngineCore")
         with in_flight(server) as answers:
@@ -173,7 +173,7 @@ def test_a_slow_step_is_waited_for_and_one_that_does_nothing_is_not(tmp_path: Pa
 @hardening(20)
 def test_an_api_process_that_hangs_is_ended(tmp_path: Path) -> None:
     env = {"SERVICE_STALL_TIMEOUT": "1"}
-    with Server.service(tmp_path / "log", *EAGER, env=env) as server:
+    with warm.Server.service(tmp_path / "log", *EAGER, env=env) as server:
         children = processes(server)
         server.api_process().send_signal(signal.SIGSTOP)
         began = time.monotonic()
@@ -184,7 +184,7 @@ def test_an_api_process_that_hangs_is_ended(tmp_path: Path) -> None:
 
 @hardening(20)
 def test_a_killed_engine_answers_everyone_and_ends(tmp_path: Path) -> None:
-    with Server.service(tmp_path / "log", *EAGER) as server:
+    with warm.Server.service(tmp_path / "log", *EAGER) as server:
         check_killed_engine(server)
 
 
@@ -207,7 +207,7 @@ def test_a_stop_while_loading_ends_at_once(tmp_path: Path, seconds: float) -> No
 @hardening(20)
 def test_a_killed_supervisor_or_server_leaves_nothing_behind(tmp_path: Path) -> None:
     victims = ("supervisor", "server")
-    servers = {victim: Server.service(tmp_path / victim, *EAGER) for victim in victims}
+    servers = {victim: warm.Server.service(tmp_path / victim, *EAGER) for victim in victims}
     deadline = time.monotonic() + PATIENCE
     while not all(processes(server, "EngineCore") for server in servers.values()):
         assert time.monotonic() < deadline

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.server import Server
 from service import model_config
+from tests import warm
 from tests.conftest import MODEL, PATIENCE, hardening, logged
 from tests.otlp import Collector
 from tests.prometheus import scrape, series
@@ -43,7 +44,7 @@ def two(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Itera
     config, _ = model_config.load(MODEL)
     template = f"prompt.template={json.dumps(RULE + str(config.prompt.template))}"
     sets = (*both, *traces, "--set", template)
-    with Server.service(folder / "log", *EAGER, *sets, env=env) as server:
+    with warm.Server.service(folder / "log", *EAGER, *sets, env=env) as server:
         yield server
 
 
