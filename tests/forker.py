@@ -30,7 +30,9 @@ def receive(channel: socket.socket) -> tuple[Any, list[int]]:
 def _main(channel: socket.socket) -> None:
     """Import vLLM, fork for each request, and return in each of the forks."""
     set_by_import = _import_vllm()
+    gc.collect()
     gc.freeze()  # the forks share these objects
+    gc.unfreeze = lambda: None  # an engine that ends would look through all of them for garbage
     while True:
         request, files = receive(channel)
         if request is None:

@@ -15,7 +15,6 @@ from tests.conftest import MODEL, PATIENCE, hardening, logged
 from tests.otlp import Collector
 from tests.prometheus import scrape, series
 from tests.test_faults import EAGER, check_killed_engine
-from tests.test_terminal import run
 
 KEY = "correct-horse-battery-staple"
 BEARER = {"authorization": f"Bearer {KEY}"}
@@ -99,9 +98,9 @@ def test_every_route_asks_for_the_key(two: Server, route: str, authorization: st
 
 def test_the_command_line_says_how_to_give_the_key(two: Server) -> None:
     for command in (("top",), ("chat", "hi")):
-        done = run(*command, "--url", two.url)
+        done = warm.run(*command, "--url", two.url)
         assert done.returncode == 1 and "(--key, or SERVICE_API_KEY)" in done.stderr
-    assert run("chat", "hi", "--url", two.url, "--key", KEY).returncode == 0
+    assert warm.run("chat", "hi", "--url", two.url, "--key", KEY).returncode == 0
 
 
 def test_health_needs_no_key(two: Server) -> None:

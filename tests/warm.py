@@ -73,18 +73,20 @@ class Server(server.Server):
 
 
 def run(
-    *words: str, env: Mapping[str, str] | None = None, timeout: float = 600
+    *words: str, typed: str = "", env: Mapping[str, str] | None = None, timeout: float = 600
 ) -> subprocess.CompletedProcess[str]:
     """`chat-service` with these words, or `python` where the first is "-c".
 
-    `env` goes over the environment of this process.
+    `typed` is its input, and `env` goes over the environment of this process.
     """
     with (
+        tempfile.TemporaryFile("w+") as input,
         tempfile.TemporaryFile("w+") as output,
         tempfile.TemporaryFile("w+") as error,
-        open(os.devnull) as nothing,
     ):
-        process = Process(words, {**os.environ, **(env or {})}, [nothing, output, error])
+        input.write(typed)
+        input.seek(0)
+        process = Process(words, {**os.environ, **(env or {})}, [input, output, error])
         try:
             status = process.wait(timeout)
         except subprocess.TimeoutExpired:
