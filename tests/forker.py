@@ -98,6 +98,8 @@ def _become(words: list[str], env: dict[str, str], set_by_import: dict[str, str]
     setproctitle.setproctitle(" ".join(["python -m service", *words]))
     os.environ.clear()
     os.environ.update(env)
+    paths = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.path[1:1] = [path for path in paths if path not in sys.path]
     sys.argv = ["service", *words]
     if words[:1] == ["serve"]:
         _fork_fork_server(set_by_import)
