@@ -16,6 +16,11 @@ from tests import warm
 # their own.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# The files that take longest come first, so that two workers end together.
+LONGEST = (
+    *("overload", "readme", "models", "faults", "contract", "benchmarks", "hostile", "compiled"),
+    *("cli", "weights", "two_api_processes", "chat_page", "budget", "start_errors"),
+)
 MODEL = "smollm2-135m-instruct"
 # Seconds that a test waits for what must come. Only what is broken takes so long, on any processor.
 PATIENCE = 600
@@ -26,6 +31,11 @@ LOOPBACK = httpx.Client(
     timeout=PATIENCE,
     limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 def hardening(*rows: int) -> pytest.MarkDecorator:
