@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import resource
 import runpy
 import socket
 import sys
@@ -127,8 +128,12 @@ def _fork_fork_server(set_by_import: dict[str, str]) -> None:
     def start(path: bytes, arguments: Sequence[Any], files: Sequence[int]) -> int:
         if "multiprocessing.forkserver" not in arguments[-1]:
             return int(spawn(path, arguments, files))
-        message = {"code": arguments[-1], "env": dict(os.environ), "numbers": list(files)}
-        send(channel, message, files)
+        inherited = {
+            "env": dict(os.environ),
+            "most_files": resource.getrlimit(resource.RLIMIT_NOFILE),
+            "numbers": list(files),
+        }
+        send(channel, {"code": arguments[-1], **inherited}, files)
         channel.close()
         return pid
 
@@ -136,7 +141,7 @@ def _fork_fork_server(set_by_import: dict[str, str]) -> None:
 
 
 def _be_fork_server(channel: socket.socket, set_by_import: dict[str, str]) -> NoReturn:
-    """Run the code of a fork server, with the files that it would inherit and no others."""
+    """Run the code of a fork server, with what it would inherit and no other files."""
     request, files = receive(channel)
     channel.close()
     if request is None:  # `serve` has ended before
@@ -149,6 +154,7 @@ def _be_fork_server(channel: socket.socket, set_by_import: dict[str, str]) -> No
     for file, number in zip(waiting, request["numbers"], strict=True):
         os.dup2(file, number)
         os.close(file)
+    resource.setrlimit(resource.RLIMIT_NOFILE, tuple(request["most_files"]))
     os.environ.clear()
     os.environ.update(request["env"] | set_by_import)
     _configure_logging()

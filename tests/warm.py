@@ -50,6 +50,7 @@ class Process:
             except (TimeoutError, BlockingIOError):
                 raise subprocess.TimeoutExpired("chat-service", timeout or 0) from None
             self._status.close()
+            assert status, "nobody has waited for the end of this process"
             self.returncode = int.from_bytes(status, "little", signed=True)
         return self.returncode
 
