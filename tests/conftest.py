@@ -10,11 +10,17 @@ import pytest
 
 from benchmarks.server import Server
 from service import model_config, settings, weights
+from tests import warm
 
 # Two files of tests run at once, and threads of an engine that wait for each other want cores of
 # their own.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# The files that take longest come first, so that two workers end together.
+LONGEST = (
+    *("overload", "readme", "models", "faults", "contract", "benchmarks", "hostile", "compiled"),
+    *("cli", "weights", "two_api_processes", "chat_page", "budget", "start_errors"),
+)
 MODEL = "smollm2-135m-instruct"
 # Seconds that a test waits for what must come. Only what is broken takes so long, on any processor.
 PATIENCE = 600
@@ -25,6 +31,11 @@ LOOPBACK = httpx.Client(
     timeout=PATIENCE,
     limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 def hardening(*rows: int) -> pytest.MarkDecorator:
@@ -51,7 +62,7 @@ def environment() -> Iterator[None]:
 def service(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path) -> Iterator[Server]:
     """One API process. Eager, because compiling is most of a start; README's test compiles."""
     log = tmp_path_factory.mktemp("service") / "log"
-    with Server.service(log, "--set", "engine.enforce_eager=true") as server:
+    with warm.Server.service(log, "--set", "engine.enforce_eager=true") as server:
         yield server
 
 

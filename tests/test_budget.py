@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.server import Server
+from tests import warm
 from tests.conftest import MODEL, hardening
 
 MAX_BODY = 4 * 2**20
@@ -130,7 +131,7 @@ class Watched:
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path) -> Iterator[Watched]:
     log = tmp_path_factory.mktemp("budget") / "log"
-    with Server.service(log, "--set", "engine.enforce_eager=true") as server:
+    with warm.Server.service(log, "--set", "engine.enforce_eager=true") as server:
         yield Watched(server)
         assert server.process.poll() is None
 

@@ -13,6 +13,7 @@ import pytest
 from playwright.sync_api import Browser, Error, Page, expect, sync_playwright
 
 from benchmarks.server import Server
+from tests import warm
 from tests.conftest import LOOPBACK, MODEL, PATIENCE, logged
 
 KEY = {"authorization": "Bearer secret"}
@@ -30,7 +31,7 @@ FLAGS = [
 
 @pytest.fixture(scope="module")
 def starting(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path) -> Iterator[Server]:
-    server = Server.service(
+    server = warm.Server.service(
         tmp_path_factory.mktemp("page") / "log",
         *("--set", "engine.enforce_eager=true", "--set", "engine.max_num_seqs=1"),
         env={"SERVICE_API_KEY": "secret", "SERVICE_MAX_WAITING": "0"},

@@ -13,10 +13,11 @@ import pytest
 
 from benchmarks.server import free_port
 from service import model_config
+from tests import warm
 from tests.conftest import MODEL, PATIENCE
 
 
-def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+def typed(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "service", *arguments],
         capture_output=True,
@@ -24,6 +25,11 @@ def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         timeout=PATIENCE,
         env={**os.environ, **env},
     )
+
+
+def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """The same without the import of vLLM."""
+    return warm.run(*arguments, env=env)
 
 
 def test_help_shows_each_command_with_an_example() -> None:
@@ -55,7 +61,7 @@ def test_models_is_a_table_with_a_line_for_each() -> None:
 
 
 def test_check_says_where_each_value_is_from(embedded_model: Path) -> None:
-    done = run("check", "--set", "sampling.top_k=7")
+    done = typed("check", "--set", "sampling.top_k=7")
     assert done.returncode == 0, done.stderr
     rows = {line.split()[0]: re.split(r"\s{2,}", line.strip()) for line in done.stdout.splitlines()}
     key, value, origin = rows["engine.max_model_len"]
@@ -134,12 +140,7 @@ def test_a_port_in_use_is_told_at_once() -> None:
 def test_nothing_goes_on_without_the_plugins(module: str, plugin: str) -> None:
     # An entry in sys.modules that is None makes the import of that module fail.
     broken = f"import sys; sys.modules[{module!r}] = None; from service.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", broken, "check"],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
+    done = run("-c", broken, "check")
     assert done.returncode == 1
     assert f"error: vLLM's plugin {plugin} fails to load" in done.stderr
     assert "Traceback" not in done.stderr

@@ -8,11 +8,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from benchmarks.server import Server
 from service import model_config, settings
 from service.launch import compile_cache, server
 from service.launch.compile_cache import Compiled
-from tests import checkpoints
+from tests import checkpoints, warm
 
 
 @pytest.mark.parametrize(
@@ -41,7 +40,7 @@ def test_a_start_is_eager_until_the_model_was_compiled_here(tmp_path: Path) -> N
     env = {"SERVICE_CACHE_DIR": str(tmp_path / "cache")}
 
     def start(*more: str) -> str:
-        with Server.service(tmp_path / "log", str(file), *memory, *more, env=env) as server:
+        with warm.Server.service(tmp_path / "log", str(file), *memory, *more, env=env) as server:
             body = {"model": "tiny", "prompt": "a", "max_tokens": 3}
             assert httpx.post(f"{server.url}/v1/completions", json=body).status_code == 200
             return server.log.read_text()
@@ -49,12 +48,7 @@ def test_a_start_is_eager_until_the_model_was_compiled_here(tmp_path: Path) -> N
     before = start()
     assert "Not compiled: `chat-service compile tiny` takes some minutes" in before
     assert "Compiling" not in before
-    done = subprocess.run(
-        [sys.executable, "-m", "service", "compile", str(file), *memory, "--json"],
-        capture_output=True,
-        text=True,
-        env={**Server.environment(), **env},
-    )
+    done = warm.run("compile", str(file), *memory, "--json", env=env)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     code = sorted((tmp_path / "cache" / "torchinductor").rglob("*.so"))

@@ -4,7 +4,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from benchmarks.server import Server
-from tests import slow_step
-from tests.conftest import LOOPBACK, MODEL, PATIENCE, hardening, logged
+from tests import slow_step, warm
+from tests.conftest import LOOPBACK, MODEL, PATIENCE, hardening
 
 LONG = {"prompt": "Count from one to a thousand.", "temperature": 2, "max_new_tokens": 1900}
 CHAT = {
@@ -114,7 +114,7 @@ def test_a_hung_engine_is_noticed_forgiven_when_it_wakes_and_given_up_when_not(
     tmp_path: Path,
 ) -> None:
     env = {"SERVICE_STALL_TIMEOUT": str(STALL_SECONDS)}
-    with Server.service(tmp_path / "log", *EAGER, env=env) as server:
+    with warm.Server.service(tmp_path / "log", *EAGER, env=env) as server:
         children = processes(server)
         (engine,) = processes(server, "EngineCore")
         with in_flight(server) as answers:
@@ -144,7 +144,10 @@ def test_a_slow_step_is_waited_for_and_one_that_does_nothing_is_not(tmp_path: Pa
     body = {"prompt": "What is the capital of France?"}
     seconds = 12  # twice as long as an engine may answer without doing anything
     env = {"SERVICE_STALL_TIMEOUT": "1", **slow_step.environment(tmp_path)}
-    with Server.service(tmp_path / "log", *EAGER, env=env) as server, ThreadPoolExecutor() as pool:
+    with (
+        warm.Server.service(tmp_path / "log", *EAGER, env=env) as server,
+        ThreadPoolExecutor() as pool,
+    ):
         children = processes(server)
         slow_step.make_next_step(tmp_path, "compute", seconds)
         began = time.monotonic()
@@ -173,7 +176,7 @@ def test_a_slow_step_is_waited_for_and_one_that_does_nothing_is_not(tmp_path: Pa
 @hardening(20)
 def test_an_api_process_that_hangs_is_ended(tmp_path: Path) -> None:
     env = {"SERVICE_STALL_TIMEOUT": "1"}
-    with Server.service(tmp_path / "log", *EAGER, env=env) as server:
+    with warm.Server.service(tmp_path / "log", *EAGER, env=env) as server:
         children = processes(server)
         server.api_process().send_signal(signal.SIGSTOP)
         began = time.monotonic()
@@ -184,30 +187,43 @@ def test_an_api_process_that_hangs_is_ended(tmp_path: Path) -> None:
 
 @hardening(20)
 def test_a_killed_engine_answers_everyone_and_ends(tmp_path: Path) -> None:
-    with Server.service(tmp_path / "log", *EAGER) as server:
+    with warm.Server.service(tmp_path / "log", *EAGER) as server:
         check_killed_engine(server)
 
 
 @hardening(21)
-@pytest.mark.parametrize("seconds", [3, 11])
-def test_a_stop_while_loading_ends_at_once(tmp_path: Path, seconds: float) -> None:
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    servers = {number: Server.service(tmp_path / number.name, *EAGER) for number in numbers}
-    for server in servers.values():
-        assert logged(server, "Starting ")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("start", "line", "seconds"),
+    [
+        (Server.service, "Starting ", 3),  # it imports vLLM
+        (warm.Server.service, "Loading the weights", 0),
+    ],
+)
+def test_a_stop_while_loading_ends_at_once(
+    tmp_path: Path,
+    number: signal.Signals,
+    start: Callable[..., Server],
+    line: str,
+    seconds: float,
+) -> None:
+    server = start(tmp_path / "log", *EAGER)
+    deadline = time.monotonic() + PATIENCE
+    while line not in server.log.read_text():
+        assert time.monotonic() < deadline and server.process.poll() is None
+        time.sleep(0.02)
     time.sleep(seconds)
-    for number, server in servers.items():
-        children = processes(server)
-        began = time.monotonic()
-        server.process.send_signal(number)
-        check_gone(server, children, 0)
-        assert time.monotonic() - began < 5
+    children = processes(server)
+    began = time.monotonic()
+    server.process.send_signal(number)
+    check_gone(server, children, 0)
+    assert time.monotonic() - began < 5
 
 
 @hardening(20)
 def test_a_killed_supervisor_or_server_leaves_nothing_behind(tmp_path: Path) -> None:
     victims = ("supervisor", "server")
-    servers = {victim: Server.service(tmp_path / victim, *EAGER) for victim in victims}
+    servers = {victim: warm.Server.service(tmp_path / victim, *EAGER) for victim in victims}
     deadline = time.monotonic() + PATIENCE
     while not all(processes(server, "EngineCore") for server in servers.values()):
         assert time.monotonic() < deadline

@@ -14,6 +14,7 @@ from service.errors import ConfigError, WeightsError
 from service.preflight import check, fit
 from service.preflight.fit import GIB
 from tests import checkpoints
+from tests.engine import imports_are_no_garbage
 
 pytestmark = pytest.mark.usefixtures("environment")
 
@@ -98,19 +99,20 @@ def engine(folder: Path, **arguments: Any) -> Iterator[Any]:
     """vLLM's LLM in this process."""
     from vllm import LLM
 
-    llm = LLM(
-        str(folder),
-        skip_tokenizer_init=True,
-        dtype="float32",
-        enforce_eager=True,
-        use_tqdm_on_load=False,
-        kv_cache_memory_bytes=50 << 20,
-        **arguments,
-    )
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
+    with imports_are_no_garbage():
+        llm = LLM(
+            str(folder),
+            skip_tokenizer_init=True,
+            dtype="float32",
+            enforce_eager=True,
+            use_tqdm_on_load=False,
+            kv_cache_memory_bytes=50 << 20,
+            **arguments,
+        )
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
 
 
 def configured(folder: Path, **arguments: Any) -> Any:

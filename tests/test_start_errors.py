@@ -2,19 +2,17 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from benchmarks.server import free_port
 from service.errors import WeightsError
 from service.launch import start_errors
 from service.weights import checkpoint
-from tests import checkpoints
-from tests.conftest import PATIENCE
+from tests import checkpoints, warm
 
 # What vLLM says where this machine cannot cause it, and a part of what we say.
 SAID = [
@@ -52,45 +50,6 @@ SAID = [
 @pytest.mark.parametrize(("cause", "advice"), SAID)
 def test_what_vllm_says_becomes_what_to_do(cause: str, advice: str) -> None:
     assert start_errors.explain(cause).startswith(advice)
-
-
-# Runs `server.run` for each case of stdin in a fork: importing vLLM once takes long enough.
-RUNNER = """
-import json, os, sys, tempfile
-from pathlib import Path
-os.environ["PYTHONWARNINGS"] = "ignore"
-import vllm.entrypoints.cli.serve
-import vllm.v1.engine.async_llm
-from service import model_config, settings
-from service.launch import server
-from service.errors import ServiceError
-from service.launch.run_folder import RunFolder
-from service.api.application import Deployment
-from service.launch import environment
-
-for case in json.load(sys.stdin):
-    reader, writer = os.pipe()
-    if os.fork() == 0:
-        os.setsid()
-        try:
-            with tempfile.TemporaryDirectory() as path:
-                loaded = model_config.load(case[0], case[1:])
-                loading = settings.load()
-                folder = RunFolder(Path(path))
-                folder.write_deployment(
-                    Deployment(model=loaded[0], settings=loading, clients=None, instance="x")
-                )
-                environment.prepare(folder, loading)
-                server.run(folder, loaded[1], None)
-        except ServiceError as e:
-            os.write(writer, str(e).encode())
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with open(reader) as f:
-        print(json.dumps(f.read()), flush=True)
-    os.wait()
-"""
 
 
 def damage(folder: Path, name: str, change: Callable[[Path], None]) -> str:
@@ -173,19 +132,14 @@ def test_each_cause_ends_in_one_line(tmp_path: Path) -> None:
             "tokenizer.json is not readable JSON",
         ),
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", RUNNER],
-        input=json.dumps([case for case, _ in cases]),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('"')]
-    assert len(said) == len(cases), done.stderr
-    for line, (case, expected) in zip(said, cases, strict=True):
-        assert expected in line, (case, line)
-        assert "\n" not in line
-    assert "Traceback" not in done.stderr
+    for (model, *sets), expected in cases:
+        words = [word for each in sets for word in ("--set", each)]
+        done = warm.run("serve", model, *words, "--port", str(free_port()))
+        assert done.returncode and not done.stdout, (model, sets)
+        told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert [expected in line for line in told] == [True], (sets, done.stderr)
+        assert done.stderr.endswith(f"{told[0]}\n")
+        assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("name", sorted(checkpoints.BUILDERS))

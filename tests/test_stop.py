@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from benchmarks.server import Server
+from tests import warm
 from tests.conftest import MODEL
 from tests.test_openai import FRANCE, PARIS
 
@@ -36,7 +36,7 @@ STREAMED = [route for route in BODIES if route != "/v1/chat/completions/batch"]
 def http(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path) -> Iterator[httpx.Client]:
     log = tmp_path_factory.mktemp("stop") / "log"
     settings = ("engine.enforce_eager=true", f"sampling.stop={json.dumps(STOPS)}")
-    with Server.service(log, *(word for s in settings for word in ("--set", s))) as server:
+    with warm.Server.service(log, *(word for s in settings for word in ("--set", s))) as server:
         with httpx.Client(base_url=server.url, timeout=120, trust_env=False) as client:
             yield client
 

@@ -1,73 +1,56 @@
 """`chat-service chat` and `chat-service top` on a running server."""
 
 import json
-import os
-import subprocess
-import sys
 import threading
-from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from benchmarks.server import Server, free_port
 from service import terminal
-from tests.conftest import PATIENCE
-
-
-def run(
-    *words: str, typed: str = "", environment: Mapping[str, str] | None = None
-) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "service", *words],
-        input=typed,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        env={**os.environ, **(environment or {})},
-    )
+from tests import warm
 
 
 def test_one_question_is_answered_on_stdout(service: Server) -> None:
     ask = ("chat", "What is the capital of France?", "--url", service.url, "--temperature", "0")
-    done = run(*ask)
+    done = warm.run(*ask)
     assert (done.returncode, done.stderr) == (0, "")
     assert "Paris" in done.stdout
-    answer = json.loads(run(*ask, "--json").stdout)
+    answer = json.loads(warm.run(*ask, "--json").stdout)
     assert answer["response"] == done.stdout.removesuffix("\n")
     assert answer["details"]["finish_reason"] == "stop"
 
 
 def test_a_conversation_remembers_and_outlives_a_refusal(service: Server) -> None:
     typed = "What is the capital of France?\n\nAnd of Italy?\n"
-    done = run("chat", "--url", service.url, "--temperature", "0", "--json", typed=typed)
+    done = warm.run("chat", "--url", service.url, "--temperature", "0", "--json", typed=typed)
     assert done.returncode == 0, done.stderr
     first, second = map(json.loads, done.stdout.splitlines())
     assert second["history"][0] == ["What is the capital of France?", first["response"]]
     assert "Rome" in second["response"]
-    refused = run("chat", "hi", "--url", service.url, "--temperature", "9")
+    refused = warm.run("chat", "hi", "--url", service.url, "--temperature", "9")
     assert refused.returncode == 1 and refused.stdout == ""
     assert refused.stderr.startswith("error: 422: temperature should be less than or equal to 2")
 
 
 def test_top_shows_what_the_server_does(service: Server) -> None:
-    done = run("top", "--url", service.url, "--interval", "0.2", "--count", "2", "--json")
+    done = warm.run("top", "--url", service.url, "--interval", "0.2", "--count", "2", "--json")
     assert done.returncode == 0, done.stderr
     first, _ = map(json.loads, done.stdout.splitlines())
     assert first["requests_per_second"] == 0 and first["kv_cache_usage"] == 0
-    shown = run("top", "--url", service.url, "--interval", "0.2", "--count", "1")
+    shown = warm.run("top", "--url", service.url, "--interval", "0.2", "--count", "1")
     assert "KV cache" in shown.stdout and "tokens out" in shown.stdout
 
 
 def test_the_server_is_where_the_environment_says_that_it_listens(service: Server) -> None:
     port = service.url.rpartition(":")[2]
     words = ("top", "--interval", "0.2", "--count", "1")
-    assert run(*words, environment={"SERVICE_PORT": port}).stdout.startswith(service.url)
-    assert run(*words, "--url", f"127.0.0.1:{port}").stdout.startswith(service.url)
+    assert warm.run(*words, env={"SERVICE_PORT": port}).stdout.startswith(service.url)
+    assert warm.run(*words, "--url", f"127.0.0.1:{port}").stdout.startswith(service.url)
 
 
 def test_a_server_that_is_not_there_is_told_in_one_line() -> None:
     url = f"http://127.0.0.1:{free_port()}"
     for command in (("top",), ("chat", "hi")):
-        done = run(*command, "--url", url)
+        done = warm.run(*command, "--url", url)
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr.startswith(f"error: {url}: ") and done.stderr.count("\n") == 1
 
@@ -87,7 +70,7 @@ def test_a_server_of_another_kind_and_what_cannot_be_sent_are_told_in_one_line(
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         for command in (("top",), ("chat", "hi"), ("chat",)):
-            done = run(*command, "--url", url, typed="hi\n")
+            done = warm.run(*command, "--url", url, typed="hi\n")
             assert done.returncode == 1, command
             assert done.stderr.splitlines()[-1].startswith(f"error: {url}: "), done.stderr
         server.shutdown()
@@ -96,7 +79,7 @@ def test_a_server_of_another_kind_and_what_cannot_be_sent_are_told_in_one_line(
         ("chat", "hi", "--url", service.url, "--key", "密钥"),
         ("chat", "hi", "--url", service.url, "--temperature", "nan"),
     ):
-        done = run(*words)
+        done = warm.run(*words)
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
 

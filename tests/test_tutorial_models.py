@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from benchmarks.server import Server
 from service.api import engine
 from service.preflight import reference
-from tests import checkpoints
+from tests import checkpoints, warm
 from tests.conftest import PATIENCE
 
 Tutorial = tuple[Path, httpx.Client]  # the checkpoint, and a client of its server
@@ -33,13 +33,13 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Tuto
                 name, folder, "engine.dtype=float32", "engine.enforce_eager=true"
             )
             sets = [word for argument in arguments for word in ("--set", argument)]
-            server = Server.service(folder / "log", checkpoints.CATALOGUE[name], *sets)
+            server: Server = warm.Server.service(folder / "log", checkpoints.CATALOGUE[name], *sets)
             stack.callback(server.stop)
             client = httpx.Client(base_url=server.url, timeout=PATIENCE, trust_env=False)
             servers[name] = folder, stack.enter_context(client)
             waiting.append(server)
-        for server in waiting:
-            server.wait_until_ready()
+        for each in waiting:
+            each.wait_until_ready()
         yield servers
 
 

@@ -10,11 +10,11 @@ import pytest
 
 from benchmarks.server import Server
 from service import model_config
+from tests import warm
 from tests.conftest import MODEL, PATIENCE, hardening, logged
 from tests.otlp import Collector
 from tests.prometheus import scrape, series
 from tests.test_faults import EAGER, check_killed_engine
-from tests.test_terminal import run
 
 KEY = "correct-horse-battery-staple"
 BEARER = {"authorization": f"Bearer {KEY}"}
@@ -43,7 +43,7 @@ def two(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Itera
     config, _ = model_config.load(MODEL)
     template = f"prompt.template={json.dumps(RULE + str(config.prompt.template))}"
     sets = (*both, *traces, "--set", template)
-    with Server.service(folder / "log", *EAGER, *sets, env=env) as server:
+    with warm.Server.service(folder / "log", *EAGER, *sets, env=env) as server:
         yield server
 
 
@@ -98,9 +98,9 @@ def test_every_route_asks_for_the_key(two: Server, route: str, authorization: st
 
 def test_the_command_line_says_how_to_give_the_key(two: Server) -> None:
     for command in (("top",), ("chat", "hi")):
-        done = run(*command, "--url", two.url)
+        done = warm.run(*command, "--url", two.url)
         assert done.returncode == 1 and "(--key, or SERVICE_API_KEY)" in done.stderr
-    assert run("chat", "hi", "--url", two.url, "--key", KEY).returncode == 0
+    assert warm.run("chat", "hi", "--url", two.url, "--key", KEY).returncode == 0
 
 
 def test_health_needs_no_key(two: Server) -> None:

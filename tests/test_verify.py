@@ -2,30 +2,15 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
-from tests import checkpoints
-from tests.conftest import PATIENCE
+from tests import checkpoints, warm
 
 
 def verify(name: str, folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     sets = checkpoints.arguments(name, folder, "engine.enforce_eager=true")
     words = [word for argument in sets for word in ("--set", argument)]
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "service",
-            "verify",
-            checkpoints.CATALOGUE[name],
-            *words,
-            *arguments,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
+    return warm.run("verify", checkpoints.CATALOGUE[name], *words, *arguments)
 
 
 def test_equal_is_said_for_people_and_for_machines(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from service import model_config, weights
 from service.errors import ConfigError
 from service.model_config import Source
+from tests import warm
 from tests.conftest import PATIENCE, hardening
 from tests.hub import MEGABYTE, Hub, serving
 
@@ -410,8 +411,10 @@ def test_serve_downloads_what_is_missing_and_check_does_not(
         "    model=config, settings=settings.load(), clients=None, instance='x'))\n"
         "server.run(folder, origins, None)\n"
     )
-    status, output, error = run_cli(hub, tmp_path, code, tiny_yaml, str(tmp_path))
-    assert status == 0, error
+    words = ("-c", code, tiny_yaml, str(tmp_path))
+    done = warm.run(*words, env=environment(hub, tmp_path))
+    assert done.returncode == 0, done.stderr
+    output = done.stdout
     assert "not downloaded yet" in output
     assert (tmp_path / "phase").read_text().split() == ["loading"]
     assert hub.listings == 2  # of the model and of the tokenizer, by `serve`
