@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 import psutil
 
-from benchmarks.server import Server
+from testing.server import Server
 
 MODEL = "smollm2-135m-instruct"
 RUNNING = 256

@@ -12,8 +12,8 @@ from typing import Any, Self
 
 import psutil
 
-from benchmarks.server import Server, free_port
 from service import model_config, settings, weights
+from testing.server import Server, free_port
 
 _CHAT = {"plain": "Chat", "stream": "ChatStream"}
 

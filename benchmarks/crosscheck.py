@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import workload
-from benchmarks.server import Server
 from service import model_config, settings, weights
+from testing.server import Server
 
 MODEL = "smollm2-135m-instruct"
 _UV = str(Path(sys.executable).with_name("uv"))

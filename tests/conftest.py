@@ -8,8 +8,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from benchmarks.server import Server
 from service import model_config, settings, weights
+from testing.server import Server
 from tests import warm
 
 # Two files of tests run at once, and threads of an engine that wait for each other want cores of

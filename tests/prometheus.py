@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from benchmarks.server import Server, free_port
+from testing.server import Server, free_port
 
 
 def program(name: str) -> str:

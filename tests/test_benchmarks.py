@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import workload
-from benchmarks.server import Server
-from tests import checkpoints
+from testing import checkpoints
+from testing.server import Server
 from tests.conftest import PATIENCE
 
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.server import Server
+from testing.server import Server
 from tests import warm
 from tests.conftest import MODEL, hardening
 

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Error, Page, expect, sync_playwright
 
-from benchmarks.server import Server
+from testing.server import Server
 from tests import warm
 from tests.conftest import LOOPBACK, MODEL, PATIENCE, logged
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.server import free_port
 from service import model_config
+from testing.server import free_port
 from tests import warm
 from tests.conftest import MODEL, PATIENCE
 

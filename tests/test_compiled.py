@@ -11,7 +11,8 @@ import pytest
 from service import model_config, settings
 from service.launch import compile_cache, server
 from service.launch.compile_cache import Compiled
-from tests import checkpoints, warm
+from testing import checkpoints
+from tests import warm
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import httpx
 import pytest
 import requests
 
-from benchmarks.server import Server
+from testing.server import Server
 from tests.conftest import MODEL, PATIENCE
 
 FRANCE = "What is the capital of France?"

@@ -32,7 +32,7 @@ from service.api.record import RequestRecord
 from service.clients import Client
 from service.errors import ClientGone, InvalidRequest
 from service.model_config import ModelConfig
-from tests import checkpoints
+from testing import checkpoints
 from tests.conftest import PATIENCE
 
 LIMIT = 3

@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from benchmarks.server import Server
+from testing.server import Server
 from tests.conftest import MODEL, hardening
 
 CHAT = "/v1/chat/completions"

@@ -13,7 +13,7 @@ import httpx
 import psutil
 import pytest
 
-from benchmarks.server import Server
+from testing.server import Server
 from tests import slow_step, warm
 from tests.conftest import LOOPBACK, MODEL, PATIENCE, hardening
 

@@ -13,7 +13,7 @@ from service import cli, model_config, settings
 from service.errors import ConfigError, WeightsError
 from service.preflight import check, fit
 from service.preflight.fit import GIB
-from tests import checkpoints
+from testing import checkpoints
 from tests.engine import imports_are_no_garbage
 
 pytestmark = pytest.mark.usefixtures("environment")

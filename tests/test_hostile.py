@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from benchmarks.server import Server
+from testing.server import Server
 from tests.conftest import MODEL, PATIENCE, hardening, logged
 
 CHAT = "/v1/chat/completions"

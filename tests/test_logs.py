@@ -7,10 +7,10 @@ from pathlib import Path
 import httpx
 import openai
 
-from benchmarks.server import Server
 from service.launch.log_config import ToSupervisor
 from service.launch.run_folder import RunFolder
 from service.phase import Phase
+from testing.server import Server
 from tests.conftest import MODEL, logged
 
 

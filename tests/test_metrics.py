@@ -5,7 +5,7 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.server import Server
+from testing.server import Server
 from tests.conftest import MODEL
 from tests.prometheus import program, scrape, series
 

@@ -16,7 +16,7 @@ from vllm.transformers_utils.config import get_config
 
 from service.models import baichuan2, bluelm, openelm
 from service.preflight import reference
-from tests import checkpoints
+from testing import checkpoints
 from tests.conftest import PATIENCE
 from tests.engine import PROMPTS, Answer, ask, engine
 

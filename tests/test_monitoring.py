@@ -14,8 +14,8 @@ import httpx
 import pytest
 import yaml
 
-from benchmarks.server import Server
 from monitoring import dashboard
+from testing.server import Server
 from tests.conftest import MODEL
 from tests.prometheus import program, running
 from tests.test_overload import LONG, RUNS, client_of, wait_for

@@ -7,7 +7,7 @@ import httpx
 import openai
 import pytest
 
-from benchmarks.server import Server
+from testing.server import Server
 from tests.conftest import MODEL
 
 FRANCE = "What is the capital of France?"

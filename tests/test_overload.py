@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from benchmarks.server import Server
+from testing.server import Server
 from tests.conftest import LOOPBACK, MODEL, PATIENCE, hardening, logged
 
 RUNNING, WAITING = 4, 8

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from benchmarks.server import free_port
 from service.errors import WeightsError
 from service.launch import start_errors
 from service.weights import checkpoint
-from tests import checkpoints, warm
+from testing import checkpoints
+from testing.server import free_port
+from tests import warm
 
 # What vLLM says where this machine cannot cause it, and a part of what we say.
 SAID = [

@@ -17,7 +17,7 @@ from service.model_config import ModelConfig, Origins
 from service.preflight.check import CheckReport
 from service.preflight.check import check as check_model
 from service.prompting import Message
-from tests import checkpoints
+from testing import checkpoints
 from tests.conftest import MODEL
 
 try:

@@ -4,8 +4,8 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from benchmarks.server import Server, free_port
 from service import terminal
+from testing.server import Server, free_port
 from tests import warm
 
 

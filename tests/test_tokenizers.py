@@ -20,7 +20,7 @@ from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 from service import settings, vllm_arguments
 from service.api.fast_render import chat_params
 from service.launch import server
-from tests import checkpoints
+from testing import checkpoints
 
 TEXTS = ["你好", " 你好 ", "Who are you?", "a  b", "😀 龘", "第一行\n第二行\n", "12345", "</s>"]
 # As trained by their publishers, or not: nobody here has seen the real files.

@@ -11,10 +11,11 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-from benchmarks.server import Server
 from service.api import engine
 from service.preflight import reference
-from tests import checkpoints, warm
+from testing import checkpoints
+from testing.server import Server
+from tests import warm
 from tests.conftest import PATIENCE
 
 Tutorial = tuple[Path, httpx.Client]  # the checkpoint, and a client of its server

@@ -8,8 +8,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from benchmarks.server import Server
 from service import model_config
+from testing.server import Server
 from tests import warm
 from tests.conftest import MODEL, PATIENCE, hardening, logged
 from tests.otlp import Collector

@@ -4,7 +4,8 @@ import json
 import subprocess
 from pathlib import Path
 
-from tests import checkpoints, warm
+from testing import checkpoints
+from tests import warm
 
 
 def verify(name: str, folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests import checkpoints
+from testing import checkpoints
 
 ARCHITECTURES = ("baichuan2", "xverse", "bluelm", "bluelm_32k", "openelm", "minicpm")
 DTYPES = ("float32", "bfloat16")

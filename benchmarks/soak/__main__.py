@@ -26,7 +26,7 @@ from typing import Any
 import httpx
 import psutil
 
-from benchmarks.server import Server
+from testing.server import Server
 
 SEQUENCES = 16  # that the engine runs at once
 TOKENS = 24
