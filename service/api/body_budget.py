@@ -31,7 +31,7 @@ def parse(body: bytes) -> Any:
     """The JSON of a body.
 
     Raises MalformedBody for what is not JSON: NaN, lone surrogates and nesting deeper than the
-    parser's 200 levels too.
+    parser's 201 levels too.
     """
     try:
         return from_json(body, allow_inf_nan=False)
