@@ -15,7 +15,7 @@ from starlette.routing import BaseRoute
 
 from service.errors import InvalidRequest, MalformedBody, PromptTooLong
 
-# Objects, arrays, keys and strings of one body. 100 kB of tools have 8,000.
+# Objects, arrays, keys and strings of one body. 125 kB of ordinary tools have 7,000.
 MAX_VALUES = 20_000
 # Numbers too, which cost less: a prompt may be token ids.
 MAX_NUMBERS = 262_144
