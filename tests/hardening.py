@@ -44,7 +44,7 @@ ROWS: dict[int, tuple[str, str]] = {
     ),
     8: (
         "NaN, infinity, 1e38, negative numbers, numbers as strings, a float for `top_k`",
-        "422 on `POST /`, 400 on vLLM's routes and for what is no JSON; but vLLM's routes read `\"1\"` as 1, and take any `logit_bias`",
+        "422 on `POST /`, 400 on vLLM's routes; but those read `\"1\"` as 1, and take any number as a `logit_bias`",
     ),
     9: (
         "A prompt that is empty, whitespace, null, a list, lone surrogates, NUL, control tokens, as "
