@@ -10,6 +10,7 @@ import pytest
 from service.api.admission import Admission
 from service.clients import Client
 from service.errors import Overloaded, Unavailable, WaitedTooLong
+from tests.conftest import hardening
 
 ALICE, BOB = Client("alice"), Client("bob")
 
@@ -53,6 +54,7 @@ class Requests:
         return Counter(name for name, _ in self.running)
 
 
+@hardening(22)
 def test_what_does_not_fit_waits_and_then_is_refused() -> None:
     async def scenario() -> None:
         admission = Admission(limit=2, queue=3, queue_timeout=60)
@@ -70,6 +72,7 @@ def test_what_does_not_fit_waits_and_then_is_refused() -> None:
     run(scenario)
 
 
+@hardening(22)
 def test_the_next_is_of_who_runs_least_for_its_weight() -> None:
     async def scenario() -> None:
         admission = Admission(limit=8, queue=500, queue_timeout=60)
@@ -87,6 +90,7 @@ def test_the_next_is_of_who_runs_least_for_its_weight() -> None:
     run(scenario)
 
 
+@hardening(22)
 def test_a_full_queue_still_has_room_for_a_client_below_its_share() -> None:
     async def scenario() -> None:
         admission = Admission(limit=1, queue=10, queue_timeout=60)
@@ -159,6 +163,7 @@ def test_waiting_has_an_end() -> None:
     run(scenario)
 
 
+@hardening(22)
 def test_retry_after_is_when_there_is_room_at_the_rate_measured() -> None:
     async def scenario() -> None:
         clock = Clock()

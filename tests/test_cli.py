@@ -14,7 +14,7 @@ import pytest
 from service import model_config
 from testing.server import free_port
 from tests import warm
-from tests.conftest import MODEL, PATIENCE
+from tests.conftest import MODEL, PATIENCE, hardening
 
 
 def typed(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -97,6 +97,16 @@ def test_check_refuses_what_vllm_refuses_for_this_model(embedded_model: Path) ->
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(r"error: .*max_model_len.*\n", done.stderr.splitlines(True)[-1])
     assert "Traceback" not in done.stderr
+
+
+@hardening(24)
+def test_a_mistake_in_a_yaml_ends_the_start_with_2(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("name: mine\nsource: {path: .}\nsamplign: {}\n")
+    done = run("serve", str(file))
+    assert (done.returncode, done.stdout) == (2, "")
+    mistake = "samplign: unknown key; did you mean 'sampling'?"
+    assert done.stderr == f"error: {file}:3: {mistake}\n"
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.api import connection
 from service.settings import Settings
+from tests import hardening as hardening_page
 from tests.conftest import hardening
 
 CONNECTIONS = 8
@@ -101,6 +102,37 @@ def test_headers_sent_ahead_have_their_time_after_the_answer(client: socket.sock
     assert time.monotonic() - began < 5 * TIMEOUT
 
 
+@hardening(3)
+@pytest.mark.parametrize(("headers", "status"), [(128, b" 200 "), (129, b" 431 ")])
+def test_a_request_has_so_many_headers(client: socket.socket, headers: int, status: bytes) -> None:
+    more = b"a: b\r\n" * (headers - 2)
+    client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + more + b"\r\n")
+    assert status in read(client).split(b"\r\n")[0]
+
+
+@hardening(3)
+@pytest.mark.parametrize(("length", "refused"), [(65_536, False), (65_537, True)])
+def test_a_head_that_goes_on_is_refused(client: socket.socket, length: int, refused: bool) -> None:
+    head = b"GET / HTTP/1.1\r\nHost: x\r\na: "
+    client.sendall(head + b"b" * (length - len(head)))
+    client.settimeout(TIMEOUT / 2)
+    if refused:
+        assert client.recv(65536).startswith(b"HTTP/1.1 431 ")
+    else:
+        with pytest.raises(TimeoutError):
+            client.recv(65536)
+
+
+@hardening(19)
+def test_who_closes_its_sending_half_has_left(client: socket.socket) -> None:
+    began = time.monotonic()
+    client.sendall(GET % b"/slow")
+    time.sleep(0.2)
+    client.shutdown(socket.SHUT_WR)
+    assert read(client) == b""
+    assert time.monotonic() - began < TIMEOUT
+
+
 def connect(port: int, request: bytes = b"") -> socket.socket:
     s = socket.create_connection(("127.0.0.1", port), timeout=10)
     s.sendall(request)
@@ -150,6 +182,16 @@ def test_when_all_are_busy_the_newcomer_alone_is_refused_and_health_is_answered(
     finally:
         for s in busy:
             s.close()
+
+
+def test_the_page_says_these_limits() -> None:
+    page = hardening_page.PAGE.read_text(encoding="utf-8")
+    kilobytes = connection._MAX_HEADER_BYTES // 1024
+    says = (
+        f"431 above {connection._MAX_HEADERS} headers, or when more than {kilobytes} KiB of a head"
+    )
+    assert says in page
+    assert f"of requests sent ahead {connection._MAX_PIPELINED} are answered" in page
 
 
 def test_uvicorn_has_the_methods_that_are_overridden() -> None:

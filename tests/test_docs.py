@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests import configuration
+from service.api import body_budget, request_limits
+from service.phase import PATIENCE, Phase
+from service.settings import Settings
+from tests import configuration, hardening
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -37,6 +40,29 @@ def test_every_file_of_the_code_that_is_named_exists(page: Path) -> None:
 def test_the_configuration_page_is_made_from_the_schemas() -> None:
     text = configuration.PAGE.read_text(encoding="utf-8")
     assert text == configuration.page(), "run `python -m tests.configuration`"
+
+
+def test_the_limits_of_the_hardening_page_are_those_of_the_code() -> None:
+    page = " ".join(hardening.PAGE.read_text(encoding="utf-8").split())
+    default = {name: field.default for name, field in Settings.model_fields.items()}
+    small, few = body_budget._SMALL_BYTES, body_budget._SMALL_CONTAINERS
+    grammar = request_limits.MAX_GRAMMAR_BYTES
+    for says in (
+        f"`SERVICE_MAX_BODY_BYTES`, {default['max_body_bytes'] / 2**20:.0f} MiB |",
+        f"keys of an object | `SERVICE_MAX_ITEMS`, {default['max_items']} |",
+        f"objects, arrays, keys and strings | {body_budget.MAX_VALUES:,} |",
+        f"| {body_budget.MAX_NUMBERS:,}; {body_budget.MAX_ARRAY:,} in one array, or the context |",
+        f"bytes of a key | {body_budget.MAX_KEY_BYTES} |",
+        f"must call | {grammar // 1024} KiB |",
+        f"a body of more than {small // 1024} KiB, or of more than {few} ",
+        f"at most {grammar // 1024} KiB (tools only where the model must call them), "
+        f"{request_limits.MAX_REGEX:,} characters for an expression, "
+        f"at most {request_limits.MAX_COUNTED_PROPERTIES} properties",
+    ):
+        assert says in page, says
+    assert (PATIENCE, page.count("six times")) == (6, 2)
+    rest = page.partition("otherwise 503, and `status` says ")[2].partition(" |")[0]
+    assert set(re.findall(r"`([a-z]+)`", rest)) - {"percent"} == {*Phase} - {Phase.READY}
 
 
 def test_every_command_of_the_pages_exists() -> None:
@@ -77,3 +103,5 @@ def test_the_manifests_and_compose_give_the_service_time_to_drain() -> None:
     assert container["startupProbe"]["httpGet"]["path"] == "/health/ready"
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
     assert compose["services"]["chat"]["stop_grace_period"] == "55s"
+    assert Settings.model_fields["drain_timeout"].default + 20 < 55
+    assert "before it kills: 55 s for the default" in hardening.PAGE.read_text(encoding="utf-8")

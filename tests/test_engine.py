@@ -26,6 +26,7 @@ from service.api import application
 from service.api.admission import Admission
 from service.api.application import Deployment, Host
 from service.api.cancellation import Cancellations
+from service.api.connection import GuardedProtocol
 from service.api.contract import Contract
 from service.api.engine import Engine
 from service.api.record import RequestRecord
@@ -33,7 +34,7 @@ from service.clients import Client
 from service.errors import ClientGone, InvalidRequest
 from service.model_config import ModelConfig
 from testing import checkpoints
-from tests.conftest import PATIENCE
+from tests.conftest import PATIENCE, hardening
 
 LIMIT = 3
 
@@ -156,6 +157,7 @@ def test_what_is_blamed_is_what_was_sent(run: Callable[[Scenario], None]) -> Non
     run(scenario)
 
 
+@hardening(3)
 def test_the_whole_application_is_built_around_an_engine(run: Callable[[Scenario], None]) -> None:
     """As in a process that nobody supervises: a replica of a cluster."""
     ended: list[str] = []
@@ -167,7 +169,7 @@ def test_the_whole_application_is_built_around_an_engine(run: Callable[[Scenario
     async def scenario(made: Made) -> None:
         deployment = Deployment(
             model=made.config,
-            settings=settings.load(),
+            settings=settings.load(max_connections=77),
             clients={clients.digest(b"secret"): Client("alice")},
             instance="this one",
         )
@@ -179,6 +181,10 @@ def test_the_whole_application_is_built_around_an_engine(run: Callable[[Scenario
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
             async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=PATIENCE) as http:
                 assert (await http.get("/health/ready")).json()["instance"] == "this one"
+                protocol = cast(type[GuardedProtocol], server.config.http_protocol_class)
+                assert protocol.max_connections == 77
+                admission = app.state.service.admission
+                assert admission.queue == 4 * admission.limit  # as SERVICE_MAX_WAITING is not set
                 assert (await http.post("/", json={"prompt": "hi"})).status_code == 401
                 http.headers["authorization"] = "Bearer secret"
                 body = {"prompt": "hi", "max_new_tokens": 3, "details": True}

@@ -8,6 +8,7 @@ import httpx
 import openai
 import pytest
 
+from service.api import vllm_errors
 from testing.server import Server
 from tests.conftest import MODEL, hardening
 
@@ -72,7 +73,7 @@ def test_a_wrong_model_name_is_told_the_right_ones_at_once(
     assert "secret" not in service.log.read_text()
 
 
-@hardening(17)
+@hardening(7, 17)
 @pytest.mark.parametrize(
     ("route", "extra", "param", "says"),
     [
@@ -123,6 +124,13 @@ def test_an_error_says_what_to_do_in_our_words(
         found = answer.json()["error"]["param"]
         assert (found or "").partition(".")[0] == (param or ""), answer.text
     assert "secret" not in service.log.read_text()
+
+
+@hardening(17)
+def test_patterns_run_over_the_beginning_of_a_text_alone() -> None:
+    explained = vllm_errors.explain(400, {"message": "x" * 10**6}, [MODEL], ())
+    assert len(explained.message) < 300
+    assert vllm_errors.text({"message": "x" * 10**6}) == "x" * 1000
 
 
 def test_what_is_no_json_or_no_route_is_told_so(http: httpx.Client) -> None:

@@ -90,6 +90,7 @@ def test_what_may_generate_passes_the_queue(
     assert ("retry-after" in closed.headers) == (when_closed == 429)
 
 
+@hardening(1)
 def test_limits_hold_on_routes_that_nobody_knows() -> None:
     assert ask(State(), "POST", "/v1/new", json={"n": 65}).status_code == 422
     assert ask(State(), "POST", "/v1/new", json={"n": 2}).json() == {"body": '{"n":2}'}
@@ -103,7 +104,10 @@ def test_files_pass_where_no_cache_is_kept_per_key() -> None:
     assert refused.status_code == 422 and "takes no forms" in refused.text
 
 
+@hardening(18)
 def test_each_key_has_a_cache_of_its_own_on_every_route() -> None:
+    shared = ask(State(), "POST", "/v1/new", json={"prompt": "hi"}).json()["body"]
+    assert shared == '{"prompt":"hi"}' and not Settings().cache_per_key
     body = ask(State(cache_per_key=True), "POST", "/v1/new", json={"prompt": "hi"}).json()["body"]
     assert body == '{"prompt":"hi","cache_salt":"anonymous"}'
 

@@ -1,6 +1,7 @@
 """The file of API keys: names, weights, hashes, and revocation."""
 
 import hashlib
+import hmac
 import logging
 from pathlib import Path
 from unittest import mock
@@ -22,6 +23,18 @@ def test_a_line_is_a_name_a_key_and_a_weight() -> None:
     assert found[hashed] == Client("bob")
     assert list(clients.parse("secret\n", "keys").values()) == [Client("default")]
     assert clients.digest(b"se#cret") in clients.parse("alice se#cret # hers", "keys")
+
+
+@hardening(14)
+@pytest.mark.parametrize(("key", "name"), [(b"k1", "alice"), (b"k2", "bob"), (b"k", None)])
+def test_each_key_is_compared_in_constant_time(key: bytes, name: str | None) -> None:
+    found = clients.parse("alice k1\nbob k2\ncarol k3\n", "keys")
+    with mock.patch.object(hmac, "compare_digest", wraps=hmac.compare_digest) as compare:
+        client = Keys(found, None).client(key)
+    assert (client and client.name) == name
+    given = hashlib.sha256(key).hexdigest()
+    # All of them, also after the one that fits.
+    assert compare.call_args_list == [mock.call(hashed, given) for hashed in found]
 
 
 @pytest.mark.parametrize(

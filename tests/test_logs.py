@@ -11,9 +11,10 @@ from service.launch.log_config import ToSupervisor
 from service.launch.run_folder import RunFolder
 from service.phase import Phase
 from testing.server import Server
-from tests.conftest import MODEL, logged
+from tests.conftest import MODEL, hardening, logged
 
 
+@hardening(25)
 def test_a_request_is_one_line_without_its_prompt(service: Server, http: httpx.Client) -> None:
     answer = http.post(
         "/", json={"prompt": "xyzzy", "max_new_tokens": 2}, headers={"X-Request-Id": "my-id.1"}

@@ -1,6 +1,8 @@
-"""A stop string of the YAML ends the answer on every route that generates."""
+"""A stop string of the YAML ends the answer on every route that generates; two SIGTERMs at last."""
 
 import json
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
+from testing.server import Server
 from tests import warm
-from tests.conftest import MODEL
+from tests.conftest import LOOPBACK, MODEL, hardening
+from tests.test_faults import check_gone, check_unavailable, in_flight, processes
 from tests.test_openai import FRANCE, PARIS
 
 # The model says " Paris", which is one token; "Paris" is another one. "<|im_start|>" is a control
@@ -33,12 +37,21 @@ STREAMED = [route for route in BODIES if route != "/v1/chat/completions/batch"]
 
 
 @pytest.fixture(scope="module")
-def http(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path) -> Iterator[httpx.Client]:
+def server(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("stop") / "log"
-    settings = ("engine.enforce_eager=true", f"sampling.stop={json.dumps(STOPS)}")
+    settings = (
+        "engine.enforce_eager=true",
+        "sampling.max_tokens=2000",
+        f"sampling.stop={json.dumps(STOPS)}",
+    )
     with warm.Server.service(log, *(word for s in settings for word in ("--set", s))) as server:
-        with httpx.Client(base_url=server.url, timeout=120, trust_env=False) as client:
-            yield client
+        yield server
+
+
+@pytest.fixture(scope="module")
+def http(server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=120, trust_env=False) as client:
+        yield client
 
 
 def text_of(answer: dict[str, Any]) -> str:
@@ -115,3 +128,20 @@ def test_a_beam_search_is_answered(http: httpx.Client) -> None:
     answer = http.post("/v1/completions", json=body)
     assert answer.status_code == 200, answer.text
     assert answer.json()["choices"][0]["text"].startswith(BEFORE)
+
+
+@hardening(21)
+def test_a_second_sigterm_answers_everyone_and_ends_at_once(server: Server) -> None:
+    children = processes(server)
+    with in_flight(server) as answers:
+        server.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 10
+        while LOOPBACK.get(f"{server.url}/health/ready").json()["status"] != "draining":
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert not answers  # they go on
+        began = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+    check_unavailable(answers, "the server is stopping")
+    check_gone(server, children, 0)
+    assert time.monotonic() - began < 10  # SERVICE_DRAIN_TIMEOUT is 30

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,7 +85,8 @@ def test_turns_that_the_template_refuses_are_not_called_too_long(two: Server, pa
 
 @hardening(13)
 @pytest.mark.parametrize(
-    "authorization", [None, "Bearer wrong", "Basic wrong", f"Basic {KEY}", KEY, "Bearer \xff"]
+    "authorization",
+    [None, "Bearer not-the-key", "Basic wrong", f"Basic {KEY}", KEY, "Bearer \xff"],
 )
 @pytest.mark.parametrize("route", ["/", "/v1/models", "/metrics", "/openapi.json", "/nowhere"])
 def test_every_route_asks_for_the_key(two: Server, route: str, authorization: str | None) -> None:
@@ -94,6 +96,72 @@ def test_every_route_asks_for_the_key(two: Server, route: str, authorization: st
     body = answer.json()
     assert body["error"]["type"] == "unauthorized"
     assert (body["status"] if route == "/" else body["error"]["code"]) == 401
+    assert "not-the-key" not in two.log.read_text()
+
+
+OPEN = ("/", "/health", "/health/live", "/health/ready", "/ping")
+
+
+@hardening(13)
+def test_no_route_of_the_list_is_open_but_these(two: Server) -> None:
+    with httpx.Client(base_url=two.url, trust_env=False) as http:
+        routes = http.get("/", headers={"accept": "application/json"}).json()["routes"]
+        assert {*OPEN, "/v1/chat/completions", "/health/generate"} < set(routes)
+        for route in routes:
+            for method in ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"):
+                status = http.request(method, route).status_code
+                is_open = route in OPEN and (method in ("GET", "HEAD") or route != "/")
+                assert (status == 401) != is_open, (method, route, status)
+        # A browser's question whether it may send the key.
+        asks = {"origin": "http://elsewhere", "access-control-request-method": "POST"}
+        assert http.options("/v1/models", headers=asks).text == "OK"
+
+
+@hardening(13)
+@pytest.mark.parametrize(
+    "target",
+    [
+        "//v1/models",
+        "/v1/models/",
+        "/v1/%6dodels",
+        "/health/../v1/models",
+        "/health/live/../../v1/models",
+        "/health%2f..%2fv1%2fmodels",
+        "/V1/MODELS",
+        "/v1/models?/health",
+        "/v1/models;/health",
+        "/health/",
+        "http://x/v1/models",
+        "http://x/health/../v1/models",
+        "http://x",
+        "*",
+    ],
+)
+@pytest.mark.parametrize("host", ["x", "/health", "x/health?", "localhost", ""])
+def test_no_path_and_no_host_goes_round_the_key(two: Server, target: str, host: str) -> None:
+    answer = talk(two, f"GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")
+    assert answer.startswith((b"HTTP/1.1 401 ", b"HTTP/1.1 400 ")), answer  # 400: no such target
+
+
+@hardening(13)
+def test_a_websocket_is_never_opened(two: Server) -> None:
+    for path in ("/v1/realtime", "/health", "/"):
+        for key in ("", f"Authorization: Bearer {KEY}\r\n"):
+            answer = talk(
+                two,
+                f"GET {path} HTTP/1.1\r\nHost: x\r\n{key}Connection: Upgrade, close\r\n"
+                "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+                "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
+            )
+            status = 200 if path in OPEN else 404 if key else 401
+            assert answer.startswith(f"HTTP/1.1 {status} ".encode()), answer
+
+
+def talk(server: Server, request: str) -> bytes:
+    """All that comes back for a request, to its end."""
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), 10) as s:
+        s.sendall(request.encode())
+        return b"".join(iter(lambda: s.recv(65536), b""))
 
 
 def test_the_command_line_says_how_to_give_the_key(two: Server) -> None:
@@ -103,11 +171,13 @@ def test_the_command_line_says_how_to_give_the_key(two: Server) -> None:
     assert warm.run("chat", "hi", "--url", two.url, "--key", KEY).returncode == 0
 
 
-def test_health_needs_no_key(two: Server) -> None:
-    assert httpx.get(f"{two.url}/health", trust_env=False).status_code == 200
-    assert httpx.get(f"{two.url}/health/ready", trust_env=False).status_code == 200
+@hardening(13)
+@pytest.mark.parametrize("route", OPEN)
+def test_health_and_the_page_need_no_key(two: Server, route: str) -> None:
+    assert httpx.get(f"{two.url}{route}", trust_env=False).status_code == 200
 
 
+@hardening(25)
 def test_prompts_are_logged_as_the_tutorials_do_on_one_line(two: Server) -> None:
     prompt = 'Two\nlines "quoted"\x1b[31m'
     body = {"prompt": prompt, "max_new_tokens": 3}

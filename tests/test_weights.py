@@ -150,8 +150,10 @@ def wait_until_half_is_here(process: "subprocess.Popen[str]", cache: Path) -> Pa
         time.sleep(0.01)
 
 
+@hardening(15)
 def test_modelscope_is_asked_once_and_then_not_needed(hub: Hub, tmp_path: Path) -> None:
     folder, _ = fetch(hub, tmp_path)
+    assert folder.name == "master"
     assert here(folder).keys() == {*TOKENIZER, BIG}  # one format, no code
     assert here(folder).items() <= FILES.items()
 
@@ -186,6 +188,7 @@ def test_modelscope_is_asked_once_and_then_not_needed(hub: Hub, tmp_path: Path) 
     assert f"{folder} has no complete copy" in refusal(hub, tmp_path)  # no longer
 
 
+@hardening(15)
 def test_a_tokenizer_comes_without_weights_and_weights_without_safetensors_do_come(
     hub: Hub, tmp_path: Path
 ) -> None:
@@ -201,6 +204,7 @@ def test_a_tokenizer_comes_without_weights_and_weights_without_safetensors_do_co
 
     del hub.files[BIG]
     folder, _ = fetch(hub, tmp_path, Source(modelscope="owner/tiny", revision="v1"))
+    assert folder.name == "v1"
     assert here(folder).keys() == {*TOKENIZER, "pytorch_model.bin"}
 
     del hub.files["pytorch_model.bin"]  # as in a repository of GGUF files alone
@@ -302,6 +306,7 @@ def test_a_corrupt_file_is_refused_and_nothing_of_it_is_kept(hub: Hub, tmp_path:
     assert hub.sent == [(BIG, 0)]  # the others were kept
 
 
+@hardening(23)
 def test_a_model_larger_than_the_disk_is_refused_before_it_is_downloaded(
     hub: Hub, tmp_path: Path
 ) -> None:

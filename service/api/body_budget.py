@@ -15,7 +15,7 @@ from starlette.routing import BaseRoute
 
 from service.errors import InvalidRequest, MalformedBody, PromptTooLong
 
-# Objects, arrays, keys and strings in one body. 100 kB of tools have 8,000.
+# Objects, arrays, keys and strings in one body. 125 kB of ordinary tools have 7,000.
 MAX_VALUES = 20_000
 # Numbers in one body. They cost less, and a prompt may be token ids.
 MAX_NUMBERS = 262_144
@@ -30,7 +30,7 @@ _SMALL_CONTAINERS = 64
 def parse(body: bytes) -> Any:
     """Return the parsed body.
 
-    Raises MalformedBody for invalid JSON, NaN, lone surrogates, and nesting beyond 200 levels,
+    Raises MalformedBody for invalid JSON, NaN, lone surrogates, and nesting beyond 201 levels,
     which is pydantic-core's limit.
     """
     try:

@@ -1,0 +1,118 @@
+"""What a body may hold, at the last value that passes and the first that does not: no server."""
+
+import json
+from typing import Any
+
+import pytest
+from pydantic_core import to_json
+
+from service.api import body_budget, request_limits
+from service.api.body_budget import Budget
+from service.errors import InvalidRequest, MalformedBody, PromptTooLong, RequestError
+from tests.conftest import hardening
+
+MAX_ITEMS, CONTEXT, CHARACTERS = 512, 2048, 2048 * 81
+LARGE = " " * 5000  # a small body of few objects is not looked at
+
+
+def keys(count: int) -> dict[str, int]:
+    return {f"the-key-{number}": 1 for number in range(count)}
+
+
+def levels(count: int) -> str:
+    return "[" * count + "]" * count
+
+
+@hardening(1, 2)
+@pytest.mark.parametrize(
+    ("path", "passes", "refused", "says"),
+    [
+        ("/", {"a": [{}] * 512}, {"a": [{}] * 513}, "at most 512 objects or arrays"),
+        ("/", keys(512), keys(513), "an object has at most 512 keys"),
+        # The object, its key and the array count too.
+        ("/", {"a": [""] * 19_997}, {"a": [""] * 19_998}, "at most 20000 objects, arrays, keys"),
+        ("/invocations", {"a": [""] * 509 + [LARGE]}, {"a": [""] * 510 + [LARGE]}, "at most 513"),
+        ("/", {str(each): [0] * 65_536 for each in range(4)},
+         {str(each): [0] * 43_700 for each in range(6)}, "and 262144 numbers"),
+        ("/", {"a": [0] * 65_536}, {"a": [0] * 65_537}, "an array holds at most 65536 values"),
+        ("/", {"k" * 256: LARGE}, {"k" * 257: LARGE}, "a key has at most 256 bytes"),
+        ("/", {"a": "x" * CHARACTERS}, {"a": "x" * (CHARACTERS + 1)}, f"at most {CHARACTERS} char"),
+    ],
+)  # fmt: skip
+def test_a_body_holds_so_much(
+    path: str, passes: dict[str, Any], refused: dict[str, Any], says: str
+) -> None:
+    max_items = 513 if path == "/invocations" else MAX_ITEMS
+    budget = Budget([], max_items, CONTEXT, CHARACTERS)
+    budget.check(path, json.dumps(passes).encode())
+    with pytest.raises(RequestError, match=says) as error:
+        budget.check(path, json.dumps(refused).encode())
+    assert isinstance(error.value, InvalidRequest | PromptTooLong) and error.value.status == 422
+
+
+def test_an_array_may_be_as_long_as_the_context() -> None:
+    Budget([], MAX_ITEMS, 100_000, CHARACTERS).check("/", json.dumps([0] * 100_000).encode())
+
+
+@hardening(2)
+def test_a_body_has_so_many_levels() -> None:
+    body_budget.parse(levels(201).encode())
+    with pytest.raises(MalformedBody, match="recursion limit"):
+        body_budget.parse(levels(202).encode())
+
+
+def choice(size: int) -> dict[str, Any]:
+    """A grammar of so many bytes."""
+    frame = len(to_json({"choice": [""]}))
+    return {"structured_outputs": {"choice": ["x" * (size - frame)]}}
+
+
+def counted(properties: int) -> dict[str, Any]:
+    schema = {"properties": keys(properties), "minProperties": 1}
+    return {"structured_outputs": {"json": schema}}
+
+
+@hardening(4)
+@pytest.mark.parametrize(
+    ("passes", "refused", "says"),
+    [
+        (choice(16_384), choice(16_385), "at most 16384 bytes"),
+        (counted(32), counted(33), "at most 32 properties"),
+        (
+            {"structured_outputs": {"regex": "x" * 1024}},
+            {"structured_outputs": {"regex": "x" * 1025}},
+            "at most 1024 characters",
+        ),
+    ],
+)
+def test_a_grammar_is_so_large(passes: dict[str, Any], refused: dict[str, Any], says: str) -> None:
+    assert request_limits.sequences(passes, 64) == 1
+    with pytest.raises(InvalidRequest, match=says):
+        request_limits.sequences(refused, 64)
+
+
+@hardening(4)
+@pytest.mark.parametrize(
+    ("choice", "forced"),
+    [
+        (None, False),
+        ("auto", False),
+        ("none", False),
+        ("required", True),
+        ({"type": "tool", "name": "f"}, True),
+    ],
+)
+def test_tools_are_a_grammar_only_where_the_model_must_call_them(choice: Any, forced: bool) -> None:
+    body = {"tools": [{"name": "f", "description": "x" * 20_000}], "tool_choice": choice}
+    if forced:
+        with pytest.raises(InvalidRequest, match="tools has at most 16384 bytes"):
+            request_limits.sequences(body, 64)
+    else:
+        request_limits.sequences(body, 64)
+
+
+@hardening(7)
+def test_a_stop_string_is_so_long() -> None:
+    request_limits.sequences({"stop": ["x" * 1000]}, 64)
+    with pytest.raises(InvalidRequest, match="at most 1000 characters"):
+        request_limits.sequences({"stop": ["x" * 1001]}, 64)

@@ -1,0 +1,65 @@
+"""What happens at SIGTERM in an API process: a queue with requests, and no engine."""
+
+import asyncio
+import time
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import uvicorn
+from starlette.types import Message
+
+from service.api.admission import Admission
+from service.api.application import Host
+from service.api.cancellation import Cancellations
+from service.api.health import Health
+from service.api.watch import Watch
+from service.clients import Client
+from service.errors import Unavailable
+from service.phase import Phase
+from service.settings import Settings
+from tests.conftest import hardening
+
+SECONDS = 0.5  # to drain
+
+
+@hardening(21)
+@pytest.mark.parametrize(("signals", "waits"), [(1, True), (2, False)])
+def test_what_does_not_finish_in_its_time_is_ended(signals: int, waits: bool) -> None:
+    async def scenario() -> None:
+        admission, cancellations = Admission(1, 1, 60), Cancellations()
+        health = Health(10, 600)
+        server = SimpleNamespace(should_exit=False)
+        watch = Watch(
+            cast(Any, None),
+            health,
+            admission,
+            cancellations,
+            None,
+            Settings(drain_timeout=SECONDS),
+            cast(uvicorn.Server, server),
+            Host(),
+        )
+
+        async def stay() -> Message:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def request() -> None:
+            async with cancellations.watch(stay, None), admission.slot(Client()):
+                await asyncio.Event().wait()
+
+        requests = [asyncio.create_task(request()) for _ in range(2)]
+        await asyncio.sleep(0)
+        assert (admission.running, admission.waiting) == (1, 1)
+        began = time.monotonic()
+        for _ in range(signals):
+            watch._on_sigterm()
+            await asyncio.sleep(0)
+        assert health.phase is Phase.DRAINING
+        for ended in await asyncio.gather(*requests, return_exceptions=True):
+            assert isinstance(ended, Unavailable) and ended.retry_after == 5
+        assert (time.monotonic() - began >= SECONDS) == waits
+        assert server.should_exit
+
+    asyncio.run(scenario())
