@@ -24,14 +24,13 @@ ROWS: dict[int, tuple[str, str]] = {
     ),
     3: (
         "Thousands of headers, one huge header, slow headers, a slow body; thousands of connections or of requests sent ahead",
-        "431 above 128 headers, or when more than 64 KiB of a head have come without its end; 408 after `SERVICE_BODY_TIMEOUT`; above "
+        "431 above 128 headers or 64 KiB of them; 408 after `SERVICE_BODY_TIMEOUT`; above "
         "`SERVICE_MAX_CONNECTIONS` the longest idle one is closed, or the newcomer gets 503; health checks are answered; of requests sent ahead 16 are answered",
     ),
     4: (
         "A regular expression, grammar or JSON schema that explodes",
         "none in `POST /`; elsewhere at most 16 KiB (tools only where the model must call them), 1,024 characters for an expression, "
-        "at most 32 properties where a schema counts them, and the client's deadline; "
-        "how often a `pattern` of a schema may repeat something is not limited yet",
+        "at most 32 properties where a schema counts them, patterns and bounds that compile in about 0.1 s, and the client's deadline",
     ),
     5: ("A grammar that the engine cannot compile", "that request fails with 400, or with 500 where only the engine finds it out; the next one works"),
     6: (

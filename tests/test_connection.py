@@ -187,9 +187,7 @@ def test_when_all_are_busy_the_newcomer_alone_is_refused_and_health_is_answered(
 def test_the_page_says_these_limits() -> None:
     page = hardening_page.PAGE.read_text(encoding="utf-8")
     kilobytes = connection._MAX_HEADER_BYTES // 1024
-    says = (
-        f"431 above {connection._MAX_HEADERS} headers, or when more than {kilobytes} KiB of a head"
-    )
+    says = f"431 above {connection._MAX_HEADERS} headers or {kilobytes} KiB of them"
     assert says in page
     assert f"of requests sent ahead {connection._MAX_PIPELINED} are answered" in page
 

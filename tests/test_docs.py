@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from service.api import body_budget, request_limits
+from service.api import body_budget, grammar_limits
 from service.phase import PATIENCE, Phase
 from service.settings import Settings
 from tests import configuration, hardening
@@ -46,7 +46,7 @@ def test_the_limits_of_the_hardening_page_are_those_of_the_code() -> None:
     page = " ".join(hardening.PAGE.read_text(encoding="utf-8").split())
     default = {name: field.default for name, field in Settings.model_fields.items()}
     small, few = body_budget._SMALL_BYTES, body_budget._SMALL_CONTAINERS
-    grammar = request_limits.MAX_GRAMMAR_BYTES
+    grammar = grammar_limits.MAX_GRAMMAR_BYTES
     for says in (
         f"`SERVICE_MAX_BODY_BYTES`, {default['max_body_bytes'] / 2**20:.0f} MiB |",
         f"keys of an object | `SERVICE_MAX_ITEMS`, {default['max_items']} |",
@@ -56,8 +56,8 @@ def test_the_limits_of_the_hardening_page_are_those_of_the_code() -> None:
         f"must call | {grammar // 1024} KiB |",
         f"a body of more than {small // 1024} KiB, or of more than {few} ",
         f"at most {grammar // 1024} KiB (tools only where the model must call them), "
-        f"{request_limits.MAX_REGEX:,} characters for an expression, "
-        f"at most {request_limits.MAX_COUNTED_PROPERTIES} properties",
+        f"{grammar_limits.MAX_REGEX:,} characters for an expression, "
+        f"at most {grammar_limits.MAX_COUNTED_PROPERTIES} properties",
     ):
         assert says in page, says
     assert (PATIENCE, page.count("six times")) == (6, 2)

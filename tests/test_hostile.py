@@ -151,6 +151,7 @@ LARGE = {f"p{i}": {"type": "string", "description": "x" * 30} for i in range(400
 LARGE_TOOL = {"type": "function", "function": {"name": "f", "parameters": {"properties": LARGE}}}
 PROPERTIES = "maxProperties has at most 32 properties"
 CHARACTERS = "has at most 1024 characters"
+WORK = "takes too long to compile"
 BYTES = "has at most 16384 bytes where it becomes a grammar"
 
 
@@ -164,6 +165,7 @@ BYTES = "has at most 16384 bytes where it becomes a grammar"
         (CHARACTERS, {"structured_outputs": {"regex": "(a|a|b)*" * 2000}}),
         (CHARACTERS,
          {"structured_outputs": {"json": {"type": "string", "pattern": "(x+x+)+y" * 200}}}),
+        (WORK, {"structured_outputs": {"json": {"type": "string", "pattern": "(a|b){1,9999}"}}}),
         (BYTES, {"structured_outputs": {"choice": [f"c{i}" for i in range(10_000)]}}),
         (BYTES, {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {
             "enum": [f"v{i}" for i in range(5000)]}}}}),

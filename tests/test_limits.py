@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic_core import to_json
 
-from service.api import body_budget, request_limits
+from service.api import body_budget, grammar_limits, request_limits
 from service.api.body_budget import Budget
 from service.errors import InvalidRequest, MalformedBody, PromptTooLong, RequestError
 from tests.conftest import hardening
@@ -116,3 +116,61 @@ def test_a_stop_string_is_so_long() -> None:
     request_limits.sequences({"stop": ["x" * 1000]}, 64)
     with pytest.raises(InvalidRequest, match="at most 1000 characters"):
         request_limits.sequences({"stop": ["x" * 1001]}, 64)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "size"),
+    [
+        ("abc", 3),
+        ("a{7}", 7),
+        ("(ab){1,5}c", 11),
+        ("[0-9a-f]{8}", 40),
+        (r"\d{3}", 15),
+        ("((a|b){1,10}){1,10}", 200),
+        ("a{300}{3}", 900),
+        ("a{5,}", 5),
+        ("(((", 0),
+        ("){3}", 3),
+        ("a{99999999}", 99999999),
+    ],
+)
+def test_repeats_of_a_pattern_are_counted(pattern: str, size: int) -> None:
+    assert grammar_limits.expanded_size(pattern) == size
+
+
+RANGE = {"type": "integer", "minimum": -123456789, "maximum": 987654321}
+
+
+@hardening(4)
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "pattern": "(a|b){1,600}"},
+        {"type": "string", "pattern": "((a|b){1,30}){1,30}"},
+        {"properties": {f"p{n}": {"pattern": "[^x]{2,120}"} for n in range(10)}},
+        {"patternProperties": {"(a|b){1,600}": {"type": "string"}}},
+        {"properties": {f"p{n}": RANGE for n in range(51)}},
+        {"properties": {f"p{n}": {"format": "ipv6"} for n in range(160)}},
+        json.dumps({"type": "string", "pattern": "(a|b){1,9999}"}),
+    ],
+)
+@pytest.mark.parametrize("where", ["structured_outputs", "tools", "unknown"])
+def test_what_takes_long_to_compile_is_refused(schema: Any, where: str) -> None:
+    body: dict[str, Any] = {where: {"json": schema}}
+    if where == "tools":
+        body = {"tools": [{"function": {"name": "f", "parameters": schema}}]}
+        request_limits.sequences(body, 64)  # the model may call it: it is text
+        body["tool_choice"] = {"function": {"name": "f"}}  # no type: it must
+    with pytest.raises(InvalidRequest, match="takes too long to compile"):
+        request_limits.sequences(body, 64)
+
+
+def test_ordinary_schemas_pass() -> None:
+    properties = {
+        "id": {"pattern": "^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"},
+        "name": {"pattern": "^[A-Za-z0-9_-]{1,64}$"},
+        "text": {"minLength": 1, "maxLength": 100_000},
+        "when": {"format": "date-time"},
+        **{f"n{number}": RANGE for number in range(20)},
+    }
+    request_limits.sequences({"structured_outputs": {"json": {"properties": properties}}}, 64)

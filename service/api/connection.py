@@ -69,6 +69,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._unparsed_bytes = 0  # received since headers were complete or a body part came
         self._in_headers = False
+        self._header_bytes = 0
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._refused = False
@@ -131,11 +132,13 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self.idle.pop(self, None)
         self._in_headers = True
+        self._header_bytes = 0
         self._stop_header_timer()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         super().on_header(name, value)
-        if len(self.headers) > _MAX_HEADERS or len(value) > _MAX_HEADER_BYTES:
+        self._header_bytes += len(name) + len(value)
+        if len(self.headers) > _MAX_HEADERS or self._header_bytes > _MAX_HEADER_BYTES:
             self._refuse_headers()
 
     def on_headers_complete(self) -> None:

@@ -1,19 +1,11 @@
 """Limits on requests to vLLM's generating routes, in addition to vLLM's own."""
 
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
-from pydantic_core import from_json, to_json
-
-from service.api import body_budget
+from service.api import body_budget, grammar_limits
 from service.errors import InvalidRequest
 
-# The time and memory to compile a grammar grow faster than its text.
-MAX_GRAMMAR_BYTES = 16_384
-MAX_REGEX = 1_024
-# xgrammar's grammar for minProperties or maxProperties grows with the cube of the properties.
-MAX_COUNTED_PROPERTIES = 32
 MAX_STOP = 1_000
 # Keys that ask for several sequences per prompt, on any route; an absent key counts as 1.
 _COUNTS = ("n", "best_of")
@@ -62,11 +54,12 @@ def sequences(request: Mapping[str, Any], max_sequences: int) -> int:
             param=param,
         )
     _check_stop(request.get("stop"))
+    work = 0
     for key, value in request.items():
         if key == "tools":
             value = _grammar_tools(value, request.get("tool_choice"))
         if isinstance(value, dict | list) and key not in _MAY_BE_LONG:
-            _check_grammar(value, key if key in _GRAMMARS else None)
+            work += grammar_limits.check(value, key if key in _GRAMMARS else None, work)
     return count
 
 
@@ -99,45 +92,9 @@ def _grammar_tools(tools: Any, choice: Any) -> list[Any]:
         function = value.get("function", value) if isinstance(value, dict) else {}
         return function if isinstance(function, dict) else {}
 
-    kind = choice.get("type") if isinstance(choice, dict) else choice
+    # vLLM takes a choice that names a function and no type for one of that function.
+    kind = choice.get("type", "function") if isinstance(choice, dict) else choice
     if kind in (None, "auto", "none"):
         return [tool for tool in tools if function_of(tool).get("strict")]
     name = function_of(choice).get("name")
     return [tool for tool in tools if name in (None, function_of(tool).get("name"))]
-
-
-def _check_grammar(grammar: Any, param: str | None) -> None:
-    key = param or "what may become a grammar"
-    if len(to_json(grammar)) > MAX_GRAMMAR_BYTES:
-        raise InvalidRequest(
-            f"{key} has at most {MAX_GRAMMAR_BYTES} bytes where it becomes a grammar", param=param
-        )
-    pending = [grammar]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):  # a schema as text
-            with suppress(ValueError):
-                value = from_json(value)
-        if isinstance(value, dict):
-            counted = "minProperties" in value or "maxProperties" in value
-            properties = value.get("properties")
-            if (
-                counted
-                and isinstance(properties, dict)
-                and len(properties) > MAX_COUNTED_PROPERTIES
-            ):
-                raise InvalidRequest(
-                    f"an object in {key} with minProperties or maxProperties has at most "
-                    f"{MAX_COUNTED_PROPERTIES} properties",
-                    param=param,
-                )
-            for name in ("regex", "pattern"):
-                regex = value.get(name)
-                if isinstance(regex, str) and len(regex) > MAX_REGEX:
-                    raise InvalidRequest(
-                        f"a regular expression in {key} has at most {MAX_REGEX} characters",
-                        param=param,
-                    )
-            pending.extend(value.values())
-        elif isinstance(value, list):
-            pending.extend(value)
