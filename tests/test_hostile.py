@@ -365,7 +365,7 @@ def test_odd_prompts_have_a_defined_answer(
         assert answer.status_code == 200, answer.text
     else:
         said = check_refusal(answer, status)
-        assert len(prompt) < 10**6 or f"at most {2048 * 81} characters" in said
+        assert len(prompt) < 10**6 or "at most 131072 characters" in said
 
 
 @hardening(9)
