@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from starlette.routing import Route
-from vllm.envs import enable_envs_cache
+from vllm.envs import disable_envs_cache, enable_envs_cache
 
 from service.api import connection
 from service.api.body_budget import Budget
@@ -46,8 +46,9 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     )
     watch_task = asyncio.create_task(watch.run())  # from here on our signal handlers are set
     enable_envs_cache()  # vLLM reads environment variables some forty times a request
-    await asyncio.to_thread(service.host.take_over)
     try:
+        await asyncio.to_thread(service.host.take_over)
         yield
     finally:
         watch_task.cancel()
+        disable_envs_cache()
