@@ -80,6 +80,8 @@ def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argp
         if name in _REFUSED:
             raise ConfigError(f"{place}: cannot be set: {_REFUSED[name]}")
         setattr(args, name, _parse(parser, name, value, place))
+    if args.api_server_count is not None and args.api_server_count < 1:
+        raise ConfigError(f"{origins.of(('engine', 'api_server_count'))}: must be 1 or more")
     args.host, args.port = settings.host, settings.port
     args.served_model_name = [config.name]
     if config.dtype and "dtype" not in names:

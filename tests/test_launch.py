@@ -108,6 +108,7 @@ def test_vllm_loads_the_plugins_that_it_would_load_alone(
         ("dtype: bfloat61", "invalid choice: 'bfloat61'"),
         ("max_model_len: many", "many"),
         ("api_server_count: two", "two"),
+        ("api_server_count: 0", "must be 1 or more"),
         ("data_parallel_size: [1]", "data_parallel_size"),
         ("enforce_eager: maybe", "maybe"),
         ("model: other", "given by source here"),

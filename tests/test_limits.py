@@ -174,3 +174,45 @@ def test_ordinary_schemas_pass() -> None:
         **{f"n{number}": RANGE for number in range(20)},
     }
     request_limits.sequences({"structured_outputs": {"json": {"properties": properties}}}, 64)
+
+
+@hardening(1, 7)
+@pytest.mark.parametrize(
+    ("passes", "refused", "param"),
+    [
+        ({"bad_words": ["x" * 128] * 256}, {"bad_words": ["x" * 129] * 256}, "bad_words"),
+        ({"bad_words": ["x"] * 1024}, {"bad_words": ["x"] * 1025}, "bad_words"),
+        (
+            {"bad_words": ["x"] * 16, "prompt": ["a"] * 64},
+            {"bad_words": ["x"] * 17, "prompt": ["a"] * 64},
+            "bad_words",
+        ),
+        (
+            {"prompt": [1] * 2048, "prompt_logprobs": 7},
+            {"prompt": [1] * 2048, "prompt_logprobs": 8},
+            "prompt_logprobs",
+        ),
+        (
+            {"prompt": [[1] * 1024] * 4, "echo": True, "logprobs": 3},
+            {"prompt": [[1] * 1024] * 4, "echo": True, "logprobs": 4},
+            "logprobs",
+        ),
+        ({"input": "hi", "background": False}, {"input": "hi", "background": True}, "background"),
+    ],
+)
+def test_what_vllm_would_do_on_the_loop_or_behind_the_queue_is_refused(
+    passes: dict[str, Any], refused: dict[str, Any], param: str
+) -> None:
+    request_limits.sequences(passes, 64)
+    with pytest.raises(InvalidRequest) as error:
+        request_limits.sequences(refused, 64)
+    assert error.value.param == param
+
+
+@hardening(2)
+def test_text_is_no_medium_because_it_says_data() -> None:
+    budget = Budget([], MAX_ITEMS, CONTEXT, 10_000)
+    picture = {"type": "image_url", "image_url": {"url": "data:" + "x" * 20_000}}
+    budget.check("/", json.dumps({"messages": [{"content": [picture]}]}).encode())
+    with pytest.raises(PromptTooLong):
+        budget.check("/", json.dumps({"prompt": "data:" + "x" * 20_000}).encode())

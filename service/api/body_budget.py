@@ -22,6 +22,8 @@ MAX_NUMBERS = 262_144
 # Values in one array; the model's context, if that is longer.
 MAX_ARRAY = 65_536
 MAX_KEY_BYTES = 256
+# Keys of a message's part that hold a URL: OpenAI's two forms.
+_MEDIA_KEYS = frozenset({"url", "image_url", "audio_url", "video_url", "file_url", "file_data"})
 # Bodies up to this size, with up to this many objects and arrays, are not checked.
 _SMALL_BYTES = 4096
 _SMALL_CONTAINERS = 64
@@ -91,12 +93,12 @@ class Budget:
         while pending:
             value = pending.pop()
             if isinstance(value, str):
-                characters += 0 if value.startswith("data:") else len(value)
+                characters += len(value)
                 continue
             if not isinstance(value, dict | list):
                 continue
             self._check_length(value)
-            parts = value.values() if isinstance(value, dict) else value
+            parts = _without_media(value) if isinstance(value, dict) else value
             pending += [part for part in parts if isinstance(part, str | dict | list)]
         return characters
 
@@ -112,6 +114,15 @@ class Budget:
                 f"an object has at most {self._max_items} keys, and an array at most "
                 f"{self._max_items} objects or arrays, such as the turns of a conversation"
             )
+
+
+def _without_media(part: dict[str, Any]) -> list[Any]:
+    """Return the values of an object, without media that stand in data URLs."""
+    return [
+        value
+        for key, value in part.items()
+        if not (key in _MEDIA_KEYS and isinstance(value, str) and value.startswith("data:"))
+    ]
 
 
 def _check_values(body: bytes, max_values: int) -> None:

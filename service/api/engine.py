@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import logging
+import traceback
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -229,10 +230,13 @@ class Engine:
             raise Unavailable("the engine's queue is full", retry_after=1) from e
         except (VLLMClientError, ValueError) as e:
             # The values pass our checks but not the engine's.
-            _logger.warning("request %s refused by the engine: %s", request_id, e)
+            kind = type(e).__name__  # its text may repeat what the client sent
+            _logger.warning("request %s refused by the engine: %s", request_id, kind)
             raise InvalidRequest("the engine does not accept these sampling values") from e
         except Exception as e:
-            _logger.exception("request %s failed in the engine", request_id)
+            where = "".join(traceback.format_tb(e.__traceback__))
+            kind = type(e).__name__
+            _logger.error("request %s failed in the engine: %s\n%s", request_id, kind, where)
             raise GenerationFailed("the engine failed this request; send it again") from e
 
     async def make_one_token(self) -> None:

@@ -69,12 +69,23 @@ class Gate:
     async def _run_lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run our lifespan around vLLM's."""
         service: ServiceState = scope["app"].state.service
+        started = False
+
+        async def send_noting_start(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "lifespan.startup.complete"
+            await send(message)
+
         try:
             async with lifespan(scope["app"]):
-                await self.app(scope, receive, send)
-        except ServiceError as e:
-            service.host.report_failure(str(e))
-            await send({"type": "lifespan.startup.failed", "message": str(e)})
+                await self.app(scope, receive, send_noting_start)
+        except Exception as e:
+            if started:
+                raise
+            # uvicorn takes an exception for an application without a lifespan, and serves on.
+            reason = str(e) if isinstance(e, ServiceError) else f"the application fails: {e!r}"
+            service.host.report_failure(reason)
+            await send({"type": "lifespan.startup.failed", "message": reason})
 
 
 async def _route(scope: Scope, receive: Receive, send: Send) -> None:

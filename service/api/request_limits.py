@@ -7,6 +7,10 @@ from service.api import body_budget, grammar_limits
 from service.errors import InvalidRequest
 
 MAX_STOP = 1_000
+MAX_BAD_WORDS = 1_024
+MAX_BAD_WORD_CHARACTERS = 32_768
+MAX_PROMPT_LOGPROBS = 16_384
+_CHARACTERS_PER_TOKEN = 3
 # Keys that ask for several sequences per prompt, on any route; an absent key counts as 1.
 _COUNTS = ("n", "best_of")
 # Keys that may hold a list of prompts.
@@ -54,6 +58,13 @@ def sequences(request: Mapping[str, Any], max_sequences: int) -> int:
             param=param,
         )
     _check_stop(request.get("stop"))
+    _check_bad_words(request.get("bad_words"), count)
+    _check_prompt_logprobs(request)
+    if request.get("background"):
+        raise InvalidRequest(
+            "background is not taken: an answer is given to the request that asks for it",
+            param="background",
+        )
     work = 0
     for key, value in request.items():
         if key == "tools":
@@ -77,6 +88,48 @@ def _check_stop(stop: Any) -> None:
     strings = stop if isinstance(stop, list) else [stop]
     if any(isinstance(string, str) and len(string) > MAX_STOP for string in strings):
         raise InvalidRequest(f"a stop string has at most {MAX_STOP} characters", param="stop")
+
+
+def _check_bad_words(words: Any, count: int) -> None:
+    """vLLM tokenises each word for each prompt on the event loop."""
+    if not isinstance(words, list):
+        return
+    characters = sum(len(word) for word in words if isinstance(word, str))
+    if len(words) * count > MAX_BAD_WORDS or characters * count > MAX_BAD_WORD_CHARACTERS:
+        raise InvalidRequest(
+            f"bad_words has at most {MAX_BAD_WORDS} words and {MAX_BAD_WORD_CHARACTERS} "
+            "characters, divided by the number of sequences",
+            param="bad_words",
+        )
+
+
+def _check_prompt_logprobs(request: Mapping[str, Any]) -> None:
+    """vLLM makes an object of each log probability of a prompt on the event loop."""
+    param = "prompt_logprobs"
+    each = request.get(param)
+    if each is None and request.get("echo"):
+        param = "logprobs"
+        each = request.get(param)
+    if type(each) is not int:  # vLLM refuses other types
+        return
+    tokens = sum(_tokens(request.get(key)) for key in ("prompt", "messages", "input"))
+    if (abs(each) + 1) * tokens > MAX_PROMPT_LOGPROBS:
+        raise InvalidRequest(
+            f"one request may ask for about {MAX_PROMPT_LOGPROBS} log probabilities of its "
+            "prompts; ask for fewer at each token, or send a shorter prompt",
+            param=param,
+        )
+
+
+def _tokens(value: Any) -> int:
+    """Estimate the tokens of a prompt or conversation."""
+    if isinstance(value, str):
+        return len(value) // _CHARACTERS_PER_TOKEN
+    if isinstance(value, dict):
+        return sum(map(_tokens, value.values()))
+    if isinstance(value, list):
+        return sum(map(_tokens, value))
+    return 1 if isinstance(value, int) else 0
 
 
 def _grammar_tools(tools: Any, choice: Any) -> list[Any]:

@@ -52,6 +52,8 @@ _HARMLESS = re.compile(
             "The global random seed",
             "Attempted to load weight",
             "requires system-first ordering",
+            "Unsupported upgrade request",  # of a client: WebSockets are not served
+            "No supported WebSocket library",
             "Failed to create oneDNN linear",  # bfloat16 on a processor without it
             "is already registered. Overwriting",  # a second engine in one process
         )

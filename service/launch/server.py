@@ -116,6 +116,9 @@ def _work_around_vllm() -> None:
 
     if current_platform.is_cpu():
         os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
+        from service.models.vllm_private import inspect_models_here
+
+        inspect_models_here()
 
 
 def _serve(

@@ -122,6 +122,19 @@ class _Context(ForkServerContext):
     Process = _Process
 
 
+def inspect_models_here() -> None:
+    """Let vLLM inspect a model's class in this process. For a CPU.
+
+    vLLM does it in a process of its own, once for each model, so that CUDA is not initialised in
+    this one (`_LazyRegisteredModel.inspect_model_cls`). That process imports vLLM again, which
+    takes 15 s on a slow core. Raises AttributeError if vLLM no longer has the function.
+    """
+    from vllm.model_executor.models import registry
+
+    assert callable(registry._run_in_subprocess)
+    registry._run_in_subprocess = lambda inspect: inspect()
+
+
 def fork_engine() -> None:
     """Make vLLM fork the engine process from the fork server, which has imported vLLM.
 
