@@ -1,4 +1,4 @@
-"""The report of a run of the benchmark: Markdown, plots, and one HTML page with both.
+"""The report of a run of the benchmark: Markdown and plots.
 
 python -m benchmarks.report benchmarks/results/2026-01-31
 """
@@ -9,12 +9,10 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from markdown_it import MarkdownIt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -36,14 +34,6 @@ _COLOURS = {
 }
 _BUSY = 64  # concurrent requests, at which most targets are set
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; display: block; overflow-x: auto; font-size: 0.9rem }
-th, td { border: 1px solid #ccc; padding: 0.25rem 0.6rem; text-align: left }
-code { font-size: 0.85rem; overflow-wrap: anywhere }
-svg { max-width: 100%; height: auto }
-"""
-
 
 def cells(folder: Path) -> list[Cell]:
     """What was measured so far, in the order of measuring."""
@@ -54,39 +44,14 @@ def cells(folder: Path) -> list[Cell]:
 
 
 def write(folder: Path) -> Path:
-    """Write report.md, its plots and report.html into `folder`; returns the last."""
+    """Write report.md and its plots into `folder`; returns report.md."""
     run = _Run(folder)
     plots = dict(run.plots())
     for name, figure in plots.items():
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
     text = "\n".join(run.markdown(list(plots)))
     (folder / "report.md").write_text(text)
-    body = MarkdownIt("commonmark").enable("table").render(text)
-    for name in plots:
-        svg = (folder / f"{name}.svg").read_text()
-        body = body.replace(f'<img src="{name}.svg" alt="{name}" />', svg[svg.index("<svg") :])
-    page = folder / "report.html"
-    page.write_text(
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Benchmark</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{_STYLE}</style>{body}</html>\n"
-    )
-    return page
-
-
-@dataclass(frozen=True)
-class _Ratio:
-    """A figure of ours over another's, round by round, and what it should be."""
-
-    figure: str
-    target: str
-    ratios: list[float]
-    good: Callable[[float], bool]
-
-    def row(self) -> str:
-        median = statistics.median(self.ratios)
-        met = "yes" if self.good(median) else "**no**"
-        return f"| {self.figure} | {self.target} | {_spread(self.ratios, 2)} | {met} |"
+    return folder / "report.md"
 
 
 class _Run:
@@ -135,7 +100,7 @@ class _Run:
             "[docs/performance.md](../../../docs/performance.md).\n"
         )
         yield "| figure | target | measured | met |\n|---|---|---|---|"
-        yield from (ratio.row() for ratio in self._ratios() if ratio.ratios)
+        yield from self._targets()
         yield "\n## Everything\n"
         yield (
             "| | | at once | tokens/s | answer p50, s | p99, s | first token p50, s | p99, s "
@@ -157,7 +122,6 @@ class _Run:
             yield "| | seconds |\n|---|---|"
             for contender, seconds in starts.items():
                 yield f"| {NAMES[contender]} | {_spread(seconds, 1)} |"
-        yield from self._connections()
         yield "\n## Pictures\n"
         for name in plots:
             yield f"![{name}]({name}.svg)\n"
@@ -180,7 +144,9 @@ class _Run:
             f"{level * tokens / their_rate:.0f} s.\n"
         )
 
-    def _ratios(self) -> Iterator[_Ratio]:
+    def _targets(self) -> Iterator[str]:
+        """A row for each figure of ours over another's, and what it should be."""
+
         def over(
             other: str, level: int, figure: Callable[[Cell], float], mode: str = "plain"
         ) -> list[float]:
@@ -188,38 +154,40 @@ class _Run:
             ours = self.select("service", mode, level)
             return [figure(c) / theirs[c["round"]] for c in ours if c["round"] in theirs]
 
-        def at_least(bound: float) -> tuple[str, Callable[[float], bool]]:
-            return f"at least {bound:g}", lambda ratio: ratio >= bound
-
-        def at_most(bound: float) -> tuple[str, Callable[[float], bool]]:
-            return f"at most {bound:g}", lambda ratio: ratio <= bound
-
-        def make(
-            figure: str, target: tuple[str, Callable[[float], bool]], ratios: list[float]
-        ) -> _Ratio:
-            return _Ratio(figure, target[0], ratios, target[1])
-
-        busy = self.busy
-        rate = f"tokens/s at {busy} over "
-        yield make(rate + NAMES["tutorial"], at_least(20), over("tutorial", busy, _rate))
-        for level in (level for level in self.levels if level >= busy):
-            name = f"tokens/s at {level} over the offline engine"
-            yield make(name, at_least(0.97), over("offline", level, _rate))
-        yield make(rate + NAMES["vllm"], at_least(1.4), over("vllm", busy, _rate))
-        name = f"API CPU per plain request over bare vLLM, at {busy}"
-        yield make(name, at_most(0.5), over("vllm", busy, _cpu_per_request))
-        name = f"API CPU per streamed token over bare vLLM, at {busy}"
-        yield make(name, at_most(0.6), over("vllm", busy, _cpu_per_token, "stream"))
-        name = f"time to first token, p99 at {busy}, over bare vLLM"
-
         def first(cell: Cell) -> float:
             return _quantile([r["arrivals"][0] for r in self.records(cell)], 0.99)
 
-        yield make(name, at_most(1), over("vllm", busy, first, "stream"))
+        busy, vllm = self.busy, NAMES["vllm"]
         starts = self._starts()
         both = zip(starts.get("service", []), starts.get("vllm", []), strict=False)
-        name = "warm start to first token over bare vLLM"
-        yield make(name, at_most(0.8), [a / b for a, b in both])
+        plain, token = "API CPU per plain request over", "API CPU per streamed token over"
+        rows: list[tuple[str, str, float, list[float]]] = [
+            (
+                f"tokens/s at {busy} over tutorial's server",
+                "least",
+                20,
+                over("tutorial", busy, _rate),
+            )
+        ]
+        for level in (level for level in self.levels if level >= busy):
+            ratios = over("offline", level, _rate)
+            rows.append((f"tokens/s at {level} over the offline engine", "least", 0.97, ratios))
+        token_ratios = over("vllm", busy, _cpu_per_token, "stream")
+        first_ratios = over("vllm", busy, first, "stream")
+        rows += [
+            (f"tokens/s at {busy} over {vllm}", "least", 1.4, over("vllm", busy, _rate)),
+            (f"{plain} {vllm}, at {busy}", "most", 0.5, over("vllm", busy, _cpu_per_request)),
+            (f"{token} {vllm}, at {busy}", "most", 0.6, token_ratios),
+            (f"time to first token, p99 at {busy}, over {vllm}", "most", 1, first_ratios),
+            (f"warm start to first token over {vllm}", "most", 0.8, [a / b for a, b in both]),
+        ]
+        for name, bound, value, ratios in rows:
+            if ratios:
+                ratio = statistics.median(ratios)
+                met = (
+                    "yes" if (ratio >= value if bound == "least" else ratio <= value) else "**no**"
+                )
+                yield f"| {name} | at {bound} {value:g} | {_spread(ratios, 2)} | {met} |"
 
     def _starts(self) -> dict[str, list[float]]:
         """Seconds to the first token of each start, by contender."""
@@ -228,26 +196,6 @@ class _Run:
             if seconds := cell.get("first_token_seconds"):
                 starts.setdefault(cell["contender"], {}).setdefault(cell["round"], seconds)
         return {name: list(by_round.values()) for name, by_round in starts.items()}
-
-    def _connections(self) -> Iterator[str]:
-        """What `python -m benchmarks.connections --folder` has measured."""
-        file = self.folder / "connections.json"
-        if not file.exists():
-            return
-        measured = json.loads(file.read_text())
-        grown = measured["memory_mb"]["with_connections"] - measured["memory_mb"]["before"]
-        yield "\n## Connections\n"
-        yield (
-            f"With {measured['open']} connections of which {measured['running']} have a request "
-            f"running, the API process holds {grown:.0f} MB more (target: under 200).\n"
-        )
-        yield "The cost of one more short request (one token) beside so many connections that are "
-        yield "idle, or whose requests stand in the queue:\n"
-        levels = list(next(iter(measured["cpu_ms_per_request"].values())))
-        yield f"| API CPU, ms a request, beside | {' | '.join(levels)} |"
-        yield "|---" * (len(levels) + 1) + "|"
-        for kind, costs in measured["cpu_ms_per_request"].items():
-            yield f"| {kind} | {' | '.join(_spread(costs[level], 2) for level in levels)} |"
 
     def _row(self, contender: str, mode: str, level: int, found: list[Cell]) -> str:
         columns = [_spread([_rate(cell) for cell in found], 0)]

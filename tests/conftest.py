@@ -60,9 +60,14 @@ def environment() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path) -> Iterator[Server]:
-    """One API process. Eager, because compiling is most of a start; README's test compiles."""
-    log = tmp_path_factory.mktemp("service") / "log"
-    with warm.Server.service(log, "--set", "engine.enforce_eager=true") as server:
+    """One API process. Eager, because compiling is most of a start; README's test compiles.
+
+    Without a C++ compiler and with an empty cache: an eager server compiles nothing, ever.
+    """
+    folder = tmp_path_factory.mktemp("service")
+    env = {"CXX": "no-compiler", "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
+    eager = ("--set", "engine.enforce-eager=true")
+    with warm.Server.service(folder / "log", *eager, env=env) as server:
         yield server
 
 

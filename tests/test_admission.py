@@ -163,6 +163,19 @@ def test_waiting_has_an_end() -> None:
     run(scenario)
 
 
+def test_the_end_of_waiting_moves_while_the_engine_is_at_one_step() -> None:
+    async def scenario() -> None:
+        admission = Admission(limit=1, queue=10, queue_timeout=0.1)
+        requests = Requests(admission)
+        await requests.add(ALICE)
+        await requests.add(BOB)
+        admission.extend(10)
+        await asyncio.sleep(0.3)
+        assert admission.waiting == 1 and not requests.tasks[1].done()
+
+    run(scenario)
+
+
 @hardening(22)
 def test_retry_after_is_when_there_is_room_at_the_rate_measured() -> None:
     async def scenario() -> None:

@@ -105,7 +105,9 @@ def test_a_mistake_in_a_yaml_ends_the_start_with_2(tmp_path: Path) -> None:
     file.write_text("name: mine\nsource: {path: .}\nsamplign: {}\n")
     done = run("serve", str(file))
     assert (done.returncode, done.stdout) == (2, "")
-    mistake = "samplign: unknown key; did you mean 'sampling'?"
+    mistake = (
+        "samplign: unknown key; did you mean 'sampling'?; vLLM's arguments are keys of `engine`"
+    )
     assert done.stderr == f"error: {file}:3: {mistake}\n"
 
 
@@ -116,6 +118,7 @@ def test_a_mistake_in_a_yaml_ends_the_start_with_2(tmp_path: Path) -> None:
         (["check", "--set", "engine.dtipe=x"], "did you mean 'dtype'?"),
         (["serve", "--set", "engine.api_server_count=two"], "api_server_count: invalid int value"),
         (["serve", "--port", "99999"], "error: --port: input should be less than or equal to"),
+        (["serve", "--set", "engine.ssl_keyfile=k"], "ssl_keyfile: give engine.ssl_certfile too"),
         (["check", "--memory", "much"], "error: --memory 'much': expected a size, such as 24GiB"),
         (["check", "none.yaml"], "error: none.yaml: No such file or directory"),
     ],
@@ -125,6 +128,24 @@ def test_a_mistake_is_one_line_on_stderr(arguments: list[str], message: str) -> 
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("key", ["0", "secret"])
+def test_a_key_of_vllm_alone_is_refused(key: str) -> None:
+    done = run("serve", VLLM_API_KEY=key)
+    assert done.returncode == 2
+    assert "set SERVICE_API_KEY, which guards both" in done.stderr
+    assert key == "0" or key not in done.stderr
+
+
+def test_a_full_disk_is_told_in_one_line() -> None:
+    fails = "raise OSError(28, 'No space left on device', '/tmp/x')"
+    code = f"import sys, tempfile; tempfile.mkdtemp = lambda *_: exec({fails!r}); "
+    done = run(
+        "-c", code + "from service.cli import main; main()", "serve", "--port", str(free_port())
+    )
+    assert done.returncode == 1
+    assert done.stderr == "error: No space left on device: /tmp/x\n"
 
 
 def test_a_port_in_use_is_told_at_once() -> None:

@@ -33,6 +33,7 @@ from service.api.record import RequestRecord
 from service.clients import Client
 from service.errors import ClientGone, InvalidRequest
 from service.model_config import ModelConfig
+from service.settings import Settings
 from testing import checkpoints
 from tests.conftest import PATIENCE, hardening
 
@@ -91,8 +92,7 @@ def test_the_engine_never_holds_more_than_the_limit(run: Callable[[Scenario], No
             made.engine,
             admission,
             Cancellations(),
-            log_prompts=False,
-            cache_per_key=False,
+            Settings(),
         )
         held = 0
         numbers = itertools.count()

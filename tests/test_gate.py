@@ -1,5 +1,6 @@
 """The gate is closed by default: what is not known to generate nothing passes the queue."""
 
+import asyncio
 from argparse import Namespace
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.testclient import TestClient
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from service.api.admission import Admission
 from service.api.cancellation import Cancellations
@@ -78,6 +79,8 @@ def ask(state: State, method: str, path: str, *, closed: bool = False, **body: A
         ("DELETE", "/", 405, 405),
         ("GET", "/v1/hidden", 404, 404),
         ("POST", "/v1/hidden", 404, 404),
+        ("OPTIONS", "/", 405, 405),
+        ("OPTIONS", "/v1/new", 405, 405),
         ("POST", "/", 200, 200),  # whose handler asks the queue
     ],
 )
@@ -115,6 +118,33 @@ def test_each_key_has_a_cache_of_its_own_on_every_route() -> None:
 def test_a_page_of_another_site_may_post() -> None:
     answer = ask(State(), "POST", "/", headers={"origin": "http://elsewhere"})
     assert answer.headers["access-control-allow-origin"] == "*"
+
+
+@pytest.mark.parametrize(
+    ("service", "reason"),
+    [
+        (None, "this model does not generate text"),
+        (State(), "the application fails: AttributeError"),
+    ],
+)
+def test_a_start_that_fails_is_reported_and_ends(service: State | None, reason: str) -> None:
+    """uvicorn would take an exception for an application without a lifespan, and serve on."""
+    reports: list[str] = []
+    app = application(State())
+    app.state.args.chat_service = (None, SimpleNamespace(report_failure=reports.append))
+    if service is None:
+        del app.state.service
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        return {"type": "lifespan.startup"}
+
+    asyncio.run(Gate(app)({"type": "lifespan", "app": app}, receive, send))
+    assert [message["type"] for message in sent] == ["lifespan.startup.failed"]
+    assert len(reports) == 1 and reports[0].startswith(reason)
 
 
 def test_behind_a_proxy_that_keeps_its_prefix_the_same_paths_need_no_key() -> None:

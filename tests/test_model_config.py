@@ -42,7 +42,11 @@ def test_set_overrides_one_value(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("nmae: x\n" + GOOD, "{file}:1: nmae: unknown key; did you mean 'name'?"),
+        (
+            "nmae: x\n" + GOOD,
+            "{file}:1: nmae: unknown key; did you mean 'name'?; vLLM's arguments are keys of "
+            "`engine`",
+        ),
         (
             GOOD.replace("temperature", "temprature"),
             "{file}:7: sampling.temprature: unknown key; did you mean 'temperature'?",

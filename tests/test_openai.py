@@ -39,6 +39,12 @@ def test_chat_streams(client: openai.OpenAI) -> None:
     assert "".join(deltas) == PARIS
 
 
+def test_log_probabilities_need_no_compiler(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model=MODEL, prompt="a", max_tokens=3, logprobs=2)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs and len(logprobs.token_logprobs or ()) == 3
+
+
 def test_structured_output(client: openai.OpenAI) -> None:
     schema = {
         "type": "object",

@@ -28,6 +28,7 @@ from service.api.contract import Contract
 from service.api.engine import Chunk, Engine
 from service.api.middleware import Observe, Refusals
 from service.prompting import Message
+from service.settings import Settings
 from tests.conftest import MODEL, hardening
 
 CHAT = "/v1/chat/completions"
@@ -110,8 +111,7 @@ def application(handler: BrokenHandler | None = None) -> FastAPI:
         cast(Engine, BrokenEngine()),
         Admission(4, 4, 10),
         Cancellations(),
-        log_prompts=False,
-        cache_per_key=False,
+        Settings(),
     )
 
     async def create(request: Request) -> Response:

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import pytest
 import uvicorn
@@ -13,6 +13,7 @@ from service.api.admission import Admission
 from service.api.application import Host
 from service.api.cancellation import Cancellations
 from service.api.health import Health
+from service.api.state import ServiceState
 from service.api.watch import Watch
 from service.clients import Client
 from service.errors import Unavailable
@@ -30,16 +31,16 @@ def test_what_does_not_finish_in_its_time_is_ended(signals: int, waits: bool) ->
         admission, cancellations = Admission(1, 1, 60), Cancellations()
         health = Health(10, 600)
         server = SimpleNamespace(should_exit=False)
-        watch = Watch(
-            cast(Any, None),
-            health,
-            admission,
-            cancellations,
-            None,
-            Settings(drain_timeout=SECONDS),
-            cast(uvicorn.Server, server),
-            Host(),
+        service = SimpleNamespace(
+            engine_client=None,
+            health=health,
+            admission=admission,
+            cancellations=cancellations,
+            keys=None,
+            deployment=SimpleNamespace(settings=Settings(drain_timeout=SECONDS)),
+            host=Host(),
         )
+        watch = Watch(cast(ServiceState, service), cast(uvicorn.Server, server))
 
         async def stay() -> Message:
             await asyncio.Event().wait()

@@ -30,6 +30,7 @@ class _Waiter:
     number: int
     cost: int
     started: asyncio.Future[None]
+    timeout: asyncio.Timeout
 
 
 @dataclass(slots=True)
@@ -87,6 +88,13 @@ class Admission:
         """Accept requests again."""
         self._closed = None
 
+    def extend(self, seconds: float) -> None:
+        """Let all that wait do so for longer: the engine is at one long step."""
+        for share in self._shares.values():
+            for waiter in share.queue:
+                if (end := waiter.timeout.when()) and not waiter.timeout.expired():
+                    waiter.timeout.reschedule(end + seconds)
+
     async def idle(self) -> None:
         """Wait until nothing runs or waits."""
         await self._idle.wait()
@@ -136,11 +144,13 @@ class Admission:
             self._finish(share, cost)
 
     async def _wait(self, share: _Share, cost: int) -> None:
-        waiter = _Waiter(next(self._numbers), cost, asyncio.get_running_loop().create_future())
+        started = asyncio.get_running_loop().create_future()
+        timeout = asyncio.timeout(self.queue_timeout)
+        waiter = _Waiter(next(self._numbers), cost, started, timeout)
         share.queue.append(waiter)
         self._count_waiting(share, cost)
         try:
-            async with asyncio.timeout(self.queue_timeout):
+            async with timeout:
                 await waiter.started
         except BaseException as e:
             if waiter.started.done() and not waiter.started.cancelled():

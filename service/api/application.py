@@ -6,6 +6,7 @@ the same application.
 """
 
 import argparse
+import copy
 import os
 from typing import TYPE_CHECKING
 
@@ -92,6 +93,7 @@ async def build(
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app
 
+    args = copy.copy(args)
     configure(args, deployment, host or Host())
     tasks = await client.get_supported_tasks()
     app: FastAPI = build_app(args, tasks, client.model_config)

@@ -148,7 +148,8 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade() and self._has_body():
             # The parser would treat the body as the next request.
             self._refuse(MalformedBody("a request with `Upgrade` can have no body here"))
-        if self._spare and self.url.partition(b"?")[0].decode("latin-1") not in HEALTH:
+        path = self.url.partition(b"?")[0].decode("latin-1")
+        if self._spare and not path.endswith(tuple(HEALTH)):  # a proxy may keep its prefix
             self._refuse_connection()
         if len(self._cycles) >= _MAX_PIPELINED:
             self._refuse(HeadersTooLarge(f"at most {_MAX_PIPELINED} requests may be sent ahead"))

@@ -21,6 +21,7 @@ from service.api.record import RequestRecord
 from service.api.schema import ContractRequest, parse
 from service.clients import Client
 from service.model_config import ModelConfig
+from service.settings import Settings
 
 
 @dataclass(slots=True)
@@ -45,16 +46,13 @@ class Contract:
         engine: Engine,
         admission: Admission,
         cancellations: Cancellations,
-        *,
-        log_prompts: bool,
-        cache_per_key: bool,
+        settings: Settings,
     ) -> None:
         self.config = config
         self.engine = engine
         self.admission = admission
         self.cancellations = cancellations
-        self.log_prompts = log_prompts
-        self.cache_per_key = cache_per_key
+        self.settings = settings
         self._prompt_tokens = metrics.PROMPT_TOKENS.labels(config.name)
         self._generation_tokens = metrics.GENERATION_TOKENS.labels(config.name)
 
@@ -104,7 +102,7 @@ class Contract:
             record.id,
             stream=bool(request.stream),
             echo=self.config.prompt.echo,
-            cache_salt=record.client.name if self.cache_per_key else None,
+            cache_salt=record.client.name if self.settings.cache_per_key else None,
             trace_headers=record.trace_headers,
         )
         slot = self._admitted(record.client, chunks)
@@ -165,7 +163,7 @@ class Contract:
         """Return the response body, with the keys in the tutorials' order."""
         request = generation.request
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        if self.log_prompts:
+        if self.settings.log_prompts:
             record.exchange = (now, request.prompt, text)
         body: dict[str, Any] = {"response": text, "status": 200, "time": now}
         if request.history is not None:

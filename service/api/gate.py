@@ -1,6 +1,7 @@
 """The innermost middleware: chooses the application that answers each request."""
 
 import asyncio
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,15 +10,14 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api import request_limits
-from service.api.admission import Admission
-from service.api.cancellation import Cancellations, deadline_of
+from service.api.application import Host
+from service.api.cancellation import deadline_of
 from service.api.lifespan import lifespan
-from service.api.middleware import is_form, path_of, with_cors
+from service.api.middleware import is_form, is_preflight, once, path_of, with_cors
 from service.api.record import RequestRecord
 from service.api.routes import ROUTES
 from service.api.state import ServiceState
-from service.errors import InvalidRequest, MethodNotAllowed, NotFound, ServiceError
-from service.settings import Settings
+from service.errors import InvalidRequest, LaunchError, MethodNotAllowed, NotFound, ServiceError
 
 # No route generates on these methods.
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -53,7 +53,7 @@ class Gate:
         path, method = path_of(scope), scope["method"]
         if path in service.hidden:
             raise NotFound("there is no such route here; GET / lists the routes")
-        if method == "OPTIONS":
+        if is_preflight(scope):
             return self.app  # vLLM's CORS layer answers browsers
         if path in ROUTES:
             if path == "/" and method == "POST":
@@ -63,12 +63,12 @@ class Gate:
             return with_cors(_route, scope)
         if method in _SAFE_METHODS or path in _NOT_GENERATING or path.startswith("/v1/responses/"):
             return self.app
-        settings = service.deployment.settings
-        return Admit(self.app, service.admission, service.cancellations, settings)
+        return functools.partial(_admit, self.app, service)
 
     async def _run_lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run our lifespan around vLLM's."""
-        service: ServiceState = scope["app"].state.service
+        state = scope["app"].state
+        host: Host = state.args.chat_service[1]
         started = False
 
         async def send_noting_start(message: Message) -> None:
@@ -77,6 +77,8 @@ class Gate:
             await send(message)
 
         try:
+            if not hasattr(state, "service"):  # vLLM has left our plugin out
+                raise LaunchError("this model does not generate text, so POST / cannot serve it")
             async with lifespan(scope["app"]):
                 await self.app(scope, receive, send_noting_start)
         except Exception as e:
@@ -84,7 +86,7 @@ class Gate:
                 raise
             # uvicorn takes an exception for an application without a lifespan, and serves on.
             reason = str(e) if isinstance(e, ServiceError) else f"the application fails: {e!r}"
-            service.host.report_failure(reason)
+            host.report_failure(reason)
             await send({"type": "lifespan.startup.failed", "message": reason})
 
 
@@ -94,57 +96,46 @@ async def _route(scope: Scope, receive: Receive, send: Send) -> None:
     await response(scope, receive, send)
 
 
-class Admit:
-    """Passes a request to a generating vLLM route, with limits, a queue and a deadline."""
+async def _admit(
+    app: ASGIApp, service: ServiceState, scope: Scope, receive: Receive, send: Send
+) -> None:
+    """Pass a request to a generating vLLM route, with limits, a queue and a deadline."""
+    settings = service.deployment.settings
+    record = RequestRecord.of(scope)
+    message = await receive()
+    body = message.get("body", b"")
+    request: Mapping[str, Any] = {}
+    if is_form(scope):
+        if settings.cache_per_key:  # a form has no field for the cache salt
+            raise InvalidRequest("this server takes no forms, because it keeps a cache per key")
+    elif body:
+        request = request_limits.parse(body)
+        if settings.cache_per_key:
+            message["body"] = to_json({**request, "cache_salt": record.client.name})
+    sequences = request_limits.sequences(request, settings.max_sequences)
+    cancelled = asyncio.Event()
 
-    def __init__(
-        self, app: ASGIApp, admission: Admission, cancellations: Cancellations, settings: Settings
-    ) -> None:
-        self.app = app
-        self.admission = admission
-        self.cancellations = cancellations
-        self.settings = settings
+    async def receive_disconnect() -> Message:
+        await cancelled.wait()
+        return {"type": "http.disconnect"}
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        record = RequestRecord.of(scope)
-        message: Message | None = await receive()
-        assert message is not None
-        body = message.get("body", b"")
-        request: Mapping[str, Any] = {}
-        if is_form(scope):
-            if self.settings.cache_per_key:  # a form has no field for the cache salt
-                raise InvalidRequest("this server takes no forms, because it keeps a cache per key")
-        elif body:
-            request = request_limits.parse(body)
-            if self.settings.cache_per_key:
-                message["body"] = to_json({**request, "cache_salt": record.client.name})
-        sequences = request_limits.sequences(request, self.settings.max_sequences)
-        cancelled = asyncio.Event()
+    async def send_unless_cancelled(message: Message) -> None:
+        if not cancelled.is_set():
+            await send(message)
 
-        async def receive_once() -> Message:
-            nonlocal message
-            if message is not None:
-                body, message = message, None
-                return body
-            await cancelled.wait()
-            return {"type": "http.disconnect"}
-
-        async def send_unless_cancelled(message: Message) -> None:
-            if not cancelled.is_set():
-                await send(message)
-
-        async with (
-            self.cancellations.watch(receive, deadline_of(scope)),
-            self.admission.slot(record.client, sequences),
-        ):
-            handler = asyncio.ensure_future(self.app(scope, receive_once, send_unless_cancelled))
-            try:
-                await asyncio.shield(handler)
-            except asyncio.CancelledError:
-                # vLLM's handlers do not pass a cancellation on to the engine. They abort the
-                # request when they receive a disconnect.
-                cancelled.set()
-                handler.add_done_callback(lambda task: task.cancelled() or task.exception())
-                await asyncio.wait({handler}, timeout=_CANCEL_SECONDS)
-                handler.cancel()
-                raise
+    async with (
+        service.cancellations.watch(receive, deadline_of(scope)),
+        service.admission.slot(record.client, sequences),
+    ):
+        received = once(message, receive_disconnect)
+        handler = asyncio.ensure_future(app(scope, received, send_unless_cancelled))
+        try:
+            await asyncio.shield(handler)
+        except asyncio.CancelledError:
+            # vLLM's handlers do not pass a cancellation on to the engine. They abort the
+            # request when they receive a disconnect.
+            cancelled.set()
+            handler.add_done_callback(lambda task: task.cancelled() or task.exception())
+            await asyncio.wait({handler}, timeout=_CANCEL_SECONDS)
+            handler.cancel()
+            raise

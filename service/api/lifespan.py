@@ -34,16 +34,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     schemas = app.openapi()["components"]["schemas"].values()
     service.body_keys = {key for schema in schemas for key in schema.get("properties", ())}
     connection.guard(app.state.server.config, settings, service.max_connections)
-    watch = Watch(
-        service.engine_client,
-        service.health,
-        service.admission,
-        service.cancellations,
-        service.keys,
-        settings,
-        app.state.server,
-        service.host,
-    )
+    watch = Watch(service, app.state.server)
     watch_task = asyncio.create_task(watch.run())  # from here on our signal handlers are set
     enable_envs_cache()  # vLLM reads environment variables some forty times a request
     try:

@@ -49,16 +49,28 @@ _MAX_BODIES = 64
 _MIN_COUNTED_BODY = 65_536  # bytes; smaller bodies are always accepted
 
 
-class Observe:
-    """The outermost middleware: gives each request an id, counts it, times it, and logs it once."""
+class _HttpMiddleware:
+    """Passes a lifespan on, and closes WebSockets, which are not served."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "http":
+            await self.handle(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
             await self.app(scope, receive, send)
-            return
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raise NotImplementedError
+
+
+class Observe(_HttpMiddleware):
+    """The outermost middleware: gives each request an id, counts it, times it, and logs it once."""
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         record = RequestRecord(_request_id(scope))
         record.attach(scope)
         state: ServiceState = scope["app"].state.service
@@ -87,20 +99,14 @@ class Observe:
             record.log(scope["method"], route, seconds, quiet=path_of(scope) in _QUIET)
 
 
-class Refusals:
+class Refusals(_HttpMiddleware):
     """Writes every error response, in the form of the route's protocol.
 
     A RequestError from a handler becomes its response; any other exception becomes a 500. The texts
     of vLLM's own errors are replaced, in responses and in streams.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         response = _GuardedResponse(scope, receive, send)
         try:
             await self.app(scope, receive, response.send)
@@ -197,22 +203,13 @@ class _GuardedResponse:
         return vllm_errors.explain(status, error, self._state.model_names, self._state.body_keys)
 
 
-class ApiKey:
+class ApiKey(_HttpMiddleware):
     """Requires an API key, if any are configured, on all routes but health checks and the page.
 
-    Notes the key's owner in the request's record. Closes WebSockets, which are not served.
+    Notes the key's owner in the request's record.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})
-            return
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         state: ServiceState = scope["app"].state.service
         path = path_of(scope)
         public = (
@@ -220,7 +217,7 @@ class ApiKey:
             or (path == "/" and scope["method"] in ("GET", "HEAD"))  # the chat page
             or (path == "/metrics" and not state.deployment.settings.metrics_key)
         )
-        if state.keys and not public and not _is_preflight(scope):
+        if state.keys and not public and not is_preflight(scope):
             client = state.keys.client(_bearer(scope))
             if client is None:
                 raise Unauthorized("send an API key in the header `Authorization: Bearer <key>`")
@@ -228,19 +225,13 @@ class ApiKey:
         await self.app(scope, receive, send)
 
 
-class Body:
+class Body(_HttpMiddleware):
     """Reads the whole body of a request first, with a size limit and a timeout.
 
     Also limits the bytes of all bodies that are in memory at once.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         if "transfer-encoding" not in headers and headers.get("content-length", "0") == "0":
             await self.app(scope, receive, send)
@@ -257,16 +248,8 @@ class Body:
             path = path_of(scope)
             if path == "/" or not is_form(scope):  # POST / reads JSON, whatever its type says
                 state.budget.check(path, body)
-            unread: Message | None = {"type": "http.request", "body": body, "more_body": False}
-
-            async def receive_once() -> Message:
-                nonlocal unread
-                if unread is not None:
-                    message, unread = unread, None
-                    return message
-                return await receive()
-
-            await self.app(scope, receive_once, send)
+            message = {"type": "http.request", "body": body, "more_body": False}
+            await self.app(scope, once(message, receive), send)
         finally:
             state.body_bytes -= counted.bytes
 
@@ -308,6 +291,16 @@ async def _read(headers: Headers, receive: Receive, counted: _CountedBody) -> by
             return bytes(body)
 
 
+def once(message: Message, then: Receive) -> Receive:
+    """Return a `Receive` that returns `message` first."""
+    first = iter([message])
+
+    async def receive() -> Message:
+        return next(first, None) or await then()
+
+    return receive
+
+
 def is_form(scope: Scope) -> bool:
     """Whether the body is a multipart form. vLLM's JSON routes refuse a form unread."""
     return Headers(scope=scope).get("content-type", "").lower().startswith("multipart/form-data")
@@ -317,7 +310,7 @@ def _too_large(limit: int) -> RequestError:
     return BodyTooLarge(f"the body is longer than the limit of {limit} bytes")
 
 
-def _is_preflight(scope: Scope) -> bool:
+def is_preflight(scope: Scope) -> bool:
     """Whether this is a CORS preflight request. It has no key; vLLM's CORS layer answers it."""
     headers = Headers(scope=scope)
     cors = "origin" in headers and "access-control-request-method" in headers
@@ -326,11 +319,9 @@ def _is_preflight(scope: Scope) -> bool:
 
 def _bearer(scope: Scope) -> bytes:
     """Return the request's API key as raw bytes, or empty bytes."""
-    for name, value in scope["headers"]:
-        if name == b"authorization":
-            scheme, _, key = value.partition(b" ")
-            return bytes(key.strip()) if scheme.lower() == b"bearer" else b""
-    return b""
+    header = Headers(scope=scope).get("authorization", "")
+    scheme, _, key = header.partition(" ")
+    return key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
 
 
 def with_cors(app: ASGIApp, scope: Scope) -> ASGIApp:

@@ -7,10 +7,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service import prompting
 from service.api.cancellation import MAX_TIMEOUT
+from service.api.request_limits import MAX_STOP
 from service.errors import InvalidRequest, MalformedBody
 from service.model_config import RepetitionPenalty, Temperature, TokenLimit, TopK, TopP
 
-StopString = Annotated[str, Field(min_length=1, max_length=1000)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
 
 
 class ContractRequest(BaseModel):
@@ -74,7 +75,7 @@ def parse(body: bytes) -> ContractRequest:
         )
     if param == "stop":
         raise InvalidRequest(
-            "stop must be a string or a list of at most 16, of 1 to 1000 characters each",
+            f"stop must be a string or a list of at most 16, of 1 to {MAX_STOP} characters each",
             param="stop",
         )
     message = error["msg"].removeprefix("Input ").removeprefix("String ")

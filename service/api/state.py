@@ -65,14 +65,8 @@ class ServiceState:
         self.body_bytes = 0  # total size of the bodies now in memory
         self._models = state.openai_serving_models
         self.engine = Engine(client, state)
-        self.contract = Contract(
-            deployment.model,
-            self.engine,
-            self.admission,
-            self.cancellations,
-            log_prompts=settings.log_prompts,
-            cache_per_key=settings.cache_per_key,
-        )
+        model = deployment.model
+        self.contract = Contract(model, self.engine, self.admission, self.cancellations, settings)
 
     async def create(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer `POST /`, as an ASGI application."""

@@ -9,16 +9,10 @@ from contextlib import ExitStack, suppress
 
 import psutil
 import uvicorn
-from vllm.engine.protocol import EngineClient
 
-from service.api.admission import Admission
-from service.api.application import Host
-from service.api.cancellation import Cancellations
-from service.api.health import Health
-from service.api.keys import Keys
+from service.api.state import ServiceState
 from service.errors import Unavailable
 from service.phase import Phase
-from service.settings import Settings
 
 _logger = logging.getLogger("service")
 
@@ -38,30 +32,20 @@ class EngineProgress:
 class Watch:
     """Checks the engine every second, and handles SIGTERM and SIGINT."""
 
-    def __init__(
-        self,
-        engine: EngineClient,
-        health: Health,
-        admission: Admission,
-        cancellations: Cancellations,
-        keys: Keys | None,
-        settings: Settings,
-        server: uvicorn.Server,
-        host: Host,
-    ) -> None:
-        self.engine = engine
-        self.health = health
-        self.admission = admission
-        self.cancellations = cancellations
-        self.keys = keys
-        self.settings = settings
+    def __init__(self, service: ServiceState, server: uvicorn.Server) -> None:
+        self.engine = service.engine_client
+        self.health = service.health
+        self.admission = service.admission
+        self.cancellations = service.cancellations
+        self.keys = service.keys
+        self.settings = service.deployment.settings
         self.server = server
+        self._host = service.host
         self._stopping = False
         self._drain_task: asyncio.Task[None] | None = None
         self._ping: asyncio.Task[bool] | None = None
         self._engines: list[psutil.Process] = []
         self._cpu_seconds = 0.0
-        self._host = host
         self._logged_step_seconds = 0.0
         self._progress = 0  # `Host.progress` at the last check
 
@@ -119,6 +103,8 @@ class Watch:
             self.health.progressed()
         last_phase = self.health.phase
         phase = self.health.update()
+        if phase is Phase.READY and self.health.step_seconds:
+            self.admission.extend(_CHECK_INTERVAL)
         if phase is last_phase:
             return
         if phase is Phase.STALLED:
@@ -135,15 +121,20 @@ class Watch:
     def _check_cpu(self) -> None:
         """Report CPU use of the engine to `health`; log a step that takes long."""
         cpu_seconds = self._engine_cpu_seconds()
-        if cpu_seconds is None or cpu_seconds - self._cpu_seconds > _CHECK_INTERVAL / 20:
+        computes = cpu_seconds is None or cpu_seconds - self._cpu_seconds > _CHECK_INTERVAL / 20
+        if computes:
             self.health.computed()
         self._cpu_seconds = cpu_seconds or 0.0
         seconds = self.health.step_seconds or 0.0
         if seconds < self._logged_step_seconds:  # a new step
             self._logged_step_seconds = 0.0
-        if seconds > max(self.settings.stall_timeout, 2 * self._logged_step_seconds):
+        if computes and seconds > max(self.settings.stall_timeout, 2 * self._logged_step_seconds):
             self._logged_step_seconds = seconds
-            _logger.warning("the engine has been at one step for %.0f s; requests wait", seconds)
+            _logger.warning(
+                "the engine has been at one step for %.0f s, and computes: a long prompt on a slow "
+                "processor takes that; requests wait",
+                seconds,
+            )
 
     def _on_sigterm(self) -> None:
         if self._drain_task:
@@ -184,7 +175,7 @@ class Watch:
         error = Unavailable(f"{reason}; the server is restarting", retry_after=5)
         self.admission.close(error)
         self.cancellations.end_all(error)
-        self._host.report_failure(reason)
+        self._host.report_failure(f"{reason}; start it again")
         self.server.should_exit = True
 
     def _engine_cpu_seconds(self) -> float | None:

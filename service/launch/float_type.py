@@ -39,11 +39,16 @@ def choose(args: argparse.Namespace, config: ModelConfig) -> str | None:
         wanted = _of_checkpoint(checkpoint)
     if has_products(wanted, torch.cpu.get_capabilities()):
         return None
-    software = f"this processor multiplies {wanted} in software"
-    if "dtype" in config.engine:
-        return f"{software}: float32 is faster, and is chosen where engine.dtype is not set"
+    reason = f"this processor has no instructions for {wanted}"
+    if insists(config):
+        return f"{reason}; without engine.dtype it computes in float32, which is faster"
     args.dtype = "float32"
-    return software
+    return f"{reason}; engine.dtype={wanted} insists, with half the memory"
+
+
+def insists(config: ModelConfig) -> bool:
+    """Whether the user has chosen the float type."""
+    return config.engine.get("dtype") not in (None, "auto")
 
 
 def has_products(dtype: str, capabilities: Mapping[str, object]) -> bool:

@@ -54,6 +54,7 @@ _HARMLESS = re.compile(
             "requires system-first ordering",
             "Unsupported upgrade request",  # of a client: WebSockets are not served
             "No supported WebSocket library",
+            "VLLM_DIST_IDENT",  # vLLM sets it, and warns of it at a second engine in one process
             "Failed to create oneDNN linear",  # bfloat16 on a processor without it
             "is already registered. Overwriting",  # a second engine in one process
         )
@@ -103,6 +104,8 @@ class StartUp(logging.Filter):
             return False  # the supervisor reports it
         if message.startswith("Error with model "):
             return False  # a client error, whose text echoes input
+        if record.exc_info and record.name.startswith("vllm.renderers."):
+            return False  # a template fails: the request or the start says so
         if record.exc_info and record.name.startswith("vllm.entrypoints."):
             # Log no error texts of vLLM's handlers: they may echo input.
             kind, _, stack = record.exc_info

@@ -21,51 +21,12 @@ _MAX_CONNECTIONS = 256
 _RETRY_AFTER = 5
 
 
-class ProgressServer:
+class ProgressServer(ThreadingHTTPServer):
     """Answers health checks with the phase of the start, and other requests with 503.
 
     A browser also gets the chat page, which shows the phase and waits.
     """
 
-    def __init__(
-        self,
-        listener: socket.socket,
-        tls: ssl.SSLContext | None,
-        folder: RunFolder,
-        model: str,
-        instance: str,
-    ) -> None:
-        self._handed_over = threading.Event()
-        self._server = _Server(listener, tls, folder, model, instance)
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, args=(0.05,), name="progress", daemon=True
-        )
-        self._handover_listener = socket.socket(socket.AF_UNIX)
-        self._handover_listener.bind(str(folder.handover_socket))
-        self._handover_listener.listen()
-        self._handover_thread = threading.Thread(
-            target=self._hand_over, name="handover", daemon=True
-        )
-
-    @property
-    def handed_over(self) -> bool:
-        """Whether an API process has taken over."""
-        return self._handed_over.is_set()
-
-    def start(self) -> None:
-        self._thread.start()
-        self._handover_thread.start()
-
-    def _hand_over(self) -> None:
-        """Stop answering when an API process connects; it waits until we close the connection."""
-        connection, _ = self._handover_listener.accept()
-        with connection, self._handover_listener:
-            self._server.shutdown()
-            self._server.server_close()
-            self._handed_over.set()
-
-
-class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(
@@ -84,6 +45,23 @@ class _Server(ThreadingHTTPServer):
         self.model = model
         self.instance = instance
         self.connections = threading.Semaphore(_MAX_CONNECTIONS)
+        self.handed_over = False  # whether an API process has taken over
+
+    def start(self) -> None:
+        """Answer, in threads, until an API process takes over."""
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(self.folder.handover_socket))
+        listener.listen()
+        for function, argument in ((self.serve_forever, 0.05), (self._hand_over, listener)):
+            threading.Thread(target=function, args=(argument,), daemon=True).start()
+
+    def _hand_over(self, listener: socket.socket) -> None:
+        """Stop answering when an API process connects; it waits until we close the connection."""
+        connection, _ = listener.accept()
+        with connection, listener:
+            self.shutdown()
+            self.server_close()
+            self.handed_over = True
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         if not self.connections.acquire(blocking=False):
@@ -104,7 +82,7 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: _Server
+    server: ProgressServer
     protocol_version = "HTTP/1.1"
     server_version = "chat-service"
     sys_version = ""

@@ -36,7 +36,8 @@ class RunFolder(Host):
 
     def write_deployment(self, deployment: Deployment) -> None:
         self.config_file.touch(mode=0o600)
-        self.config_file.write_text(deployment.model_dump_json())
+        without_key = deployment.model_dump_json(exclude={"settings": {"api_key"}})
+        self.config_file.write_text(without_key)
 
     def read_deployment(self) -> Deployment:
         return Deployment.model_validate_json(self.config_file.read_bytes(), strict=False)
@@ -67,8 +68,7 @@ class RunFolder(Host):
             return Phase.STARTING, None
         return Phase(phase), int(percent) if percent else None
 
-    def beat(self) -> None:
-        """Report that this API process is alive. A touch works on a full disk."""
+    def beat(self) -> None:  # a touch works on a full disk
         self._beats.mkdir(exist_ok=True)
         (self._beats / str(os.getpid())).touch()
 
@@ -80,7 +80,6 @@ class RunFolder(Host):
             return {}
 
     def mark_progress(self) -> None:
-        """Report that the engine makes progress. vLLM reports it to only one API process."""
         self._progress_file.touch()
 
     def progress(self) -> int:

@@ -91,6 +91,10 @@ def choose_compiled(args: argparse.Namespace, config: ModelConfig) -> None:
     """Choose between eager and compiled code (`compile_cache.choose`), and print the reason."""
     if reason := compile_cache.choose(args, config):
         print(reason, file=sys.stderr, flush=True)
+    from vllm.platforms import current_platform
+
+    if args.enforce_eager and current_platform.is_cpu():
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 @contextmanager
@@ -139,6 +143,7 @@ def _serve(
         uvloop.run(_serve_here(args, deployment, folder, listener))
         return
     application.configure(args, deployment, folder)
+    args.host = listener.getsockname()[0]  # a name may have several addresses
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     listener.close()  # the supervisor's copy answers until the API processes take over
     command.cmd(args)

@@ -29,7 +29,6 @@ import setproctitle
 from service.api.application import Deployment
 from service.errors import ConfigError, LaunchError, ServiceError
 from service.launch import environment, server
-from service.launch.announcer import Announcer
 from service.launch.progress_server import ProgressServer
 from service.launch.run_folder import RunFolder
 from service.model_config import ModelConfig, Origins
@@ -59,7 +58,8 @@ def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
     """Run the server until it is stopped. Raises ServiceError if it cannot start, or fails."""
     clients = settings.clients()
     for variable, reason in _REFUSED.items():
-        if os.environ.get(variable, "0") != "0":
+        off = "" if variable == "VLLM_API_KEY" else "0"
+        if os.environ.get(variable, off) not in ("", off):
             raise ConfigError(f"{variable} {reason}")
     _, max_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max_files, max_files))  # one per connection
@@ -85,10 +85,6 @@ def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
         tls = _tls(config, origins)
         progress = ProgressServer(listener, tls, folder, config.name, deployment.instance)
         progress.start()
-        announcer = Announcer(
-            config, settings, deployment.instance, tls=tls is not None, key=clients is not None
-        )
-        announcer.start()
         environment.prepare(folder, settings)
         print(f"Starting {config.name}; vLLM takes a while to import ...", file=sys.stderr)
         sys.stderr.flush()
@@ -99,7 +95,18 @@ def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
             args=(path, origins, listener),
             name="MainProcess",
         )
-        _Supervisor(process, folder, progress, announcer, settings).run()
+        ready = _ready_message(config.name, settings.url(tls=tls is not None), clients is not None)
+        _Supervisor(process, folder, progress, ready, settings).run()
+
+
+def _ready_message(model: str, url: str, needs_key: bool) -> str:
+    key = '  -H "Authorization: Bearer <the API key>" \\\n' if needs_key else ""
+    return (
+        f"\nReady: {model} answers at {url}. Try:\n\n"
+        f"curl -X POST {url} \\\n{key}"
+        '  -d \'{"prompt": "What is the capital of France?"}\'\n\n'
+        f"OpenAI clients: base_url {url}/v1   Metrics: {url}/metrics\n"
+    )
 
 
 class _StoppedEarly(Exception):
@@ -114,10 +121,10 @@ class _Supervisor:
         server: "multiprocessing.context.ForkServerProcess",
         folder: RunFolder,
         progress: ProgressServer,
-        announcer: Announcer,
+        ready_message: str,
         settings: Settings,
     ) -> None:
-        self.announcer = announcer
+        self.ready_message: str | None = ready_message
         self.drain_timeout = settings.drain_timeout
         self.max_silence = max(settings.stall_timeout * PATIENCE, _MIN_SILENCE)
         self.server = server
@@ -132,11 +139,16 @@ class _Supervisor:
 
     def run(self) -> None:
         """Wait for the server to end. Raises LaunchError unless a signal stopped it."""
-        old_handlers = {number: signal.signal(number, self._on_signal) for number in _STOP_SIGNALS}
+        old_handlers = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
         try:
+            for number in _STOP_SIGNALS:
+                signal.signal(number, self._on_signal)
             self._start()
             while not multiprocessing.connection.wait([self.server.sentinel], _CHECK_INTERVAL):
                 self._check_beats()
+                if self.ready_message and self.folder.phase()[0] is Phase.READY:
+                    print(self.ready_message, flush=True)
+                    self.ready_message = None
                 if self.kill_at is None and self.folder.failure():
                     self.kill_at = time.monotonic() + _GRACE_SECONDS
                 if self.kill_at is not None and time.monotonic() > self.kill_at:
@@ -180,15 +192,13 @@ class _Supervisor:
                 self._silent_seconds[process] = 0
             self._silent_seconds[process] += _CHECK_INTERVAL
             if self._silent_seconds[process] > self.max_silence:
-                self.folder.report_failure("the API process has hung")
+                self.folder.report_failure("the API process has hung; start it again")
                 self.kill_at = time.monotonic()
 
     def _report_end(self) -> None:
         status = self.server.exitcode or 0
         if failure := self.folder.failure():
-            raise LaunchError(f"{failure}; start it again")
-        if self.announcer.failure:
-            raise LaunchError(self.announcer.failure)
+            raise LaunchError(failure)
         if self.stop_signals:
             print("Stopped.", file=sys.stderr)
         elif status == _FORK_SERVER_GONE:
@@ -288,8 +298,12 @@ def _is_loopback(listener: socket.socket) -> bool:
 
 def _tls(config: ModelConfig, origins: Origins) -> ssl.SSLContext | None:
     """Load the YAML's ssl_certfile and ssl_keyfile. Raises ConfigError if they are unusable."""
-    values = {key.replace("-", "_"): value for key, value in config.engine.items()}
+    values = config.engine
     if not (certificate := values.get("ssl_certfile")):
+        for key in ("ssl_keyfile", "ssl_ca_certs", "ssl_cert_reqs"):
+            if values.get(key):
+                place = origins.of(("engine", key))
+                raise ConfigError(f"{place}: give engine.ssl_certfile too")
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:

@@ -15,7 +15,11 @@ def register() -> None:
     from service.models.bluelm import BlueLMConfig, BlueLMForCausalLM
     from service.models.minicpm import MiniCPMConfig
     from service.models.openelm import OpenELMConfig, OpenELMForCausalLM
-    from service.models.vllm_private import assume_model_type, use_fast_penalties
+    from service.models.vllm_private import (
+        assume_model_type,
+        compile_nothing_for_requests,
+        use_fast_penalties,
+    )
     from service.models.xverse import XverseConfig
     from service.tokenizers import register as register_tokenizers
 
@@ -37,3 +41,4 @@ def register() -> None:
     register_tokenizers()
     if current_platform.is_cpu():
         use_fast_penalties()
+        compile_nothing_for_requests()

@@ -1,5 +1,6 @@
 """All uses of vLLM 0.32's private names, and all replacements of its functions."""
 
+import inspect
 import os
 from collections.abc import Sequence
 from multiprocessing import forkserver
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.transformers_utils import config as vllm_config
 from vllm.v1.engine import utils as engine_processes
+from vllm.v1.sample import sampler
 from vllm.v1.sample.ops import penalties
 
 if TYPE_CHECKING:
@@ -104,6 +106,18 @@ def apply_penalties(
     # A token that occurs twice is written twice, with the same value.
     logits[row, token] = before * torch.where(before > 0, 1 / penalty, penalty)
     return logits
+
+
+def compile_nothing_for_requests() -> None:
+    """Make vLLM compute log probabilities without compiling a function. For a CPU.
+
+    vLLM compiles it at the first request that asks for them: all others wait some 20 s, and without
+    a C++ compiler the engine ends. With TORCHDYNAMO_DISABLE, which eager servers set, nothing else
+    is compiled either; torch reads it at its import, which a forked process has behind it.
+    """
+    sampler.batched_count_greater_than = inspect.unwrap(sampler.batched_count_greater_than)
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        torch._dynamo.config.disable = True
 
 
 class _Process(ForkServerProcess):

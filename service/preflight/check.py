@@ -73,15 +73,11 @@ def check(
         vllm_arguments.use_files(args, model, tokenizer)
         warnings = _float_type(args, config, rows) if memory is None else []
         with server.explained(settings, folder):
-            from vllm import AsyncEngineArgs
             from vllm.platforms import current_platform
-            from vllm.usage.usage_lib import UsageContext
 
             if memory is not None:
                 rows += plan_for_gpu(args, memory)
-            vllm_config = AsyncEngineArgs.from_cli_args(args).create_engine_config(
-                UsageContext.OPENAI_API_SERVER
-            )
+            vllm_config = vllm_arguments.engine_config(args)
             on_gpu = memory is not None or not current_platform.is_cpu()
             if memory is None:
                 memory = current_platform.get_device_total_memory()
@@ -95,7 +91,7 @@ def check(
                 lines, problems = [f"fit: not computed; {e}"], []
             with rendering(args, vllm_config) as (render, loaded):
                 findings = chat_template.check(render, loaded, vllm_config.model_config, config)
-        if not {"max_model_len", "max-model-len"} & config.engine.keys():
+        if "max_model_len" not in config.engine:
             length = vllm_config.model_config.max_model_len
             rows.append(("engine.max_model_len", length, "the model's config.json"))
         for name, value in vllm_config.model_config.get_diff_sampling_param().items():
@@ -112,7 +108,7 @@ def _float_type(
 ) -> list[str]:
     """Choose the float type. Adds a row if it is not the model's; warns if it is slow."""
     reason = float_type.choose(args, config)
-    if reason and "dtype" in config.engine:
+    if reason and float_type.insists(config):
         return [f"engine.dtype: {reason}"]
     if reason:
         rows.append(("engine.dtype", args.dtype, reason))

@@ -1,10 +1,11 @@
-"""Fetches a model's files. Each kind of source has a module with a function `fetch`."""
+"""Fetches a model's files. Each source that downloads has a module with a function `fetch`."""
 
 from collections.abc import Callable
 from pathlib import Path
 
+from service.errors import ConfigError
 from service.model_config import Source
-from service.weights import embedded, local, modelscope
+from service.weights import embedded, modelscope
 
 
 def fetch(
@@ -23,7 +24,7 @@ def fetch(
         return embedded.fetch(source.embedded, source.sha256, cache_dir)
     if source.modelscope:
         return modelscope.fetch(source.modelscope, source.revision, weights=weights, report=report)
-    return local.fetch(source.path or "", weights=weights)
+    return _local_folder(source.path or "", weights=weights)
 
 
 def present(source: Source, cache_dir: Path, *, weights: bool = True) -> Path | None:
@@ -33,4 +34,17 @@ def present(source: Source, cache_dir: Path, *, weights: bool = True) -> Path | 
         return folder if folder.is_dir() else None
     if source.modelscope:
         return modelscope.present(source.modelscope, source.revision, weights=weights)
-    return local.fetch(source.path or "", weights=weights)
+    return _local_folder(source.path or "", weights=weights)
+
+
+def _local_folder(path: str, *, weights: bool) -> Path:
+    """Return the folder. A tokenizer's, without `weights`, may have no config.json."""
+    try:
+        folder = Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"source.path: {path}: no such user") from None
+    if not folder.is_dir():
+        raise ConfigError(f"source.path: {path}: no such folder")
+    if weights and not (folder / "config.json").is_file():
+        raise ConfigError(f"source.path: {path}: has no config.json, so it is not a checkpoint")
+    return folder

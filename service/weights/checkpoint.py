@@ -36,8 +36,7 @@ def check(folder: Path) -> None:
     """Raise WeightsError if a file is damaged, cut short or missing, as far as can be checked."""
     _check_json(folder)
     files = weight_files(folder, "*.safetensors")
-    for file in files:
-        tensor_files.check_length(file)
+    names = {name for file in files for name in tensor_files.read(file)}
     if not files:
         files = weight_files(folder, "*.bin")
     if not files and not list(folder.glob("*.pt")):
@@ -47,7 +46,7 @@ def check(folder: Path) -> None:
     if not files or architecture not in _UNIFORM or config.get("quantization_config"):
         return
     try:
-        names = {name for file in files for name in tensor_files.read(file)}
+        names = names or {name for file in files for name in tensor_files.read(file)}
     except WeightsError:  # an old or broken PyTorch file: vLLM reports it
         return
     _check_layers(names, config)
