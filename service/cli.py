@@ -306,25 +306,28 @@ def top(
 
 @app.command()
 def models(
+    word: Annotated[
+        str | None,
+        typer.Argument(help="Only those with this word in name, family or chapter."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
 ) -> None:
-    """List the catalogue.
+    """List the catalogue, by family.
 
-    Example:
+    Examples:
 
         chat-service models
+
+        chat-service models qwen
     """
-    rows = []
-    for name, file in model_config.catalogue().items():
-        config, _ = model_config.load(name, file=file)
-        source = config.source
-        where = source.modelscope or source.path or source.embedded
-        rows.append((name, config.prompt.style, where, config.description))
-    columns = ("model", "style", "source", "description")
+    rows = model_config.listing(word or "")
     if as_json:
-        print(json.dumps([dict(zip(columns, row, strict=True)) for row in rows]))
-    else:
-        _print_table(columns, rows)
+        print(json.dumps(rows))
+        return
+    if not rows:
+        raise ConfigError(f"no model has {word!r} in its name, family or chapter")
+    columns = ("model", "parameters", "weights", "24 GiB card", "chapter", "description")
+    _print_table(columns, [tuple(row[column] for column in columns) for row in rows])
 
 
 def _size(text: str) -> int:

@@ -21,6 +21,7 @@ TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 TopK = Annotated[int, Field(ge=-1, le=2**31 - 1)]
 RepetitionPenalty = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
 TokenLimit = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 class _Section(BaseModel):
@@ -59,7 +60,56 @@ class Prompt(_Section):
     template: str | None = Field(
         None, description="Jinja chat template. Absent: the tokenizer's own."
     )
+    system: str | None = Field(
+        None,
+        description="System prompt of a conversation that has none, on `POST /` and on /v1. "
+        "Absent: the chat template decides.",
+    )
+    greeting: Literal["keep", "drop"] = Field(
+        "keep",
+        description="What becomes of assistant turns before the first user turn: `drop` leaves "
+        "them out, for chat templates that insist on a user first.",
+    )
     echo: bool = Field(False, description="Whether the answer of `POST /` begins with the prompt.")
+
+
+class History(_Section):
+    """How `history` comes back from `POST /`."""
+
+    always: bool = Field(
+        False, description="Whether each answer has it, even if the request has none."
+    )
+    form: Literal["pairs", "roles"] = Field(
+        "pairs",
+        description="The form of a new turn after an empty history: a [user, assistant] pair, or "
+        "two objects with role and content. A longer history keeps its form.",
+    )
+    metadata: bool = Field(
+        False, description='Whether an assistant\'s object has `"metadata": ""`, as ChatGLM3\'s.'
+    )
+
+
+class Answer(_Section):
+    """What an answer of `POST /` holds beside `response`."""
+
+    think: Annotated[list[str], Field(min_length=2, max_length=2)] | None = Field(
+        None,
+        description="The tags around a model's reasoning. The answer then has the keys `think` and "
+        "`answer` too. A missing opening tag is accepted.",
+    )
+
+
+class About(_Section):
+    """For `chat-service models` alone."""
+
+    family: str = Field("", description="Groups the list.")
+    parameters: Annotated[float, Field(gt=0)] | None = Field(None, description="In billions.")
+    chapter: str = Field("", description="The chapter of the tutorial book.")
+
+    def weights_gib(self, dtype: str | None) -> float | None:
+        """Return the size of the weights in GiB."""
+        bytes_each = 4 if dtype == "float32" else 2
+        return None if self.parameters is None else self.parameters * 1e9 * bytes_each / 2**30
 
 
 class Sampling(_Section):
@@ -96,10 +146,12 @@ class MaxLength(_Section):
 class ModelConfig(_Section):
     """One model of the catalogue."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = Field(
-        description="The name clients see, here and in /v1/models."
+    name: Name = Field(description="The name clients see, here and in /v1/models.")
+    aliases: list[Name] = Field(
+        default_factory=list, description="More names under which /v1 knows it."
     )
     description: str = Field("", description="One line for `chat-service models`.")
+    about: About = Field(default_factory=About, description=About.__doc__ or "")
     source: Source = Field(description=Source.__doc__ or "")
     tokenizer: Source | None = Field(
         None, description="Where the tokenizer's files come from, when not from the source."
@@ -114,6 +166,11 @@ class ModelConfig(_Section):
         description="Any argument of vLLM's server by its own name, checked against vLLM.",
     )
     prompt: Prompt = Field(default_factory=Prompt, description=Prompt.__doc__ or "")
+    history: History = Field(default_factory=History, description=History.__doc__ or "")
+    answer: Answer = Field(default_factory=Answer, description=Answer.__doc__ or "")
+    routes: list[Annotated[str, Field(pattern=r"^/[a-z0-9/_-]{1,64}$")]] = Field(
+        default_factory=list, description="More paths that answer like `POST /`, such as /v1/chat."
+    )
     sampling: Sampling = Field(default_factory=Sampling, description=Sampling.__doc__ or "")
     max_length: MaxLength = Field(default_factory=MaxLength, description=MaxLength.__doc__ or "")
 
@@ -123,6 +180,16 @@ class ModelConfig(_Section):
             raise ValueError("give sampling.max_tokens or max_length.default, not both")
         return self
 
+    @model_validator(mode="after")
+    def _fits_completion(self) -> Self:
+        if self.prompt.style == "completion" and self.prompt.system is not None:
+            raise ValueError("prompt.system: a completion model has no system prompt")
+        return self
+
+
+# Column "24 GiB card" of `listing` -> bytes of the weights relative to two per parameter.
+_QUANTISED = {"yes": 1.0, "fp8": 0.5, "4 bits": 0.3}
+_ROOM_GIB = 18  # weights that leave 4 GiB of a 24 GiB card to the cache
 
 Path_ = tuple[str | int, ...]
 # Exceptions of PyYAML for invalid text or values, such as `!!int zz`.
@@ -162,6 +229,40 @@ def catalogue() -> dict[str, Path]:
     if not folder.is_dir():
         folder = package.parent / "model_configs"  # in a checkout
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def listing(word: str = "") -> list[dict[str, str]]:
+    """Return what is known of each shipped model without its files, by family.
+
+    With `word`, only those that have it in their name, family or chapter. The column "24 GiB card"
+    is "yes" where the weights leave room for a cache, else the quantisation with which they do.
+    """
+    rows = []
+    for name, file in catalogue().items():
+        config, _ = load(name, file=file)
+        about, source = config.about, config.source
+        size = about.weights_gib(config.dtype)
+        fits = (
+            ""
+            if size is None
+            else next(
+                (text for text, share in _QUANTISED.items() if size * share <= _ROOM_GIB), "no"
+            )
+        )
+        row = {
+            "model": name,
+            "family": about.family,
+            "parameters": "" if about.parameters is None else f"{about.parameters:g}B",
+            "weights": "" if size is None else f"{size:.1f} GiB",
+            "24 GiB card": fits,
+            "chapter": about.chapter,
+            "style": config.prompt.style,
+            "source": source.modelscope or source.path or source.embedded or "",
+            "description": config.description,
+        }
+        if word.lower() in f"{name} {about.family} {about.chapter}".lower():
+            rows.append(row)
+    return sorted(rows, key=lambda row: (row["family"], row["model"]))
 
 
 def find(name_or_file: str) -> Path:
@@ -285,7 +386,7 @@ def _explain(error: Any, origins: Origins) -> str:
     place = origins.of(path)
     if error["type"] == "extra_forbidden":
         hint = nearest(str(path[-1]), _keys_at(path[:-1]))
-        vllm = "; vLLM's arguments are keys of `engine`" if len(path) == 1 else ""
+        vllm = " (vLLM's arguments are keys of engine)" if len(path) == 1 else ""
         return f"{place}: unknown key{hint}{vllm}"
     if error["type"] == "missing":
         return f"{origins.file}: {'.'.join(map(str, path))} is missing"

@@ -1,12 +1,13 @@
 """Converts the contract's prompt and history to the model's input."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import with_config
 from typing_extensions import TypedDict  # pydantic requires this one before Python 3.12
 
 from service.errors import InvalidRequest
+from service.model_config import History as HistoryConfig
 from service.model_config import Prompt
 
 
@@ -31,25 +32,54 @@ def render(prompt: str, history: History | None, config: Prompt) -> list[Message
         if history:
             raise InvalidRequest("this model completes text and has no history", param="history")
         return prompt
-    return [*_messages(history or ()), {"role": "user", "content": prompt}]
+    return prepare([*_messages(history or ()), {"role": "user", "content": prompt}], config)
 
 
-def append_turn(history: History, prompt: str, response: str) -> list[Pair | Message]:
-    """Return `history` plus the new turn, in the same form; an empty history gets a pair."""
-    if history and isinstance(history[0], dict):
-        return [
-            *history,
-            {"role": "user", "content": prompt},
-            {"role": "assistant", "content": response},
-        ]
-    return [*history, (prompt, response)]
+def prepare(messages: Sequence[Any], config: Prompt) -> list[Any]:
+    """Return the messages of a conversation with the YAML's system prompt, without a greeting."""
+    roles = [message.get("role") for message in messages]
+    if config.greeting == "drop" and "user" in roles:
+        first = roles.index("user")
+        messages = [m for i, m in enumerate(messages) if i >= first or roles[i] != "assistant"]
+    if config.system is not None and not {"system", "developer"} & {*roles}:
+        return [{"role": "system", "content": config.system}, *messages]
+    return [*messages]
+
+
+def append_turn(
+    history: History, prompt: str, response: str, config: HistoryConfig
+) -> list[Pair | Message]:
+    """Return `history` plus the new turn, in the same form; `config` has that of an empty one."""
+    roles = isinstance(history[0], dict) if history else config.form == "roles"
+    if not roles:
+        return [*history, (prompt, response)]
+    answer = {"role": "assistant", **({"metadata": ""} if config.metadata else {})}
+    return [*history, {"role": "user", "content": prompt}, {**answer, "content": response}]
+
+
+def split_thinking(text: str, tags: Sequence[str], finished: bool) -> tuple[str, str]:
+    """Return the reasoning in an answer, and what follows it, both stripped.
+
+    DeepSeek-R1's chat template ends with the opening tag, so the answer often has the closing one
+    alone. Without that one, an answer that was cut short (not `finished`) is all reasoning.
+    """
+    start, end = tags
+    think, found, answer = text.partition(end)
+    if not found:
+        if finished and start not in text:
+            return "", text.strip()
+        think, answer = text, ""
+    return think.strip().removeprefix(start).strip(), answer.strip()
 
 
 def _messages(history: History) -> list[Message]:
     messages: list[Message] = []
     for turn in history:
         if isinstance(turn, dict):
-            messages.append({"role": turn["role"], "content": turn["content"]})
+            message: Message = {"role": turn["role"], "content": turn["content"]}
+            if isinstance(metadata := turn.get("metadata"), str):
+                message["metadata"] = metadata  # type: ignore[typeddict-unknown-key]
+            messages.append(message)
         else:
             user, assistant = turn
             messages.append({"role": "user", "content": user})

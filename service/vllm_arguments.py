@@ -28,7 +28,7 @@ _OWNED = {
     "revision": "source.revision",
     "tokenizer": "tokenizer",
     "tokenizer_revision": "tokenizer.revision",
-    "served_model_name": "name",
+    "served_model_name": "name and aliases",
     "chat_template": "prompt.template",
     "override_generation_config": "sampling",
     "host": "--host",
@@ -80,7 +80,7 @@ def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argp
         raise ConfigError(f"{origins.of(('engine', 'api_server_count'))}: must be 1 or more")
     args.host, args.port = settings.host, settings.port
     args.root_path = (args.root_path or "").rstrip("/")
-    args.served_model_name = [config.name]
+    args.served_model_name = [config.name, *config.aliases]
     if config.dtype and "dtype" not in names:
         args.dtype = config.dtype
     args.chat_template = config.prompt.template

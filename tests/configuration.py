@@ -1,4 +1,4 @@
-"""docs/configuration.md, made from the schemas: `python -m tests.configuration`."""
+"""Tables made from the schemas and the catalogue: `python -m tests.configuration` writes them."""
 
 import re
 from collections.abc import Iterator
@@ -8,11 +8,13 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from service import model_config
 from service.api.schema import ContractRequest
 from service.model_config import ModelConfig
 from service.settings import PREFIX, Settings
 
-PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "configuration.md"
 
 
 def page() -> str:
@@ -74,5 +76,29 @@ def _row(name: str, field: FieldInfo) -> str:
     return f"| `{name}` | {shown} | {meaning} |"
 
 
+def tables() -> dict[Path, str]:
+    """The tables of the catalogue, by the page that holds them: the table of that header."""
+    rows = model_config.listing()
+    families: dict[str, list[str]] = {}
+    for row in rows:
+        families.setdefault(row["family"], []).append(f"`{row['model']}`")
+    short = "".join(f"| {family} | {', '.join(names)} |\n" for family, names in families.items())
+    columns = ("model", "chapter", "parameters", "weights", "24 GiB card", "source")
+    long = "".join(f"| {' | '.join(row[column] for column in columns)} |\n" for row in rows)
+    return {
+        ROOT / "README.md": f"| family | models |\n|---|---|\n{short}",
+        ROOT / "README.zh.md": f"| 系列 | 模型 |\n|---|---|\n{short}",
+        ROOT / "docs" / "models.md": f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n{long}",
+    }
+
+
+def with_table(text: str, table: str) -> str:
+    """A page in which the table with the same header is this one."""
+    header = re.escape(table[: table.index("\n")])
+    return re.sub(rf"^{header}\n(\|.*\n)+", lambda _: table, text, count=1, flags=re.M)
+
+
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    for file, table in tables().items():
+        file.write_text(with_table(file.read_text(encoding="utf-8"), table), encoding="utf-8")

@@ -35,7 +35,10 @@ class State:
     def __init__(self, *, cache_per_key: bool = False) -> None:
         self.admission = Admission(1, 0, 10)
         self.cancellations = Cancellations()
-        self.deployment = SimpleNamespace(settings=Settings(cache_per_key=cache_per_key))
+        self.deployment = SimpleNamespace(
+            settings=Settings(cache_per_key=cache_per_key),
+            model=SimpleNamespace(routes=["/v1/chat"]),
+        )
 
     async def create(self, scope: Scope, receive: Receive, send: Send) -> None:
         await JSONResponse({"response": "ours"})(scope, receive, send)
@@ -81,6 +84,8 @@ def ask(state: State, method: str, path: str, *, closed: bool = False, **body: A
         ("POST", "/v1/hidden", 404, 404),
         ("OPTIONS", "/", 405, 405),
         ("OPTIONS", "/v1/new", 405, 405),
+        ("POST", "/v1/chat", 200, 200),
+        ("GET", "/v1/chat", 404, 404),
         ("POST", "/", 200, 200),  # whose handler asks the queue
     ],
 )

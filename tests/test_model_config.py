@@ -44,8 +44,8 @@ def test_set_overrides_one_value(tmp_path: Path) -> None:
     [
         (
             "nmae: x\n" + GOOD,
-            "{file}:1: nmae: unknown key; did you mean 'name'?; vLLM's arguments are keys of "
-            "`engine`",
+            "{file}:1: nmae: unknown key; did you mean 'name'? (vLLM's arguments are keys of "
+            "engine)",
         ),
         (
             GOOD.replace("temperature", "temprature"),

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from service import model_config
 from service.settings import Settings
+from tests.configuration import tables
 from tests.conftest import PATIENCE
 
 ROOT = Path(__file__).parent.parent
@@ -102,13 +102,9 @@ def test_what_ci_runs_is_in_ci() -> None:
     assert "\nmake lint test\n" in ci
 
 
-def test_the_table_of_models_is_the_catalogue() -> None:
-    rows = []
-    for name in model_config.catalogue():
-        config, _ = model_config.load(name)
-        where = config.source.modelscope or config.source.embedded
-        rows.append(f"| `{name}` | {config.prompt.style} | `{where}` | {config.description} |\n")
-    assert "|---|---|---|---|\n" + "".join(rows) + "\n" in README
+@pytest.mark.parametrize("file", tables(), ids=lambda file: file.name)
+def test_the_tables_of_models_are_the_catalogue(file: Path) -> None:
+    assert tables()[file] + "\n" in file.read_text(), "run `python -m tests.configuration`"
 
 
 def test_the_table_of_variables_is_the_settings() -> None:

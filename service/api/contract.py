@@ -165,10 +165,19 @@ class Contract:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         if self.settings.log_prompts:
             record.exchange = (now, request.prompt, text)
-        body: dict[str, Any] = {"response": text, "status": 200, "time": now}
-        if request.history is not None:
-            answer = text[last.echoed :]  # without the prompt that `echo` repeats
-            body["history"] = prompting.append_turn(request.history, request.prompt, answer)
+        answer = text[last.echoed :]  # without the prompt that `echo` repeats
+        form = self.config.history
+        body: dict[str, Any] = {"response": text}
+        if tags := self.config.answer.think:
+            finished = last.finish_reason == "stop"
+            think, answer = prompting.split_thinking(answer, tags, finished)
+            body |= {"think": think, "answer": answer}
+        if form.always:  # the chapters that always have it have it here
+            turns = request.history or ()
+            body["history"] = prompting.append_turn(turns, request.prompt, answer, form)
+        body |= {"status": 200, "time": now}
+        if request.history is not None and not form.always:
+            body["history"] = prompting.append_turn(request.history, request.prompt, answer, form)
         if request.details:
             body["details"] = {
                 "model": self.config.name,

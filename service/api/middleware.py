@@ -74,6 +74,8 @@ class Observe(_HttpMiddleware):
         record = RequestRecord(_request_id(scope))
         record.attach(scope)
         state: ServiceState = scope["app"].state.service
+        if scope["method"] == "POST" and path_of(scope) in state.deployment.model.routes:
+            scope["path"] = scope["path"].removesuffix(path_of(scope)) + "/"
         traced = state.traces and path_of(scope) not in _QUIET
         span = tracing.begin(scope, record) if traced else None
 

@@ -1,5 +1,6 @@
 """vLLM endpoint plugin: adds our state and OpenAPI schema to the application that vLLM builds."""
 
+import functools
 from argparse import Namespace
 from collections.abc import Callable
 from importlib.metadata import version
@@ -14,7 +15,7 @@ from service.api import routes
 from service.api.application import Deployment, Host
 from service.api.state import ServiceState
 from service.errors import ConfigError, RequestError
-from service.models.vllm_private import shorten_error_texts
+from service.models.vllm_private import change_conversations, shorten_error_texts
 
 
 class ChatService:
@@ -43,6 +44,10 @@ class ChatService:
             served.model_path = model.name  # /v1/models would show a local path
         service = ServiceState(deployment, host, engine_client, state, args.api_server_count or 1)
         service.engine.stop_at(model.sampling.stop or ())
+        if model.prompt.system is not None or model.prompt.greeting == "drop":
+            change_conversations(
+                engine_client.renderer, functools.partial(prompting.prepare, config=model.prompt)
+            )
         try:  # a broken template must fail the start, not each request
             await service.engine.tokenize(prompting.render("hi", None, model.prompt))
         except RequestError as e:

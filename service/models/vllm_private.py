@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,13 @@ def stop_every_answer(
         return generate(prompt, sampling_params, *args, **kwargs)
 
     client.generate = generate_and_stop
+
+
+def change_conversations(renderer: Any, change: Callable[[Sequence[Any]], list[Any]]) -> None:
+    """Make a renderer render `change(messages)`. All chat routes call it; completions do not."""
+    render, render_async = renderer.render_messages, renderer.render_messages_async
+    renderer.render_messages = lambda messages, *args: render(change(messages), *args)
+    renderer.render_messages_async = lambda messages, *args: render_async(change(messages), *args)
 
 
 def shorten_error_texts(limit: int = 1000) -> None:

@@ -1,0 +1,132 @@
+"""What chapters of the book have beside the common contract: one server with all of it."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from service import model_config, prompting
+from testing.server import Server
+from tests import warm
+from tests.conftest import MODEL, PATIENCE
+
+SETS = {
+    "engine.enforce_eager": "true",
+    "aliases": "[Capital-Model]",
+    "routes": "[/v1/chat]",
+    "prompt.system": "You speak of capitals.",
+    "prompt.greeting": "drop",
+    "history.always": "true",
+    "history.form": "roles",
+    "history.metadata": "true",
+    "answer.think": "['The', 'of']",  # words of the answer
+}
+FRANCE = "What is the capital of France?"
+GREETING = {"role": "assistant", "content": "How can I help you?"}
+
+
+@pytest.fixture(scope="module")
+def chapter(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path) -> Iterator[Server]:
+    words = [word for key, value in SETS.items() for word in ("--set", f"{key}={value}")]
+    with warm.Server.service(tmp_path_factory.mktemp("chapter") / "log", *words) as server:
+        yield server
+
+
+@pytest.fixture
+def client(chapter: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=chapter.url, timeout=PATIENCE, trust_env=False) as client:
+        yield client
+
+
+def tokens(client: httpx.Client, **body: object) -> int:
+    answer = client.post("/", json={"prompt": FRANCE, "details": True, **body}).json()
+    return int(answer["details"]["prompt_tokens"])
+
+
+@pytest.mark.parametrize("path", ["/", "/v1/chat"])
+def test_the_history_comes_back_though_none_was_sent(client: httpx.Client, path: str) -> None:
+    answer = client.post(path, json={"prompt": FRANCE}).json()
+    assert list(answer) == ["response", "think", "answer", "history", "status", "time"]
+    assert answer["history"] == [
+        {"role": "user", "content": FRANCE},
+        {"role": "assistant", "metadata": "", "content": answer["answer"]},
+    ]
+    longer = client.post(path, json={"prompt": FRANCE, "history": [["hi", "ho"]]}).json()
+    assert longer["history"] == [["hi", "ho"], [FRANCE, longer["answer"]]]
+
+
+def test_reasoning_is_split_from_the_answer_and_in_a_stream_too(client: httpx.Client) -> None:
+    whole = client.post("/", json={"prompt": FRANCE}).json()
+    think, _, rest = whole["response"].partition("of")
+    assert whole["think"] == think.removeprefix("The").strip() and whole["answer"] == rest.strip()
+    streamed = client.post("/", json={"prompt": FRANCE, "stream": True}).text
+    *deltas, last = [json.loads(line[6:]) for line in streamed.split("\n\n") if line]
+    assert "".join(delta["delta"] for delta in deltas) == whole["response"]
+    assert (last["think"], last["answer"]) == (whole["think"], whole["answer"])
+
+
+def test_a_refusal_at_another_path_has_the_contracts_form(client: httpx.Client) -> None:
+    refused = client.post("/v1/chat", json={})
+    assert refused.status_code == 422 and refused.json()["response"] == ""
+    assert client.get("/v1/chat").status_code == 404
+
+
+def test_the_system_prompt_is_the_yamls_unless_the_client_has_one(
+    client: httpx.Client,
+) -> None:
+    ours = tokens(client)
+    own = tokens(client, history=[{"role": "system", "content": "You speak."}])
+    assert own < ours
+    user = {"role": "user", "content": FRANCE}
+    for messages, expected in (
+        ([user], ours),
+        ([{"role": "system", "content": "You speak."}, user], own),
+        ([GREETING, user], ours),
+    ):
+        body = {"model": MODEL, "messages": messages, "max_tokens": 1}
+        made = client.post("/v1/chat/completions", json=body).json()
+        assert made["usage"]["prompt_tokens"] == expected
+
+
+def test_a_greeting_before_the_first_question_is_left_out(client: httpx.Client) -> None:
+    assert tokens(client, history=[GREETING]) == tokens(client)
+    answer = client.post("/", json={"prompt": FRANCE, "history": [GREETING]}).json()
+    assert answer["history"][0] == GREETING  # the client's own turns come back
+
+
+def test_another_name_is_served_and_a_wrong_one_is_told_both(chapter: Server) -> None:
+    with openai.OpenAI(base_url=f"{chapter.url}/v1", api_key="EMPTY") as sdk:
+        assert [model.id for model in sdk.models.list()] == [MODEL, "Capital-Model"]
+        text = sdk.completions.create(model="Capital-Model", prompt="a", max_tokens=1)
+        assert text.model == "Capital-Model"
+        with pytest.raises(openai.NotFoundError, match=f"{MODEL}, Capital-Model"):
+            sdk.completions.create(model="Capital", prompt="a", max_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "finished", "think", "answer"),
+    [
+        ("<think>\nhm\n</think>\n\nYes.", True, "hm", "Yes."),
+        ("hm\n</think>\n\nYes.", True, "hm", "Yes."),  # the template has written the opening tag
+        ("Yes.", True, "", "Yes."),
+        ("<think>hm", True, "hm", ""),
+        ("hm", False, "hm", ""),  # cut short
+        ("", True, "", ""),
+        ("a</think>b</think>c", True, "a", "b</think>c"),
+    ],
+)
+def test_a_tag_may_be_missing(text: str, finished: bool, think: str, answer: str) -> None:
+    assert prompting.split_thinking(text, ["<think>", "</think>"], finished) == (think, answer)
+
+
+def test_the_catalogue_has_the_chapters_of_the_book() -> None:
+    rows = model_config.listing()
+    assert len({row["chapter"] for row in rows} - {""}) >= 19
+    assert {row["model"] for row in model_config.listing("GEMMA")} == {
+        "gemma-2b-it",
+        "gemma-2-9b-it",
+    }
+    assert not model_config.listing("no such word")
