@@ -49,7 +49,11 @@ def test_a_start_is_eager_until_the_model_was_compiled_here(tmp_path: Path) -> N
     before = start()
     assert "Not compiled: `chat-service compile`, with the same MODEL and --set" in before
     assert "Compiling" not in before
-    done = warm.run("compile", str(file), *memory, "--json", env=env)
+    for _ in range(3):  # it keeps no result where something else used the processor
+        done = warm.run("compile", str(file), *memory, "--json", env=env)
+        if done.returncode == 0:
+            break
+        assert "something else used the processor" in done.stderr
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     code = sorted((tmp_path / "cache" / "torchinductor").rglob("*.so"))

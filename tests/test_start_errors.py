@@ -123,7 +123,7 @@ def test_each_cause_ends_in_one_line(tmp_path: Path) -> None:
             [damage(tmp_path, "none", lambda folder: next(folder.glob("*.safetensors")).unlink())],
             "holds no weights (*.safetensors, *.bin, *.pt); fetch the model again",
         ),
-        ([damage(tmp_path, "cut", cut)], "bytes, and its header speaks of"),
+        ([damage(tmp_path, "cut", cut)], "is damaged or cut short"),
         (
             [damage(tmp_path, "linear", without("layers.1.mlp.down_proj"))],
             "lack 1 tensors of layer 1",

@@ -19,7 +19,7 @@ from service.settings import Settings
 
 _PROMPT_TOKENS, _ANSWER_TOKENS = 48, 24
 _ROUNDS = 3
-_MAX_NOISE = 1.25  # two measurements of the same differ by this factor at most
+_MAX_NOISE = 2.0  # two measurements of the same differ by this factor at most
 
 
 def make(config: ModelConfig, origins: Origins, settings: Settings) -> compile_cache.Compiled:
