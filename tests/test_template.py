@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 import yaml
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from vllm import AsyncEngineArgs
 from vllm.renderers import renderer_from_config
 
@@ -41,6 +49,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vocabulary = {token: id for id, token in enumerate([*SPECIAL, *letters])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    tokenizer.normalizer = normalizers.NFC()  # as transformers' class for this model has it
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(

@@ -18,7 +18,13 @@ from pathlib import Path
 from service import vllm_arguments, vllm_plugins, weights
 from service.api import application
 from service.errors import LaunchError, ServiceError
-from service.launch import compile_cache, environment, float_type, start_errors
+from service.launch import (
+    compile_cache,
+    environment,
+    float_type,
+    start_errors,
+    tokenizer_choice,
+)
 from service.launch.run_folder import RunFolder
 from service.model_config import ModelConfig, Origins
 from service.phase import Phase
@@ -85,6 +91,8 @@ def fetch_files(
     vllm_arguments.use_files(args, model, tokenizer)
     if reason := float_type.choose(args, config):
         print(f"Computing in {args.dtype}: {reason}", file=sys.stderr, flush=True)
+    if reason := tokenizer_choice.choose(args):
+        print(reason, file=sys.stderr, flush=True)
 
 
 def choose_compiled(args: argparse.Namespace, config: ModelConfig) -> None:

@@ -13,7 +13,7 @@ import psutil
 
 from service import vllm_arguments, weights
 from service.errors import WeightsError
-from service.launch import float_type, server
+from service.launch import float_type, server, tokenizer_choice
 from service.model_config import ModelConfig, Origins, catalogue
 from service.preflight import chat_template, fit
 from service.prompting import Message
@@ -91,6 +91,8 @@ def check(
                 lines, problems = [f"fit: not computed; {e}"], []
             with rendering(args, vllm_config) as (render, loaded):
                 findings = chat_template.check(render, loaded, vllm_config.model_config, config)
+                if wrong := tokenizer_choice.problem(args, loaded):
+                    problems.append(wrong)
         if "max_model_len" not in config.engine:
             length = vllm_config.model_config.max_model_len
             rows.append(("engine.max_model_len", length, "the model's config.json"))

@@ -19,6 +19,7 @@ def register() -> None:
         "bluelm": ("BlueLMTokenizer", token_ids_renderer),
         "literal": ("LiteralTokenizer", template_renderer),
         "minicpm": ("MiniCPMTokenizer", template_renderer),
+        "tokenizer_json": ("TokenizerJsonTokenizer", template_renderer),
         "xverse": ("XverseTokenizer", token_ids_renderer),
     }
     for mode, (name, renderer) in modes.items():

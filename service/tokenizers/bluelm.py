@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from service.tokenizers import chat
-from service.tokenizers.sentencepiece import SentencePieceTokenizer
+from service.tokenizers.sentencepiece import Part, SentencePieceTokenizer
 
 _MARKER = {"system": "[|SYSTEM|]:", "user": "[|Human|]:", "assistant": "[|AI|]:"}
 
@@ -18,13 +18,6 @@ class BlueLMTokenizer(SentencePieceTokenizer):
     """`[|Human|]:`, `[|AI|]:`, `[|SYSTEM|]:` and `[|Function|]:` stay text in a user's text."""
 
     MARKERS = (*_MARKER.values(), "[|Function|]:")
-
-    def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
-        # The tutorial's answers show no markers.
-        if skip_special_tokens and not isinstance(ids, int):
-            markers = set(self.marker_ids.values())
-            ids = [id for id in ids if id not in markers]
-        return super().convert_ids_to_tokens(ids, skip_special_tokens)
 
     def apply_chat_template(
         self,
@@ -49,26 +42,12 @@ class BlueLMTokenizer(SentencePieceTokenizer):
     def _encode(self, turns: list[chat.Turn]) -> list[int]:
         """Return the token ids of turns. If the last is a user's, begin an answer."""
         ids: list[int] = []
-        string: list[chat.Turn] = []
-        for turn in turns:
-            string.append(turn)
-            if turn[0] == "assistant":
-                ids += [*self._encode_string(string), self.eos_token_id]
-                string = []
-        if string and string[-1][0] == "user":
-            string.append(("assistant", ""))
-        return ids + self._encode_string(string)
-
-    def _encode_string(self, turns: list[chat.Turn]) -> list[int]:
-        control = (*self.MARKERS, *self.all_special_tokens)
-        ids: list[int]
-        if not any(token in text for _, text in turns for token in control):
-            string = "".join(_MARKER[role] + text for role, text in turns)
-            ids = self.encode(string, add_special_tokens=False)
-            return ids
-        ids = self.encode(_MARKER["user"], add_special_tokens=False)[:-1]  # dummy prefix, if any
+        string: list[Part] = []
         for role, text in turns:
-            marker = _MARKER[role]
-            ids.append(self.marker_ids[marker])
-            ids += self.encode_text(text, follows_marker=marker not in self.all_special_tokens)
-        return ids
+            string += [(_MARKER[role], True), (text, False)]
+            if role == "assistant":
+                ids += [*self.encode_string(string), self.eos_token_id]
+                string = []
+        if turns[-1][0] == "user":
+            string.append((_MARKER["assistant"], True))
+        return ids + (self.encode_string(string) if string else [])

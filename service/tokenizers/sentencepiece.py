@@ -4,22 +4,32 @@ transformers reads `tokenizer.model` too, but tokenises some texts wrongly: it i
 the dummy prefix.
 """
 
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any, Self
 
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from transformers import AddedToken
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 from vllm.tokenizers.hf import get_cached_tokenizer
 
 from service.tokenizers.chat import check_text
 
-_UNUSED = ModelProto.SentencePiece.Type.UNUSED
+_Type = ModelProto.SentencePiece.Type
+
+Part = tuple[str, bool]  # a piece of a prompt, and whether it is a control token
 
 
 class SentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]  # transformers is untyped
-    """`MARKERS` are the pieces that structure a chat. `encode_text` never yields one."""
+    """`MARKERS` are the pieces that structure a chat. `encode_text` never yields one.
+
+    `APPENDED` are control tokens that the publisher's class numbers after all pieces. They are
+    added to those of tokenizer_config.json, which no text yields either.
+    """
 
     MARKERS: tuple[str, ...] = ()
+    APPENDED: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -37,6 +47,8 @@ class SentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]  # tra
         self.add_bos_token = add_bos_token
         self.add_eos_token = add_eos_token
         try:
+            added = self._added_tokens(vocab_file, kwargs.pop("added_tokens_decoder", {}))
+            kwargs.pop("additional_special_tokens", None)
             super().__init__(
                 vocab_file=vocab_file,
                 unk_token=unk_token,
@@ -45,7 +57,8 @@ class SentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]  # tra
                 pad_token=pad_token,
                 add_bos_token=add_bos_token,
                 add_eos_token=add_eos_token,
-                **kwargs,
+                added_tokens_decoder=added,
+                **kwargs | {"extra_special_tokens": [str(t) for t in added.values() if t.special]},
             )
         except (RuntimeError, OSError) as e:
             raise ValueError(f"{vocab_file} is not a sentencepiece model; fetch it again") from e
@@ -54,7 +67,11 @@ class SentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]  # tra
         for id, piece in enumerate(model.pieces):
             if piece.piece in self.MARKERS:
                 self.marker_ids[piece.piece] = id
-                piece.type = _UNUSED
+            elif id not in added:
+                continue
+            if piece.type in (_Type.NORMAL, _Type.USER_DEFINED):
+                piece.type = _Type.UNUSED
+        self.marker_ids |= {str(token): id for id, token in added.items()}
         self._text_model = SentencePieceProcessor(model_proto=model.SerializeToString())
         # The same model without a dummy prefix, for text after a marker.
         model.normalizer_spec.add_dummy_prefix = False
@@ -65,6 +82,52 @@ class SentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]  # tra
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
         tokenizer: Self = get_cached_tokenizer(super().from_pretrained(*args, **kwargs))
         return tokenizer
+
+    def _added_tokens(
+        self, vocab_file: str, configured: Mapping[int, AddedToken]
+    ) -> dict[int, AddedToken]:
+        added = dict(configured)
+        size = len(SentencePieceProcessor(model_file=vocab_file)) if self.APPENDED else 0
+        for id, token in enumerate(self.APPENDED, size):
+            if id in added and str(added[id]) != token:
+                raise ValueError(
+                    f"tokenizer_config.json: token {id} is {str(added[id])!r}, not {token!r}; "
+                    "these files are another model's"
+                )
+            added[id] = AddedToken(token, normalized=False, special=True)
+        return added
+
+    def marker_id(self, marker: str) -> int:
+        """Return the id of a control token. Raises ValueError if the files have none."""
+        if marker not in self.marker_ids:
+            raise ValueError(f"these files are another model's: they have no token {marker!r}")
+        return self.marker_ids[marker]
+
+    def encode_string(self, parts: Sequence[Part]) -> list[int]:
+        """Return the token ids of a prompt that the published code encodes as one string.
+
+        Control tokens in its texts stay text.
+        """
+        control = {*self.marker_ids, *self.all_special_tokens}
+        ids: list[int]
+        if not any(
+            token in text for text, is_control in parts if not is_control for token in control
+        ):
+            ids = self.encode("".join(text for text, _ in parts), add_special_tokens=False)
+            return ids
+        native = {token for token in control if token not in self.all_special_tokens}
+        first = parts[0][0]
+        # A dummy prefix, if any, stands before a marker too.
+        ids = self.encode(first, add_special_tokens=False)[:-1] if first in native else []
+        follows_marker = False
+        for is_control, group in groupby(parts, key=lambda part: part[1]):
+            texts = [text for text, _ in group]
+            if is_control:
+                ids += [self.marker_id(text) for text in texts]
+                follows_marker = texts[-1] in native
+            elif text := "".join(texts):
+                ids += self.encode_text(text, follows_marker=follows_marker)
+        return ids
 
     def encode_text(self, text: str, *, follows_marker: bool = False) -> list[int]:
         """Return the token ids of a text, without bos and eos. A marker in it is plain text."""
@@ -77,6 +140,13 @@ class SentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]  # tra
         check_text(text)
         pieces: list[str] = super()._tokenize(text, **kwargs)
         return pieces
+
+    def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
+        # The tutorials' answers show no markers.
+        if skip_special_tokens and not isinstance(ids, int):
+            markers = set(self.marker_ids.values())
+            ids = [id for id in ids if id not in markers]
+        return super().convert_ids_to_tokens(ids, skip_special_tokens)
 
     def _convert_id_to_token(self, index: int) -> str:
         # The model's vocabulary may be padded, so it may generate ids beyond the tokenizer's.
@@ -94,7 +164,7 @@ class SentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]  # tra
         text = ""
         pieces: list[str] = []
         for token in tokens:
-            if token in self.all_special_tokens:
+            if token in self.all_special_tokens or token in self.added_tokens_encoder:
                 text += self.sp_model.decode(pieces) + token
                 pieces = []
             else:

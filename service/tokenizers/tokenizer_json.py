@@ -1,0 +1,75 @@
+"""tokenizer.json taken at its word, for any model that has one.
+
+AutoTokenizer of transformers 5 picks a class by the names in tokenizer_config.json and config.json,
+and most of those classes keep only the vocabulary of tokenizer.json and build the rest anew. Where
+the names are wrong, the ids are: those of deepseek-llm and Yi, among others (transformers issues
+45488, 47017, 48206).
+"""
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import TokenizersBackend
+from vllm.tokenizers.hf import get_cached_tokenizer
+
+from service.tokenizers.literal import literal
+
+MODE = "tokenizer_json"
+# What classes get wrong: the space at the front, white space, digits, bytes, the case of "'S".
+TEXTS = (
+    "你好，世界！今天天气怎么样？",
+    "Who are you?",
+    " 前后有空格 ",
+    "   three spaces, and  two",
+    "第一行\n第二行\n\n第四行\n",
+    "\n\n\tdef f(x):\n\t\treturn x**2  # 平方\n",
+    "12345 + 67.89 = 一万",
+    "😀👩‍👩‍👧🏔️",
+    "龘靐 ünïcode cafe\u0301",
+    "It's what they'LL say, IT'S so.",
+    '{"key": [1, 2], "值": null}\r\n',
+    "<用户>a<AI> http://a.b/c?d=e_f",
+)
+
+
+class TokenizerJsonTokenizer:
+    """The `tokenizer_mode` "tokenizer_json". As in "literal", control tokens of users stay text."""
+
+    @staticmethod
+    def from_pretrained(path: str | Path, *args: Any, **kwargs: Any) -> Any:
+        if Path(path).is_dir() and not (Path(path) / "tokenizer.json").is_file():
+            raise ValueError(
+                f"the tokenizer's folder has no tokenizer.json; leave out tokenizer_mode: {MODE}"
+            )
+        return literal(
+            get_cached_tokenizer(TokenizersBackend.from_pretrained(path, *args, **kwargs))
+        )
+
+
+def difference(tokenizer: Any, folder: Path) -> str | None:
+    """Return a text of which the tokenizer makes other ids than its folder's tokenizer.json.
+
+    None if there is none, or no tokenizer.json.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file() or _published_class(tokenizer) is TokenizersBackend:
+        return None
+    itself = Tokenizer.from_file(str(file))
+    itself.no_truncation()
+    itself.no_padding()
+    for text in TEXTS:
+        if tokenizer.encode(text, add_special_tokens=False) != (
+            itself.encode(text, add_special_tokens=False).ids
+        ):
+            return text
+    return None
+
+
+def class_name(tokenizer: Any) -> str:
+    """Return the name of the transformers class, without those that vLLM and we derive."""
+    return _published_class(tokenizer).__name__
+
+
+def _published_class(tokenizer: Any) -> type:
+    return next(c for c in type(tokenizer).__mro__ if c.__module__.startswith("transformers."))
