@@ -19,6 +19,7 @@ class RequestRecord:
 
     id: str
     status: int = 499  # kept if the client leaves before a response
+    model: str | None = None  # the served name, where there is a choice
     prompt_tokens: int | None = None
     generation_tokens: int | None = None
     finish_reason: str | None = None
@@ -54,6 +55,7 @@ class RequestRecord:
             "prompt_tokens": self.prompt_tokens,
             "generation_tokens": self.generation_tokens,
             "finish_reason": self.finish_reason,
+            "model": self.model,
             "error": self.error,
             "duration": f"{seconds:.4f}",
             "layer": f"{self.layer_seconds:.4f}" if self.layer_seconds else None,

@@ -48,6 +48,22 @@ def stop_every_answer(
     client.generate = generate_and_stop
 
 
+def hide_paths(models: Any) -> None:
+    """Show names for the folders of adapters in /v1/models. `models` is OpenAIServingModels.
+
+    The engine needs the paths themselves, in the requests that vLLM keeps.
+    """
+    show = models.show_available_models
+
+    async def show_names() -> Any:
+        listed = await show()
+        for card in listed.data:
+            card.root = card.id
+        return listed
+
+    models.show_available_models = show_names
+
+
 def shorten_error_texts(limit: int = 1000) -> None:
     """Make vLLM sanitise only the first `limit` characters of an error's text.
 
