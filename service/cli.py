@@ -353,6 +353,8 @@ def _size(text: str) -> int:
 
 def _print_report(report: "Verification") -> None:
     for number, comparison in enumerate(report.comparisons, 1):
+        if comparison.adapter:
+            print(f"With the adapter {comparison.adapter}, merged in the reference:")
         print(
             f"{number}. {comparison.agreeing} of {comparison.tokens} tokens agree, log "
             f"probabilities within {comparison.largest_difference:.2g} nats "

@@ -1,6 +1,7 @@
 """The data of one HTTP request for its log line, span and metrics."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -39,6 +40,11 @@ class RequestRecord:
         """Return the record of the request of `scope`."""
         record: Self = scope[_SCOPE_KEY]
         return record
+
+    def note_model(self, name: object, names: Sequence[str]) -> None:
+        """Note which of `names` answers, where there is a choice; others are a client's text."""
+        if len(names) > 1 and name in names:
+            self.model = str(name)
 
     def log(self, method: str, route: str, seconds: float, *, quiet: bool) -> None:
         """Log one line for a finished request. Times are in seconds.

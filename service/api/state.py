@@ -87,23 +87,14 @@ class ServiceState:
 
     def adapter(self, name: str, record: RequestRecord) -> LoRARequest | None:
         """Return the adapter of a served name, or None for the base. Raises NotFound."""
-        names = self.note_model(name, record)
+        names = self.model_names
+        record.note_model(name, names)
         if name not in names:
             raise NotFound(
                 f"there is no model of this name; this server has {', '.join(names)}", param="model"
             )
         adapter: LoRARequest | None = self._models.lora_requests.get(name)
         return adapter
-
-    def note_model(self, name: object, record: RequestRecord) -> Sequence[str]:
-        """Note the model of a request for its log line, where there is a choice. Returns all names.
-
-        Any other name is the client's text, which is not logged.
-        """
-        names = self.model_names
-        if len(names) > 1 and name in names:
-            record.model = str(name)
-        return names
 
     @property
     def engine_dead(self) -> bool:

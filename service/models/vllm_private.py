@@ -1,8 +1,9 @@
 """All uses of vLLM 0.32's private names, and all replacements of its functions."""
 
+import functools
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import TYPE_CHECKING, Any
@@ -122,6 +123,40 @@ def apply_penalties(
     # A token that occurs twice is written twice, with the same value.
     logits[row, token] = before * torch.where(before > 0, 1 / penalty, penalty)
     return logits
+
+
+def keep_adapters_from_the_base() -> None:
+    """Give sequences without an adapter none, beside others that have one. For a CPU.
+
+    vLLM marks them with the index -1, which its functions in PyTorch take for the last adapter.
+    """
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    for name in ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice"):
+        masked = _mask_base(inspect.unwrap(getattr(lora_ops, name)))
+        for module in (lora_ops, punica_cpu):
+            setattr(module, name, masked)
+
+
+def _mask_base(operation: Callable[..., None]) -> Callable[..., None]:
+    """Wrap a function of `lora_ops` so that rows of index -1 add nothing."""
+
+    @functools.wraps(operation)
+    def masked(
+        inputs: torch.Tensor,
+        weights: torch.Tensor,
+        output: torch.Tensor,
+        indices: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        without = indices < 0
+        if without.any():
+            inputs = inputs.masked_fill(without.unsqueeze(1), 0)
+        operation(inputs, weights, output, indices, *args, **kwargs)
+
+    return masked
 
 
 def compile_nothing_for_requests() -> None:
