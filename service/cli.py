@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from service import model_config, settings, weights
+from service import model_config, own_model, settings, weights
 from service.errors import ConfigError, ServiceError
 
 if TYPE_CHECKING:
@@ -33,14 +33,20 @@ app = typer.Typer(
 Model = Annotated[
     str,
     typer.Argument(
-        help="A name from `chat-service models`, or a YAML file.",
-        metavar="MODEL|FILE",
+        help="A name from `chat-service models`, a YAML file, or a folder: a model or an adapter.",
+        metavar="MODEL|FILE|FOLDER",
         autocompletion=lambda: list(model_config.catalogue()),
     ),
 ]
 Assignments = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override one value of the YAML."),
+]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter", metavar="NAME=FOLDER", help="A LoRA adapter to serve too; may be repeated."
+    ),
 ]
 Host = Annotated[str | None, typer.Option(help="Address to listen on [default: 127.0.0.1].")]
 Port = Annotated[int | None, typer.Option(help="Port to listen on [default: 6006].")]
@@ -83,6 +89,7 @@ def serve(
     host: Host = None,
     port: Port = None,
     assignments: Assignments = None,
+    adapters: Adapters = None,
     verbose: Verbose = None,
 ) -> None:
     """Serve a model until Ctrl-C.
@@ -94,10 +101,12 @@ def serve(
         chat-service serve qwen2-7b-instruct --port 7000
 
         chat-service serve my-model.yaml --set engine.max_model_len=2048
+
+        chat-service serve qwen2-7b-instruct --adapter my=/folder
     """
     from service.launch import supervisor
 
-    config, origins = model_config.load(model, assignments or ())
+    config, origins = own_model.load(model, assignments or (), adapters or ())
     supervisor.serve(config, origins, settings.load(host=host, port=port, verbose=verbose))
 
 
@@ -120,6 +129,7 @@ def check(
         ),
     ] = None,
     assignments: Assignments = None,
+    adapters: Adapters = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     verbose: Verbose = None,
 ) -> None:
@@ -135,7 +145,7 @@ def check(
     """
     from service.preflight import check as checker
 
-    config, origins = model_config.load(model, assignments or ())
+    config, origins = own_model.load(model, assignments or (), adapters or ())
     print("Asking vLLM, which takes a while to import ...", file=sys.stderr, flush=True)
     report = checker.check(
         config,
@@ -164,7 +174,7 @@ def check(
 
 @app.command()
 def download(model: Model = DEFAULT_MODEL, assignments: Assignments = None) -> None:
-    """Download a model, and print the folder; its tokenizer's own folder, if any, comes second.
+    """Download a model, and print the folder; then those of its tokenizer and adapters, if any.
 
     Run again, it resumes. `serve` does the same when the files are not here.
 
@@ -174,11 +184,13 @@ def download(model: Model = DEFAULT_MODEL, assignments: Assignments = None) -> N
 
         chat-service download my-model.yaml --set source.revision=v1.0
     """
-    config, _ = model_config.load(model, assignments or ())
+    config, _ = own_model.load(model, assignments or ())
     cache_dir = settings.load().cache_dir
     print(weights.fetch(config.source, cache_dir))
     if config.tokenizer:
         print(weights.fetch(config.tokenizer, cache_dir, weights=False))
+    for name, source in config.adapters.items():
+        print(weights.fetch_adapter(name, source))
 
 
 @app.command(name="compile")
@@ -201,7 +213,7 @@ def compile_(
     from service.launch import compile_cache
     from service.preflight import compile
 
-    config, origins = model_config.load(model, assignments or ())
+    config, origins = own_model.load(model, assignments or ())
     result = compile.make(config, origins, settings.load(verbose=verbose))
     if as_json:
         print(json.dumps({**asdict(result), "gain": result.gain, "used": result.worthwhile}))
@@ -219,6 +231,7 @@ def compile_(
 def verify(
     model: Model = DEFAULT_MODEL,
     assignments: Assignments = None,
+    adapters: Adapters = None,
     prompts: Annotated[
         list[str] | None, typer.Option("--prompt", help="Ask this instead; may be repeated.")
     ] = None,
@@ -236,7 +249,7 @@ def verify(
     """
     from service.preflight import verify
 
-    config, origins = model_config.load(model, assignments or ())
+    config, origins = own_model.load(model, assignments or (), adapters or ())
     report = verify.verify(
         config,
         origins,
@@ -343,6 +356,8 @@ def _size(text: str) -> int:
 
 def _print_report(report: "Verification") -> None:
     for number, comparison in enumerate(report.comparisons, 1):
+        if comparison.adapter:
+            print(f"With the adapter {comparison.adapter}, merged in the reference:")
         print(
             f"{number}. {comparison.agreeing} of {comparison.tokens} tokens agree, log "
             f"probabilities within {comparison.largest_difference:.2g} nats "

@@ -4,13 +4,22 @@ Settings of a deployment (address, keys, logging) are in `settings.py`.
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from service.errors import ConfigError
 
@@ -21,11 +30,14 @@ TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 TopK = Annotated[int, Field(ge=-1, le=2**31 - 1)]
 RepetitionPenalty = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
 TokenLimit = Annotated[int, Field(ge=1, le=2**31 - 1)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+# As clients write it; letters of any language, for folders are named in them.
+Name = Annotated[str, Field(pattern=r"^\w[\w.-]{0,63}$")]
 
 
 class Source(_Section):
@@ -46,6 +58,25 @@ class Source(_Section):
             raise ValueError("give exactly one of modelscope, path and embedded")
         if self.embedded and not self.sha256:
             raise ValueError("an embedded wheel needs its sha256")
+        return self
+
+
+class AdapterSource(_Section):
+    """Where a LoRA adapter's files come from; exactly one of `path` and `modelscope`."""
+
+    path: str | None = Field(None, description="A folder on this machine; a text alone means it.")
+    modelscope: str | None = Field(None, description="ModelScope id, `owner/name`.")
+    revision: str = Field("master", description="Branch or tag of the ModelScope repository.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if (self.modelscope is None) == (self.path is None):
+            raise ValueError("give exactly one of path and modelscope")
         return self
 
 
@@ -156,6 +187,14 @@ class ModelConfig(_Section):
     tokenizer: Source | None = Field(
         None, description="Where the tokenizer's files come from, when not from the source."
     )
+    adapters: dict[Name, AdapterSource] = Field(
+        default_factory=dict,
+        description="LoRA adapters by the names clients see, each a folder, or a section as below; "
+        "see [your own model](your-own-model.md).",
+    )
+    default_adapter: str | None = Field(
+        None, description="The adapter that answers `POST /` without `model`. Absent: the base."
+    )
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
         None,
         description="The float type that the model is made for. Absent: that of its config.json. A "
@@ -185,6 +224,23 @@ class ModelConfig(_Section):
         if self.prompt.style == "completion" and self.prompt.system is not None:
             raise ValueError("prompt.system: a completion model has no system prompt")
         return self
+
+    @field_validator("adapters")
+    @classmethod
+    def _other_names(
+        cls, adapters: dict[str, AdapterSource], info: ValidationInfo
+    ) -> dict[str, AdapterSource]:
+        if (name := info.data.get("name")) in adapters:
+            raise ValueError(f"{name} is the name of the base; choose another for the adapter")
+        return adapters
+
+    @field_validator("default_adapter")
+    @classmethod
+    def _known_adapter(cls, name: str | None, info: ValidationInfo) -> str | None:
+        adapters = info.data.get("adapters")  # None where they are not valid themselves
+        if name is not None and adapters is not None and name not in adapters:
+            raise ValueError(f"adapters has no {name!r}{nearest(name, adapters)}")
+        return name
 
 
 # Column "24 GiB card" of `listing` -> bytes of the weights relative to two per parameter.
@@ -270,20 +326,28 @@ def find(name_or_file: str) -> Path:
     entries = catalogue()
     if name_or_file in entries:
         return entries[name_or_file]
-    if name_or_file.endswith((".yaml", ".yml")) or "/" in name_or_file:
-        return Path(name_or_file)  # errors are reported when it is read
+    file = Path(name_or_file)
+    if name_or_file.endswith((".yaml", ".yml")) or "/" in name_or_file or file.is_dir():
+        return file  # errors are reported when it is read
     raise ConfigError(
         f"no model named {name_or_file!r}{nearest(name_or_file, entries)}; "
-        "`chat-service models` lists the catalogue, and a path to a YAML file works too"
+        "`chat-service models` lists the catalogue, and a path to a YAML file, or to a "
+        "model's folder, works too"
     )
 
 
 def load(
-    name_or_file: str, assignments: Sequence[str] = (), *, file: Path | None = None
+    name_or_file: str,
+    assignments: Sequence[str] = (),
+    *,
+    file: Path | None = None,
+    adapters: Mapping[str, str] | None = None,
 ) -> tuple[ModelConfig, Origins]:
     """Read one model's YAML, apply `--set key.path=value` assignments, and validate it.
 
-    Raises ConfigError with file, line, key and the nearest valid name.
+    `adapters` are further ones, name -> folder. A folder with a model stands for a YAML with no
+    more than its name and source. Raises ConfigError with file, line, key and the nearest valid
+    name.
     """
     file = file or find(name_or_file)
     data, lines = _parse(file)
@@ -291,6 +355,11 @@ def load(
     for path in overridden:
         for written in [line for line in lines if line[: len(path)] == path]:
             del lines[written]
+    if adapters:
+        section = data.setdefault("adapters", {})
+        if isinstance(section, dict):  # else validation says what it must be
+            section.update(adapters)
+            overridden |= {("adapters", name) for name in adapters}
     origins = Origins(file, lines, overridden)
     if isinstance(engine := data.get("engine"), dict):
         data["engine"] = {_argument(key): value for key, value in engine.items()}
@@ -311,7 +380,23 @@ def nearest(name: str, valid: Iterable[str], prefix: str = "") -> str:
     return f"; did you mean {prefix + close[0]!r}?" if close else ""
 
 
+def name_of(folder: Path) -> str:
+    """Return the name under which a folder is served: its own, without what a name cannot have.
+
+    A Trainer's checkpoint-500 is called after the folder around it too.
+    """
+    folder = folder.expanduser().absolute()
+    name = folder.name
+    if re.fullmatch(r"checkpoint-\d+", name):
+        name = f"{folder.parent.name}-{name}"
+    return re.sub(r"[^\w.-]+|\s+", "-", name).strip("-.")[:64] or "model"
+
+
 def _parse(file: Path) -> tuple[dict[str, Any], dict[Path_, int]]:
+    if file.is_dir():
+        if not (file / "config.json").is_file():
+            raise ConfigError(f"{file}: has no config.json, so it is not a model{_inner(file)}")
+        return {"name": name_of(file), "source": {"path": str(file)}}, {}
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
@@ -334,6 +419,15 @@ def _parse(file: Path) -> tuple[dict[str, Any], dict[Path_, int]]:
     except _UNREADABLE as e:
         raise ConfigError(f"{file}: not valid YAML: {str(e).splitlines()[0][:200]}") from None
     raise ConfigError(f"{file}: expected keys and values, such as `name: my-model`")
+
+
+def _inner(folder: Path) -> str:
+    """Return advice that names a folder inside of `folder` that holds a model or an adapter."""
+    files = [f for name in ("config", "adapter_config") for f in folder.glob(f"*/{name}.json")]
+    if not files:
+        return "; give the folder that your training or its export wrote"
+    newest = max(files, key=lambda file: file.stat().st_mtime)
+    return f"; give the folder inside it, such as {newest.parent.name}"
 
 
 def _record_lines(node: yaml.Node, path: Path_, lines: dict[Path_, int], file: Path) -> None:
@@ -397,8 +491,11 @@ def _explain(error: Any, origins: Origins) -> str:
 def _keys_at(path: Path_) -> list[str]:
     """Return the valid keys of the section at `path`."""
     model: Any = ModelConfig
-    for part in path:
+    parts = iter(path)
+    for part in parts:
         annotation = model.model_fields[part].annotation
+        if getattr(annotation, "__origin__", None) is dict:  # whose keys are names
+            next(parts, None)
         model = next(
             t
             for t in (annotation, *getattr(annotation, "__args__", ()))

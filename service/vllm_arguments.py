@@ -5,12 +5,15 @@ import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from service.errors import ConfigError, WeightsError
 from service.model_config import ModelConfig, Origins, nearest
 from service.settings import Settings
+from service.weights import adapter
+from service.weights.adapter import Adapter
 
 if TYPE_CHECKING:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -130,6 +133,36 @@ def use_files(args: argparse.Namespace, model: Path, tokenizer: Path) -> None:
         args.override_generation_config.setdefault("temperature", 0.0)
 
 
+def use_adapters(
+    args: argparse.Namespace, config: ModelConfig, adapters: Sequence[Adapter]
+) -> list[tuple[str, object, str]]:
+    """Let vLLM load these adapters, all of which one batch may hold.
+
+    Values of the YAML's `engine` stay. Returns a row (key, value, origin) for each that was chosen.
+    """
+    if not adapters:
+        return []
+    from vllm.entrypoints.openai.models.protocol import LoRAModulePath
+
+    args.enable_lora = True
+    args.lora_modules = [
+        *(args.lora_modules or ()),
+        *(LoRAModulePath(a.name, str(a.folder.absolute())) for a in adapters),
+    ]
+    count = len(args.lora_modules)
+    rows: list[tuple[str, object, str]] = []
+    for name, value, origin in (
+        ("max_lora_rank", adapter.largest_rank(adapters), "the adapters' weights"),
+        ("max_loras", count, "the number of adapters"),
+    ):
+        if name not in config.engine:
+            setattr(args, name, value)
+            rows.append((f"engine.{name}", value, origin))
+    if "max_cpu_loras" not in config.engine:
+        args.max_cpu_loras = max(count, args.max_loras)  # none is read again from the disk
+    return rows
+
+
 def serves_here(args: argparse.Namespace) -> bool:
     """Whether vLLM serves in this process instead of starting API processes.
 
@@ -173,6 +206,13 @@ def _parse(parser: "FlexibleArgumentParser", name: str, value: object, place: st
         reason = str(e).partition(": ")[2] or str(e)
         reason = re.sub(r"<function (\w+) at \w+>", r"\1", reason)
         raise ConfigError(f"{place}: {' '.join(reason.split())[:300]}") from None
+
+
+def on_cpu() -> bool:
+    """Whether vLLM runs on a CPU here."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
 
 
 def _is_one_cpu(args: argparse.Namespace) -> bool:

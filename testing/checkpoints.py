@@ -6,6 +6,8 @@ trained on a few sentences.
 
 import io
 import json
+import re
+import shutil
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 
 import sentencepiece
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import (
     AddedToken,
     Regex,
@@ -61,6 +63,67 @@ def write(name: str, folder: Path, **changes: Any) -> Path:
         torch.save(tensors, folder / "pytorch_model.bin")
     else:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def write_adapter(
+    folder: Path,
+    base: Path,
+    merged: Path | None = None,
+    *,
+    modules: str = "",
+    rank: int = 4,
+    seed: int = 1,
+    binary: bool = False,
+    **keys: Any,
+) -> Path:
+    """Write a LoRA adapter of a checkpoint's layers as PEFT does; `keys` go over its config.
+
+    `modules` is a pattern for the names of matrices. With `merged`, the checkpoint is written there
+    with the adapter's weights added to its own.
+    """
+    if (base / "model.safetensors").exists():
+        weights = load_file(base / "model.safetensors")
+    else:
+        weights = torch.load(base / "pytorch_model.bin")
+    generator = torch.Generator().manual_seed(seed)
+    scale = 2 * rank / (rank**0.5 if keys.get("use_rslora") else rank)
+    tensors: Tensors = {}
+    for name, weight in weights.items():
+        module = name.removesuffix(".weight")
+        if weight.ndim != 2 or not re.search(r"\.\d+\.", name) or not re.search(modules, module):
+            continue
+        rows, columns = weight.shape
+        a = torch.randn(rank, columns, generator=generator) * 0.1
+        b = torch.randn(rows, rank, generator=generator) * 0.1
+        tensors[f"base_model.model.{module}.lora_A.weight"] = a
+        tensors[f"base_model.model.{module}.lora_B.weight"] = b
+        weights[name] = weight + scale * b @ a
+    folder.mkdir(parents=True, exist_ok=True)
+    if binary:
+        torch.save(tensors, folder / "adapter_model.bin")
+    else:
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "base_model_name_or_path": str(base),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": 2 * rank,
+        "lora_dropout": 0.1,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "target_modules": sorted({name.split(".")[-3] for name in tensors}),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    _json(folder, "adapter_config.json", **(config | keys))
+    if merged:
+        shutil.copytree(base, merged, ignore=shutil.ignore_patterns("*.bin", "*.safetensors"))
+        save_file(weights, merged / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

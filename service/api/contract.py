@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+from vllm.lora.request import LoRARequest
 
 from service import prompting
 from service.api import metrics, sampling
@@ -29,6 +30,7 @@ class _Generation:
     """One valid request and its generation in the engine."""
 
     request: ContractRequest
+    model: str  # the served name
     params: dict[str, Any]
     prompt_tokens: int
     chunks: AsyncGenerator[Chunk, None]
@@ -47,23 +49,30 @@ class Contract:
         admission: Admission,
         cancellations: Cancellations,
         settings: Settings,
+        adapter_of: Callable[[str, RequestRecord], LoRARequest | None] = lambda *_: None,
     ) -> None:
+        """`adapter_of` returns the adapter of a served name, None for a base; raises NotFound."""
         self.config = config
         self.engine = engine
         self.admission = admission
         self.cancellations = cancellations
         self.settings = settings
-        self._prompt_tokens = metrics.PROMPT_TOKENS.labels(config.name)
-        self._generation_tokens = metrics.GENERATION_TOKENS.labels(config.name)
+        self.adapter_of = adapter_of
+        self.default = config.default_adapter or config.name
+        for name in (config.name, *config.adapters):  # so that they are shown from the start
+            metrics.PROMPT_TOKENS.labels(name)
+            metrics.GENERATION_TOKENS.labels(name)
 
     async def create(self, http: Request) -> Response:
         """Answer one request. Raises RequestError."""
         record = RequestRecord.of(http.scope)
         request = self._parse(await http.body(), record)
+        model = self.default if request.model is None else request.model
+        adapter = self.adapter_of(model, record)
         deadline = deadline_of(http.scope, request.timeout)
         self.admission.check(record.client)  # refuse early, before any work
         async with self.cancellations.watch(http.receive, deadline):
-            generation = await self._start(request, deadline, record)
+            generation = await self._start(request, deadline, record, model, adapter)
             if not request.stream:
                 body = await self._complete(generation, record)
                 return Response(body, media_type="application/json")
@@ -82,7 +91,12 @@ class Contract:
         return request
 
     async def _start(
-        self, request: ContractRequest, deadline: float | None, record: RequestRecord
+        self,
+        request: ContractRequest,
+        deadline: float | None,
+        record: RequestRecord,
+        model: str,
+        adapter: LoRARequest | None,
     ) -> _Generation:
         began = time.perf_counter()
         prompt = prompting.render(request.prompt, request.history, self.config.prompt)
@@ -104,9 +118,10 @@ class Contract:
             echo=self.config.prompt.echo,
             cache_salt=record.client.name if self.settings.cache_per_key else None,
             trace_headers=record.trace_headers,
+            adapter=adapter,
         )
         slot = self._admitted(record.client, chunks)
-        return _Generation(request, params, len(token_ids), chunks, deadline, slot)
+        return _Generation(request, model, params, len(token_ids), chunks, deadline, slot)
 
     @asynccontextmanager
     async def _admitted(
@@ -151,10 +166,10 @@ class Contract:
 
     def _count(self, generation: _Generation, last: Chunk, record: RequestRecord) -> None:
         """Count the tokens of an answer, complete or streamed in part."""
-        self._prompt_tokens.inc(generation.prompt_tokens)
+        metrics.PROMPT_TOKENS.labels(generation.model).inc(generation.prompt_tokens)
         record.generation_tokens = last.tokens
         record.finish_reason = last.finish_reason
-        self._generation_tokens.inc(last.tokens)
+        metrics.GENERATION_TOKENS.labels(generation.model).inc(last.tokens)
         metrics.LAYER_SECONDS.observe(record.layer_seconds)
 
     def _body(
@@ -180,7 +195,7 @@ class Contract:
             body["history"] = prompting.append_turn(request.history, request.prompt, answer, form)
         if request.details:
             body["details"] = {
-                "model": self.config.name,
+                "model": generation.model,
                 "finish_reason": last.finish_reason,
                 "prompt_tokens": generation.prompt_tokens,
                 "completion_tokens": last.tokens,

@@ -14,6 +14,7 @@ from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.inputs import tokens_input
+from vllm.lora.request import LoRARequest
 from vllm.renderers import TokenizeParams
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -178,6 +179,7 @@ class Engine:
         echo: bool,
         cache_salt: str | None,
         trace_headers: dict[str, str] | None = None,
+        adapter: LoRARequest | None = None,
     ) -> AsyncGenerator[Chunk, None]:
         """Yield chunks as they come, or without `stream` one with the whole text.
 
@@ -203,6 +205,7 @@ class Engine:
                 sampling,
                 request_id,
                 trace_headers=trace_headers,
+                lora_request=adapter,
             )
             # Close it explicitly to abort at once. A dropped generator aborts later, when another
             # request may already use the slot.

@@ -112,6 +112,8 @@ async def _admit(
         request = request_limits.parse(body)
         if settings.cache_per_key:
             message["body"] = to_json({**request, "cache_salt": record.client.name})
+    names = service.model_names
+    record.note_model(request.get("model") or names[0], names)
     sequences = request_limits.sequences(request, settings.max_sequences)
     cancelled = asyncio.Event()
 

@@ -15,7 +15,7 @@ from service.api import routes
 from service.api.application import Deployment, Host
 from service.api.state import ServiceState
 from service.errors import ConfigError, RequestError
-from service.models.vllm_private import change_conversations, shorten_error_texts
+from service.models import vllm_private
 
 
 class ChatService:
@@ -25,7 +25,7 @@ class ChatService:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        shorten_error_texts()
+        vllm_private.shorten_error_texts()
         app.title = "vllm-chat-service"
         app.version = version(app.title)
         app.openapi = _openapi_with_our_routes(app)  # type: ignore[method-assign]
@@ -42,10 +42,11 @@ class ChatService:
         model = deployment.model
         for served in state.openai_serving_models.base_model_paths:
             served.model_path = model.name  # /v1/models would show a local path
+        vllm_private.hide_paths(state.openai_serving_models)
         service = ServiceState(deployment, host, engine_client, state, args.api_server_count or 1)
         service.engine.stop_at(model.sampling.stop or ())
         if model.prompt.system is not None or model.prompt.greeting == "drop":
-            change_conversations(
+            vllm_private.change_conversations(
                 engine_client.renderer, functools.partial(prompting.prepare, config=model.prompt)
             )
         try:  # a broken template must fail the start, not each request

@@ -1,6 +1,7 @@
 """The data of one HTTP request for its log line, span and metrics."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -19,6 +20,7 @@ class RequestRecord:
 
     id: str
     status: int = 499  # kept if the client leaves before a response
+    model: str | None = None  # the served name, where there is a choice
     prompt_tokens: int | None = None
     generation_tokens: int | None = None
     finish_reason: str | None = None
@@ -39,6 +41,11 @@ class RequestRecord:
         record: Self = scope[_SCOPE_KEY]
         return record
 
+    def note_model(self, name: object, names: Sequence[str]) -> None:
+        """Note which of `names` answers, where there is a choice; others are a client's text."""
+        if len(names) > 1 and name in names:
+            self.model = str(name)
+
     def log(self, method: str, route: str, seconds: float, *, quiet: bool) -> None:
         """Log one line for a finished request. Times are in seconds.
 
@@ -54,6 +61,7 @@ class RequestRecord:
             "prompt_tokens": self.prompt_tokens,
             "generation_tokens": self.generation_tokens,
             "finish_reason": self.finish_reason,
+            "model": self.model,
             "error": self.error,
             "duration": f"{seconds:.4f}",
             "layer": f"{self.layer_seconds:.4f}" if self.layer_seconds else None,

@@ -39,7 +39,7 @@ async def index(request: Request) -> Response:
             routes.setdefault(route.path, set()).update(route.methods or ())
     return JSONResponse(
         {
-            "model": model.name,
+            "model": model.default_adapter or model.name,
             "style": model.prompt.style,
             "sampling": {name: defaults[key] for key, name in _SAMPLING.items() if key in defaults},
             "asks_for_key": service.keys is not None,

@@ -20,6 +20,9 @@ class ContractRequest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
     prompt: str = Field(min_length=1, description="One user turn, or the text to complete.")
+    model: str | None = Field(
+        None, description="A name of /v1/models: an adapter or the base. Absent: the default one."
+    )
     history: (
         Annotated[list[prompting.Pair], Field(fail_fast=True)]
         | Annotated[list[prompting.Message], Field(fail_fast=True)]
@@ -130,6 +133,7 @@ OPENAPI: dict[str, Any] = {
         },
         "400": {"description": "The body is not JSON"},
         "401": {"description": "No API key, or a wrong one"},
+        "404": {"description": "There is no model of this name"},
         "408": {"description": "The body did not come in time"},
         "413": {"description": "The body is longer than the limit"},
         "422": {"description": "Not a valid request, or a prompt that does not fit"},

@@ -8,6 +8,7 @@ from starlette.datastructures import State
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 from vllm.engine.protocol import EngineClient
+from vllm.lora.request import LoRARequest
 
 from service.api.admission import Admission
 from service.api.application import Deployment, Host
@@ -17,6 +18,8 @@ from service.api.contract import Contract
 from service.api.engine import Engine
 from service.api.health import Health
 from service.api.keys import Keys
+from service.api.record import RequestRecord
+from service.errors import NotFound
 
 # Default of max_waiting: this many times the sequences that run at once.
 _WAITING_FACTOR = 4
@@ -66,7 +69,9 @@ class ServiceState:
         self._models = state.openai_serving_models
         self.engine = Engine(client, state)
         model = deployment.model
-        self.contract = Contract(model, self.engine, self.admission, self.cancellations, settings)
+        self.contract = Contract(
+            model, self.engine, self.admission, self.cancellations, settings, self.adapter
+        )
 
     async def create(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer `POST /`, as an ASGI application."""
@@ -79,6 +84,17 @@ class ServiceState:
         return [model.name for model in self._models.base_model_paths] + list(
             self._models.lora_requests
         )
+
+    def adapter(self, name: str, record: RequestRecord) -> LoRARequest | None:
+        """Return the adapter of a served name, or None for the base. Raises NotFound."""
+        names = self.model_names
+        record.note_model(name, names)
+        if name not in names:
+            raise NotFound(
+                f"there is no model of this name; this server has {', '.join(names)}", param="model"
+            )
+        adapter: LoRARequest | None = self._models.lora_requests.get(name)
+        return adapter
 
     @property
     def engine_dead(self) -> bool:

@@ -10,14 +10,14 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing import forkserver
 from pathlib import Path
 
 from service import vllm_arguments, vllm_plugins, weights
 from service.api import application
-from service.errors import LaunchError, ServiceError
+from service.errors import LaunchError, ServiceError, WeightsError
 from service.launch import (
     compile_cache,
     environment,
@@ -29,7 +29,8 @@ from service.launch.run_folder import RunFolder
 from service.model_config import ModelConfig, Origins
 from service.phase import Phase
 from service.settings import Settings
-from service.weights import checkpoint
+from service.weights import adapter, checkpoint
+from service.weights.adapter import Adapter
 
 
 def run(folder: RunFolder, origins: Origins, listener: socket.socket) -> None:
@@ -84,20 +85,62 @@ def fetch_files(
 ) -> None:
     """Fetch missing files of the model and its tokenizer, and set both in `args`."""
     needs_weights = args.load_format != "dummy"
+    folders = {name: weights.fetch_adapter(name, a) for name, a in config.adapters.items()}
+    for name, path in folders.items():  # before a long download of the base
+        _refuse(adapter.inspect(name, path, max_rank=_max_rank(args, config)))
     model = weights.fetch(config.source, settings.cache_dir, report=report, weights=needs_weights)
     tokenizer = model
     if config.tokenizer:
         tokenizer = weights.fetch(config.tokenizer, settings.cache_dir, weights=False)
     vllm_arguments.use_files(args, model, tokenizer)
+    adapters = inspect_adapters(args, config, folders, model)
+    for inspected in adapters:
+        _refuse(inspected)
+        for warning in inspected.warnings:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+    vllm_arguments.use_adapters(args, config, adapters)
     if reason := float_type.choose(args, config):
         print(f"Computing in {args.dtype}: {reason}", file=sys.stderr, flush=True)
     if reason := tokenizer_choice.choose(args):
         print(reason, file=sys.stderr, flush=True)
 
 
+def inspect_adapters(
+    args: argparse.Namespace, config: ModelConfig, folders: Mapping[str, Path], base: Path | None
+) -> list[Adapter]:
+    """Inspect the adapters in `folders` beside the files of their base, if these are here."""
+    source = config.source
+    known_as = [config.name, *filter(None, (source.modelscope, source.path))]
+    tensors = adapter.base_tensors(base) if base and folders else {}
+    return [
+        adapter.inspect(
+            name,
+            folder,
+            base=base,
+            tensors=tensors,
+            known_as=known_as,
+            max_rank=_max_rank(args, config),
+        )
+        for name, folder in folders.items()
+    ]
+
+
+def _max_rank(args: argparse.Namespace, config: ModelConfig) -> int | None:
+    """Return the limit of the YAML; without one it is what the adapters need."""
+    return args.max_lora_rank if "max_lora_rank" in config.engine else None
+
+
+def _refuse(inspected: Adapter) -> None:
+    """Raise WeightsError for an adapter that cannot be served."""
+    if inspected.problems:
+        raise WeightsError(inspected.problems[0])
+
+
 def choose_compiled(args: argparse.Namespace, config: ModelConfig) -> None:
     """Choose between eager and compiled code (`compile_cache.choose`), and print the reason."""
-    if reason := compile_cache.choose(args, config):
+    if args.enable_lora and vllm_arguments.on_cpu():  # where vLLM compiles nothing for adapters
+        args.enforce_eager = True
+    elif reason := compile_cache.choose(args, config):
         print(reason, file=sys.stderr, flush=True)
     from vllm.platforms import current_platform
 

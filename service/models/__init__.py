@@ -18,6 +18,7 @@ def register() -> None:
     from service.models.vllm_private import (
         assume_model_type,
         compile_nothing_for_requests,
+        keep_adapters_from_the_base,
         use_fast_penalties,
     )
     from service.models.xverse import XverseConfig
@@ -42,3 +43,4 @@ def register() -> None:
     if current_platform.is_cpu():
         use_fast_penalties()
         compile_nothing_for_requests()
+        keep_adapters_from_the_base()

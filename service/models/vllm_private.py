@@ -1,5 +1,6 @@
 """All uses of vLLM 0.32's private names, and all replacements of its functions."""
 
+import functools
 import inspect
 import os
 from collections.abc import Callable, Sequence
@@ -53,6 +54,22 @@ def change_conversations(renderer: Any, change: Callable[[Sequence[Any]], list[A
     render, render_async = renderer.render_messages, renderer.render_messages_async
     renderer.render_messages = lambda messages, *args: render(change(messages), *args)
     renderer.render_messages_async = lambda messages, *args: render_async(change(messages), *args)
+
+
+def hide_paths(models: Any) -> None:
+    """Show names for the folders of adapters in /v1/models. `models` is OpenAIServingModels.
+
+    The engine needs the paths themselves, in the requests that vLLM keeps.
+    """
+    show = models.show_available_models
+
+    async def show_names() -> Any:
+        listed = await show()
+        for card in listed.data:
+            card.root = card.id
+        return listed
+
+    models.show_available_models = show_names
 
 
 def shorten_error_texts(limit: int = 1000) -> None:
@@ -113,6 +130,40 @@ def apply_penalties(
     # A token that occurs twice is written twice, with the same value.
     logits[row, token] = before * torch.where(before > 0, 1 / penalty, penalty)
     return logits
+
+
+def keep_adapters_from_the_base() -> None:
+    """Give sequences without an adapter none, beside others that have one. For a CPU.
+
+    vLLM marks them with the index -1, which its functions in PyTorch take for the last adapter.
+    """
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    for name in ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice"):
+        masked = _mask_base(inspect.unwrap(getattr(lora_ops, name)))
+        for module in (lora_ops, punica_cpu):
+            setattr(module, name, masked)
+
+
+def _mask_base(operation: Callable[..., None]) -> Callable[..., None]:
+    """Wrap a function of `lora_ops` so that rows of index -1 add nothing."""
+
+    @functools.wraps(operation)
+    def masked(
+        inputs: torch.Tensor,
+        weights: torch.Tensor,
+        output: torch.Tensor,
+        indices: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        without = indices < 0
+        if without.any():
+            inputs = inputs.masked_fill(without.unsqueeze(1), 0)
+        operation(inputs, weights, output, indices, *args, **kwargs)
+
+    return masked
 
 
 def compile_nothing_for_requests() -> None:

@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -18,6 +19,7 @@ from service.model_config import ModelConfig, Origins, catalogue
 from service.preflight import chat_template, fit
 from service.prompting import Message
 from service.settings import Settings
+from service.weights.adapter import Adapter
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,9 @@ def check(
             if config.tokenizer
             else model
         )
+        adapters = _adapters(args, config, settings, model, rows)
+        problems = [problem for adapter in adapters for problem in adapter.problems]
+        adapter_warnings = [warning for adapter in adapters for warning in adapter.warnings]
         if model is None or tokenizer is None:
             known = catalogue().get(config.name) == origins.file
             name = config.name if known else origins.file
@@ -68,10 +73,16 @@ def check(
             # Without its files it is unknown whether the model is quantised.
             warnings = _float_type(args, config, rows) if config.dtype else []
             rows.append(("files", "not downloaded yet", "`serve` does it"))
-            return CheckReport(rows, [f"fit and template: not checked; {download}"], [], warnings)
+            return CheckReport(
+                rows,
+                [f"fit and template: not checked; {download}"],
+                problems,
+                adapter_warnings + warnings,
+            )
         rows.append(("files", str(model), "this machine"))
         vllm_arguments.use_files(args, model, tokenizer)
-        warnings = _float_type(args, config, rows) if memory is None else []
+        warnings = adapter_warnings
+        warnings += _float_type(args, config, rows) if memory is None else []
         with server.explained(settings, folder):
             from vllm.platforms import current_platform
 
@@ -84,11 +95,12 @@ def check(
             memory_problems = [] if on_gpu else _memory_problems(vllm_config, memory)
             try:
                 fit_result = fit.estimate(vllm_config, model, memory, on_gpu=on_gpu)
-                lines, problems = fit_result.lines(), fit_result.problems(concurrent, context)
+                lines = fit_result.lines()
+                problems += fit_result.problems(concurrent, context)
             except WeightsError as e:
                 if must_fit:
                     raise
-                lines, problems = [f"fit: not computed; {e}"], []
+                lines = [f"fit: not computed; {e}"]
             with rendering(args, vllm_config) as (render, loaded):
                 findings = chat_template.check(render, loaded, vllm_config.model_config, config)
                 if wrong := tokenizer_choice.problem(args, loaded):
@@ -103,6 +115,26 @@ def check(
     return CheckReport(
         rows, lines, memory_problems + problems + findings.problems, warnings + findings.warnings
     )
+
+
+def _adapters(
+    args: argparse.Namespace,
+    config: ModelConfig,
+    settings: Settings,
+    base: Path | None,
+    rows: list[tuple[str, object, str]],
+) -> list[Adapter]:
+    """Inspect the adapters that are here, and give vLLM those that can be served. Adds rows."""
+    folders: dict[str, Path] = {}
+    for name, source in config.adapters.items():
+        if folder := weights.present_adapter(source):
+            folders[name] = folder
+        else:
+            rows.append((f"adapters.{name}", "not downloaded yet", "`serve` does it"))
+    adapters = server.inspect_adapters(args, config, folders, base)
+    fitting = [adapter for adapter in adapters if not adapter.problems]
+    rows += vllm_arguments.use_adapters(args, config, fitting)
+    return adapters
 
 
 def _float_type(

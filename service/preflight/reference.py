@@ -7,6 +7,7 @@ memory at a time.
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,10 @@ from service.weights.tensor_files import weight_files
 class Weights:
     """Tensors of a checkpoint by name, in float32. Each access reads the file."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, adapter: "Lora | None" = None) -> None:
         from safetensors import safe_open
 
+        self._adapter = adapter
         self._read: dict[str, Any] = {}
         for file in weight_files(folder, "*.safetensors"):
             tensors: Any = safe_open(file, "pt")
@@ -38,7 +40,37 @@ class Weights:
         if name not in self._read:
             raise ValueError(f"the weights have no {name}")
         tensor: Tensor = self._read[name](name)
-        return tensor.float()
+        delta = self._adapter.delta(name) if self._adapter else None
+        return tensor.float() if delta is None else tensor.float() + delta
+
+
+class Lora:
+    """What a LoRA adapter adds to the matrices of its base (arXiv:2106.09685, and PEFT's keys)."""
+
+    def __init__(self, folder: Path) -> None:
+        self._config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        if (file := folder / "adapter_model.safetensors").is_file():
+            from safetensors.torch import load_file
+
+            self._tensors: dict[str, Tensor] = load_file(file)
+        else:
+            self._tensors = torch.load(folder / "adapter_model.bin", weights_only=True)
+
+    def delta(self, name: str) -> Tensor | None:
+        """Return what is added to the tensor `name`, or None."""
+        module = name.removesuffix(".weight")
+        a, b = (self._tensors.get(f"base_model.model.{module}.lora_{m}.weight") for m in "AB")
+        if a is None or b is None:
+            return None
+        alpha = self._of(module, "alpha_pattern", self._config["lora_alpha"])
+        rank = self._of(module, "rank_pattern", self._config["r"])
+        scale = alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+        return scale * b.float() @ a.float()
+
+    def _of(self, module: str, key: str, default: float) -> float:
+        patterns: dict[str, float] = self._config.get(key) or {}
+        found = (v for p, v in patterns.items() if re.fullmatch(rf"(.*\.)?({p})", module))
+        return next(found, default)
 
 
 @dataclass
@@ -246,17 +278,21 @@ ARCHITECTURES: dict[str, type[Architecture]] = {
 }
 
 
-def logits(folder: Path, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+def logits(
+    folder: Path, sequences: Sequence[Sequence[int]], adapter: Path | None = None
+) -> list[Tensor]:
     """Return the float32 logits after each token, [tokens, vocabulary] for each sequence.
 
-    `folder` is a checkpoint as published. transformers runs architectures that are not in
-    ARCHITECTURES. Raises ValueError for a missing weight, KeyError for a missing config.json key.
+    `folder` is a checkpoint as published, and `adapter` a LoRA adapter that is merged into it.
+    transformers runs architectures that are not in ARCHITECTURES. Raises ValueError for a missing
+    weight, KeyError for a missing config.json key.
     """
     config = json.loads((folder / "config.json").read_text())
     (architecture,) = config["architectures"]
+    lora = Lora(adapter) if adapter else None
     if architecture not in ARCHITECTURES:
-        return list(_transformers_logits(folder, sequences))
-    return forward(ARCHITECTURES[architecture](config, Weights(folder)), sequences)
+        return list(_transformers_logits(folder, sequences, lora))
+    return forward(ARCHITECTURES[architecture](config, Weights(folder, lora)), sequences)
 
 
 @torch.inference_mode()
@@ -313,7 +349,9 @@ def _mlp(layer: Layer, x: Tensor) -> Tensor:
     return linear(silu(linear(x, layer.gate)) * linear(x, layer.up), layer.down)
 
 
-def _transformers_logits(folder: Path, sequences: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+def _transformers_logits(
+    folder: Path, sequences: Sequence[Sequence[int]], adapter: Lora | None
+) -> Iterator[Tensor]:
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -322,5 +360,8 @@ def _transformers_logits(folder: Path, sequences: Sequence[Sequence[int]]) -> It
         folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     ).eval()
     with torch.inference_mode():
+        for name, parameter in model.named_parameters() if adapter else ():
+            if adapter and (delta := adapter.delta(name)) is not None:
+                parameter += delta
         for ids in sequences:
             yield model(torch.tensor([list(ids)])).logits[0]

@@ -4,6 +4,7 @@ The engine answers some prompts greedily. The reference reads the same tokens, a
 each is compared with the engine's.
 """
 
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ class Comparison:
     divergence: Divergence | None
     largest_difference: float  # over the engine's likeliest tokens, in nats
     mean_difference: float
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,12 @@ def verify(
             answers, dtype, stop_tokens = _ask_engine(args, config, prompts, tokens)
     from service.preflight import reference
 
+    logits: list[Any] = []
     try:
-        logits = reference.logits(
-            Path(args.model), [answer.prompt_ids + answer.token_ids for answer in answers]
-        )
+        for adapter, group in itertools.groupby(answers, lambda answer: answer.adapter):
+            asked = [answer.prompt_ids + answer.token_ids for answer in group]
+            folder_of = Path(adapter.path) if adapter else None
+            logits += reference.logits(Path(args.model), asked, folder_of)
     except KeyError as e:
         raise WeightsError(f"the reference cannot run: config.json has no {e}") from e
     except (ValueError, RuntimeError) as e:
@@ -117,12 +121,14 @@ class _Answer:
     token_ids: list[int]
     logprobs: list[dict[int, float]]  # for each answer token: id -> logprob of the likeliest
     texts: dict[int, str]  # id -> text, for all ids in logprobs
+    adapter: Any  # vLLM's LoRAModulePath, or None for the base
 
 
 def _ask_engine(
     args: Any, config: ModelConfig, prompts: Sequence[str], tokens: int
 ) -> tuple[list[_Answer], str, list[StopToken]]:
     from vllm import LLM, EngineArgs, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     llm = LLM.from_engine_args(EngineArgs.from_cli_args(args))
     sampling = SamplingParams(temperature=0, max_tokens=tokens, logprobs=5, ignore_eos=True)
@@ -131,15 +137,32 @@ def _ask_engine(
             {"prompt_token_ids": render(prompting.render(prompt, None, config.prompt), True)}
             for prompt in prompts
         ]
-    outputs = llm.generate(rendered, sampling, use_tqdm=False)
+    adapters = [None, *(args.lora_modules or ())]
+    requests = [
+        adapter and LoRARequest(adapter.name, number, adapter.path)
+        for number, adapter in enumerate(adapters)
+        for _ in prompts
+    ]
+    outputs = llm.generate(
+        rendered * len(adapters), sampling, lora_request=requests, use_tqdm=False
+    )
     answers = []
-    for prompt, output in zip(prompts, outputs, strict=True):
+    asked = itertools.product(adapters, prompts)
+    for (adapter, prompt), output in zip(asked, outputs, strict=True):
         (completion,) = output.outputs
         places = [{id: p.logprob for id, p in place.items()} for place in completion.logprobs]
         texts = {id: tokenizer.decode([id]) for place in places for id in place}
         ids = list(output.prompt_token_ids)
         answers.append(
-            _Answer(prompt, tokenizer.decode(ids), ids, list(completion.token_ids), places, texts)
+            _Answer(
+                prompt,
+                tokenizer.decode(ids),
+                ids,
+                list(completion.token_ids),
+                places,
+                texts,
+                adapter,
+            )
         )
     model = llm.llm_engine.model_config
     stop_tokens = chat_template.stop_tokens(tokenizer, model, config)
@@ -175,6 +198,7 @@ def _compare(answer: _Answer, logits: Any) -> Comparison:
         divergence,
         max(differences),
         sum(differences) / len(differences),
+        answer.adapter.name if answer.adapter else None,
     )
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from service.errors import ConfigError
-from service.model_config import Source
+from service.errors import ConfigError, WeightsError
+from service.model_config import AdapterSource, Source
 from service.weights import embedded, modelscope
 
 
@@ -35,6 +35,26 @@ def present(source: Source, cache_dir: Path, *, weights: bool = True) -> Path | 
     if source.modelscope:
         return modelscope.present(source.modelscope, source.revision, weights=weights)
     return _local_folder(source.path or "", weights=weights)
+
+
+def fetch_adapter(name: str, source: AdapterSource) -> Path:
+    """Return the folder of an adapter; fetch it from ModelScope if it is not here.
+
+    A local folder may not exist: `adapter.inspect` says so. Raises WeightsError with the remedy.
+    """
+    if source.modelscope:
+        try:
+            return modelscope.fetch(source.modelscope, source.revision)
+        except WeightsError as e:
+            raise WeightsError(f"adapter {name}: {e}") from e
+    return Path(source.path or "").expanduser()
+
+
+def present_adapter(source: AdapterSource) -> Path | None:
+    """Return the folder of `fetch_adapter` if the files are on this machine, else None."""
+    if source.modelscope:
+        return modelscope.present(source.modelscope, source.revision)
+    return Path(source.path or "").expanduser()
 
 
 def _local_folder(path: str, *, weights: bool) -> Path:

@@ -193,7 +193,7 @@ def _looks_complete(folder: Path, weights: bool) -> bool:
         return False
     shards = {shard for index in indexes for shard in index.get("weight_map", {}).values()}
     return (
-        (folder / "config.json").is_file()
+        any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
         and any(_matches(file.name, _WEIGHTS) for file in folder.iterdir())
         and all((folder / shard).is_file() for shard in shards)
     )

@@ -17,6 +17,7 @@ class Tensor(NamedTuple):
 
     bytes: int
     floats: int
+    shape: tuple[int, ...] = ()
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -55,6 +56,7 @@ def read(file: Path) -> dict[str, Tensor]:
             name: Tensor(
                 tensor.numel() * tensor.element_size(),
                 tensor.numel() if tensor.is_floating_point() else 0,
+                tuple(tensor.shape),
             )
             for name, tensor in _pickled(file).items()
         }
@@ -71,10 +73,13 @@ def _safetensors(file: Path) -> dict[str, Tensor]:
         with safe_open(file, "numpy") as f:
             for name in f.keys():  # noqa: SIM118: it is no dict
                 part = f.get_slice(name)
-                count, dtype = math.prod(part.get_shape()), part.get_dtype()  # such as BF16, BOOL
+                shape, dtype = tuple(part.get_shape()), part.get_dtype()  # such as BF16, BOOL
+                count = math.prod(shape)
                 bits = int(m[0]) if (m := re.search(r"\d+", dtype)) else 8
                 is_float = "F" in dtype
-                tensors[name] = Tensor(count * bits // 8, count if is_float and bits > 8 else 0)
+                tensors[name] = Tensor(
+                    count * bits // 8, count if is_float and bits > 8 else 0, shape
+                )
     except (OSError, SafetensorError) as e:
         raise WeightsError(f"{file} is damaged or cut short: {e}; {REMEDY}") from None
     return tensors

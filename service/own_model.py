@@ -1,0 +1,116 @@
+"""The reader's own model: a folder, or an adapter, where a command takes a model's name."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from service import model_config
+from service.errors import ConfigError
+from service.model_config import ModelConfig, Origins
+from service.weights import adapter
+from service.weights.tensor_files import read_json
+
+
+def load(
+    model: str, assignments: Sequence[str] = (), adapters: Sequence[str] = ()
+) -> tuple[ModelConfig, Origins]:
+    """Load a model as `model_config.load` does; `model` may also be a folder with files of one.
+
+    `adapters` are NAME=FOLDER. Says on stderr what was made of a folder. Raises ConfigError or
+    WeightsError.
+    """
+    named = _named(adapters)
+    folder = Path(model).expanduser()
+    if model in model_config.catalogue() or not folder.is_dir():
+        return model_config.load(model, assignments, adapters=named)
+    if adapter.is_adapter(folder):
+        return _adapter(folder, assignments, named)
+    return _model(folder, assignments, named)
+
+
+def _named(adapters: Sequence[str]) -> dict[str, str]:
+    named: dict[str, str] = {}
+    for words in adapters:
+        name, equals, path = words.partition("=")
+        if Path(words).expanduser().is_dir():
+            name, path = model_config.name_of(Path(words)), words
+        elif not equals or not name or not path:
+            raise ConfigError(
+                f"--adapter {words[:100]!r}: expected NAME=FOLDER, such as my=/folder"
+            )
+        if name in named:
+            raise ConfigError(f"--adapter {name}: two adapters have this name; choose others")
+        named[name] = path
+    return named
+
+
+def _adapter(
+    folder: Path, assignments: Sequence[str], named: Mapping[str, str]
+) -> tuple[ModelConfig, Origins]:
+    """Load the base of the adapter in `folder`, which answers unless a request names another."""
+    trained_on = adapter.base_of(folder)
+    local = Path(trained_on).expanduser() if trained_on else None
+    if local is not None and not (local / "config.json").is_file():
+        local = None
+    base = known = _in_catalogue(trained_on)
+    if known is None:
+        if local is None:
+            shown = " ".join(trained_on.split())[:200] or "a base that it does not name"
+            raise ConfigError(
+                f"{folder} is an adapter for {shown}, which is neither in the catalogue nor a "
+                f"folder here; name its base: `chat-service serve BASE --adapter {folder}`"
+            )
+        base = str(local)
+    name = model_config.name_of(folder)
+    if name == (known or model_config.name_of(Path(base or ""))) or name in named:
+        name += "-adapter"
+    sets = [f"default_adapter={_yaml(name)}", *assignments]
+    if known and local:
+        sets.insert(0, f"source={_yaml({'path': str(local)})}")
+    loaded = model_config.load(base or "", sets, adapters={**named, name: str(folder)})
+    where = f", with the base's files in {local}" if local else ""
+    print(
+        f"{folder} is an adapter: it is served as {name!r} on {loaded[0].name}, the base that its "
+        f"{adapter.CONFIG} names{where}.",
+        file=sys.stderr,
+    )
+    return loaded
+
+
+def _model(
+    folder: Path, assignments: Sequence[str], named: Mapping[str, str]
+) -> tuple[ModelConfig, Origins]:
+    """Load a folder with a whole model, by the catalogue's entry that it was trained from."""
+    file = folder / "config.json"
+    origin = str(read_json(file).get("_name_or_path") or "") if file.is_file() else ""
+    known = _in_catalogue(origin) or _in_catalogue(str(folder.absolute()))
+    if known is None:
+        loaded = model_config.load(str(folder), assignments, adapters=named)
+        how = (
+            "its own prompt format and sampling; `chat-service serve NAME --set 'source={path: "
+            f"{folder}}}'` serves it as an entry of the catalogue"
+        )
+    else:
+        name = model_config.name_of(folder)
+        sets = [f"source={_yaml({'path': str(folder)})}", f"name={_yaml(name)}", *assignments]
+        loaded = model_config.load(known, sets, adapters=named)
+        how = f"the prompt format and sampling of {known}"
+    print(f"{folder} is a model: it is served as {loaded[0].name!r} with {how}.", file=sys.stderr)
+    return loaded
+
+
+def _in_catalogue(text: str) -> str | None:
+    """Return the entry of the catalogue that a hub's id or a path names."""
+    names = adapter.spellings(text)
+    for name, file in model_config.catalogue().items():
+        if name in names:
+            return name
+        source = model_config.load(name, file=file)[0].source
+        if source.modelscope and source.modelscope.rpartition("/")[2].lower() in names:
+            return name
+    return None
+
+
+def _yaml(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)

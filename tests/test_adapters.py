@@ -1,0 +1,449 @@
+"""LoRA adapters: what does not fit is told before loading, and what fits answers as if merged."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import httpx
+import openai
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from service import model_config, own_model
+from service.errors import ConfigError, WeightsError
+from service.preflight import reference
+from service.weights import adapter
+from testing import checkpoints
+from testing.server import Server, free_port
+from tests import warm
+from tests.conftest import PATIENCE, logged
+from tests.engine import PROMPTS, ask, engine
+
+BASE = "qwen2-7b-instruct"
+# As people name them.
+FOLDERS = {"文档": "我的 模型", "my": "output/checkpoint-30", "scaled": "scaled"}
+QUIET = ("engine.dtype=float32", "engine.enforce_eager=true", "engine.max_model_len=512")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, three adapters of it, and the base with each of them merged."""
+    folder = tmp_path_factory.mktemp("own")
+    base = checkpoints.write("qwen2", folder / "base")
+    kinds: dict[str, dict[str, Any]] = {
+        "文档": {"seed": 1, "rank": 4},
+        "my": {"seed": 2, "rank": 12, "binary": True, "modules": "[qv]_proj"},
+        "scaled": {"seed": 3, "rank": 8, "use_rslora": True},
+    }
+    for name, kind in kinds.items():
+        checkpoints.write_adapter(folder / FOLDERS[name], base, folder / f"merged {name}", **kind)
+    # What a Trainer, LLaMA-Factory and ms-swift leave beside.
+    for name in ("optimizer.pt", "rng_state.pth", "training_args.bin", "args.json", "README.md"):
+        (folder / FOLDERS["my"] / name).write_text("{}")
+        (folder / "merged my" / name).write_text("{}")
+    shutil.copy(base / "tokenizer.json", folder / FOLDERS["my"])
+    return folder
+
+
+def sets(files: Path) -> list[str]:
+    return checkpoints.arguments("qwen2", files / "base", *QUIET)
+
+
+def words(option: str, values: list[str]) -> list[str]:
+    return [word for value in values for word in (option, value)]
+
+
+@pytest.fixture(scope="module")
+def server(files: Path) -> Iterator[Server]:
+    asked = [*words("--set", [*sets(files), "default_adapter=my"])]
+    named = words("--adapter", [f"{name}={files / folder}" for name, folder in FOLDERS.items()])
+    with warm.Server.service(files / "log", BASE, *asked, *named) as server:
+        yield server
+
+
+@pytest.fixture
+def http(server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=PATIENCE, trust_env=False) as client:
+        yield client
+
+
+@pytest.mark.parametrize("name", [n for n in checkpoints.BUILDERS if n != "bluelm_32k"])
+def test_an_adapter_of_all_matrices_acts_as_if_merged(name: str, tmp_path: Path) -> None:
+    base = checkpoints.write(name, tmp_path / "base")
+    lora = checkpoints.write_adapter(tmp_path / "lora", base, tmp_path / "merged", rank=12)
+    tensors = adapter.base_tensors(base)
+    found = adapter.inspect("a", lora, base=base, tensors=tensors, known_as=[str(base)])
+    assert (found.rank, found.problems, found.warnings) == (12, [], [])
+    rank = adapter.largest_rank([found])
+    with engine(base, enable_lora=True, max_lora_rank=rank) as llm:
+        plain, adapted = ask(llm), ask(llm, lora=str(lora))
+    assert [answer.tokens for answer in plain] != [answer.tokens for answer in adapted]
+    sequences = [p + answer.tokens for p, answer in zip(PROMPTS, adapted, strict=True)]
+    merged = reference.logits(tmp_path / "merged", sequences)
+    virtual = reference.logits(base, sequences, lora)
+    for prompt, answer, rows, same in zip(PROMPTS, adapted, merged, virtual, strict=True):
+        torch.testing.assert_close(rows, same, atol=1e-3, rtol=1e-3)
+        rows = rows[len(prompt) - 1 : -1].log_softmax(-1)
+        assert rows.argmax(-1).tolist() == answer.tokens
+        for row, place in zip(rows, answer.logprobs, strict=True):
+            assert all(abs(float(row[id]) - value) < 1e-3 for id, value in place.items())
+
+
+def test_ranks_are_those_of_vllm() -> None:
+    from vllm.config.lora import MaxLoRARanks
+
+    assert adapter.RANKS == get_args(MaxLoRARanks)
+
+
+def test_v1_answers_as_the_merged_weights_do(http: httpx.Client, files: Path) -> None:
+    prompt = PROMPTS[1]
+    answers = set()
+    for name in FOLDERS:
+        body = {"model": name, "prompt": prompt, "max_tokens": 12, "temperature": 0}
+        body |= {"logprobs": 5, "ignore_eos": True, "return_tokens_as_token_ids": True}
+        (choice,) = http.post("/v1/completions", json=body).json()["choices"]
+        given = choice["logprobs"]
+        tokens = [int(token.partition(":")[2]) for token in given["tokens"]]
+        (rows,) = reference.logits(files / f"merged {name}", [prompt + tokens])
+        rows = rows[len(prompt) - 1 : -1].log_softmax(-1)
+        assert rows.argmax(-1).tolist() == tokens
+        for row, place in zip(rows, given["top_logprobs"], strict=True):
+            for token, value in place.items():
+                assert abs(float(row[int(token.partition(":")[2])]) - value) < 1e-3
+        answers.add(tuple(tokens))
+    assert len(answers) == 3
+
+
+def test_the_contract_answers_as_the_merged_model_does(http: httpx.Client, files: Path) -> None:
+    body = {"prompt": "你好", "temperature": 0, "max_new_tokens": 16, "details": True}
+    # A folder with a merged model, given as the model itself.
+    asked = words("--set", ["engine.kv_cache_memory_bytes=64M", *QUIET])
+    with warm.Server.service(files / "log-merged", str(files / "merged my"), *asked) as merged:
+        expected = httpx.post(merged.url, json=body, timeout=PATIENCE, trust_env=False).json()
+        assert "is a model: it is served as 'merged-my' with its own" in merged.log.read_text()
+    assert expected["details"]["model"] == "merged-my"
+    answer = http.post("/", json={**body, "model": "my"}).json()
+    assert answer["response"] == expected["response"]
+    assert answer["details"]["model"] == "my"
+    by_default = http.post("/", json=body).json()
+    assert by_default["response"] == answer["response"]
+    assert by_default["details"]["model"] == "my"
+    of_base = http.post("/", json={**body, "model": BASE}).json()
+    assert of_base["response"] != answer["response"]
+    assert of_base["details"]["model"] == BASE
+    stream = http.post("/", json={**body, "model": "文档", "stream": True}).text
+    last = json.loads(stream.strip().split("\n\n")[-1].removeprefix("data: "))
+    assert last["details"]["model"] == "文档"
+    assert last["response"] == http.post("/", json={**body, "model": "文档"}).json()["response"]
+
+
+def test_an_unknown_model_is_404_with_the_names(http: httpx.Client) -> None:
+    for body in ({"prompt": "hi", "model": "secret"}, {"prompt": "hi", "model": ""}):
+        answer = http.post("/", json=body)
+        assert answer.status_code == 404
+        assert (answer.json()["response"], answer.json()["status"]) == ("", 404)
+        error = answer.json()["error"]
+        assert (error["type"], error["param"]) == ("not_found", "model")
+        assert f"this server has {BASE}, 文档, my, scaled (" in error["message"]
+        assert "secret" not in answer.text
+    assert http.post("/", json={"prompt": "hi", "model": 1}).status_code == 422
+
+
+def test_v1_takes_the_same_names_and_shows_no_paths(server: Server, files: Path) -> None:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="EMPTY") as client:
+        assert [model.id for model in client.models.list()] == [BASE, *FOLDERS]
+        assert str(files) not in client.models.list().to_json()
+        turns: Any = [{"role": "user", "content": "你好"}]
+        answer = client.chat.completions.create(model="my", messages=turns, max_tokens=2)
+        assert answer.model == "my"
+        with pytest.raises(openai.NotFoundError) as error:
+            client.chat.completions.create(model="secret", messages=turns)
+    assert "this server has qwen2-7b-instruct, 文档, my, scaled" in str(error.value)
+
+
+def test_the_log_line_and_the_metrics_carry_the_served_name(
+    server: Server, http: httpx.Client
+) -> None:
+    body = {"prompt": "hi", "max_new_tokens": 2}
+    http.post("/", json=body, headers={"X-Request-Id": "of-default"})
+    http.post("/", json={**body, "model": "文档"}, headers={"X-Request-Id": "of-named"})
+    chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    url = "/v1/chat/completions"
+    http.post(url, json={**chat, "model": "scaled"}, headers={"X-Request-Id": "of-v1"})
+    http.post(url, json={**chat, "model": "secret"}, headers={"X-Request-Id": "of-unknown"})
+    for id, name in (("of-default", "my"), ("of-named", "文档"), ("of-v1", "scaled")):
+        assert logged(server, f"id={id} ")
+        (line,) = [line for line in server.log.read_text().splitlines() if f"id={id} " in line]
+        assert f" model={name} " in line
+    assert logged(server, "id=of-unknown ") and "secret" not in server.log.read_text()
+    metrics = http.get("/metrics").text
+    assert 'service_generation_tokens_total{model="文档"}' in metrics
+    assert 'service_prompt_tokens_total{model="my"}' in metrics
+
+
+def test_the_index_names_the_model_that_answers(http: httpx.Client) -> None:
+    assert http.get("/").json()["model"] == "my"
+
+
+def test_check_and_verify_know_adapters(files: Path) -> None:
+    named = words("--adapter", [f"my={files / FOLDERS['my']}", f"no={files / 'bad'}"])
+    asked = words("--set", sets(files))
+    checkpoints.write_adapter(files / "bad", files / "base", use_dora=True)
+    done = warm.run("check", BASE, *asked, *named)
+    assert done.returncode == 1, done.stderr
+    assert "problem: adapter no: it was trained with DoRA; merge it" in done.stdout
+    assert "engine.max_lora_rank  " in done.stdout and " 16 " in done.stdout
+    done = warm.run("check", BASE, *asked, *named[:2])
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = warm.run("verify", BASE, *asked, *named[:2], "--prompt", "你好", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    compared = json.loads(done.stdout)["comparisons"]
+    assert [c["adapter"] for c in compared] == [None, "my"]
+    assert compared[0]["token_ids"] == compared[1]["token_ids"]
+
+
+def test_serve_refuses_in_one_sentence_before_it_loads(files: Path, tmp_path: Path) -> None:
+    bad = checkpoints.write_adapter(tmp_path / "bad", files / "base", modules_to_save=["lm_head"])
+    done = warm.run(
+        "serve",
+        BASE,
+        *words("--set", sets(files)),
+        "--adapter",
+        f"bad={bad}",
+        "--port",
+        str(free_port()),
+    )
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "adapter bad: it holds whole matrices beside LoRA's (modules_to_save); merge" in line
+    assert "Traceback" not in done.stderr
+
+
+PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
+    "DoRA": ({"use_dora": True}, "trained with DoRA; merge it into its base"),
+    "modules": ({"modules_to_save": ["embed_tokens"]}, "(modules_to_save); merge it"),
+    "biases": ({"bias": "all"}, "it has biases (bias: all); merge it"),
+    "rank": ({"rank": 600, "modules": "0.self_attn.q"}, "rank is 600, and vLLM takes 512 at most"),
+    "kind": ({"peft_type": "PREFIX_TUNING"}, "of the kind PREFIX_TUNING, and vLLM takes LoRA"),
+    "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, "began by changing its base"),
+}
+
+
+@pytest.mark.parametrize("case", PROBLEMS)
+def test_what_does_not_fit_is_told(files: Path, tmp_path: Path, case: str) -> None:
+    keys, message = PROBLEMS[case]
+    checkpoints.write_adapter(tmp_path, files / "base", **keys)
+    (problem,) = adapter.inspect("a", tmp_path).problems
+    assert problem.startswith("adapter a: ") and message in problem
+
+
+def inspect(folder: Path, base: Path, **options: Any) -> adapter.Adapter:
+    tensors = adapter.base_tensors(base)
+    return adapter.inspect("a", folder, base=base, tensors=tensors, **options)
+
+
+def test_an_adapter_of_another_model_is_told(files: Path, tmp_path: Path) -> None:
+    other = checkpoints.write("baichuan2", tmp_path / "baichuan")
+    lora = checkpoints.write_adapter(tmp_path / "lora", other, modules="self_attn")
+    (problem,) = inspect(lora, files / "base").problems
+    assert "this architecture has no W_pack, which it changes (target_modules)" in problem
+    assert "some of: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in problem
+    wide = checkpoints.write("qwen2", tmp_path / "wide", intermediate_size=256)
+    lora = checkpoints.write_adapter(tmp_path / "lora-wide", wide, modules="mlp")
+    (problem,) = inspect(lora, files / "base").problems
+    assert "trained for a side of 256, and the base's has 192" in problem
+    deep = checkpoints.write("qwen2", tmp_path / "deep", num_hidden_layers=4)
+    lora = checkpoints.write_adapter(tmp_path / "lora-deep", deep, modules="3.self_attn")
+    (problem,) = inspect(lora, files / "base").problems
+    assert "its base has no model.layers.3.self_attn" in problem
+
+
+def test_names_that_vllm_would_leave_out_are_told(files: Path, tmp_path: Path) -> None:
+    checkpoints.write_adapter(tmp_path, files / "base")
+    file = tmp_path / "adapter_model.safetensors"
+    moved = {name.replace("model.model.", "model."): t for name, t in load_file(file).items()}
+    save_file(moved, file)
+    (warning,) = inspect(tmp_path, files / "base").warnings
+    assert "it names a matrix layers.0" in warning and "vLLM may leave it out" in warning
+
+
+def test_a_base_of_another_name_or_in_4_bits_is_told(files: Path, tmp_path: Path) -> None:
+    def warnings(trained_on: str, *known_as: str) -> list[str]:
+        checkpoints.write_adapter(tmp_path, files / "base", base_model_name_or_path=trained_on)
+        found = adapter.inspect("a", tmp_path, known_as=[BASE, *known_as])
+        assert found.problems == []
+        return found.warnings
+
+    for same in (
+        "Qwen/Qwen2-7B-Instruct",
+        "/root/autodl-tmp/qwen/Qwen2-7B-Instruct/",
+        "D:\\models\\Qwen2-7B-Instruct",
+        "/root/.cache/huggingface/hub/models--Qwen--Qwen2-7B-Instruct/snapshots/f2826a00",
+    ):
+        assert warnings(same) == []
+    assert warnings("/models/Qwen2___5-7B-Instruct", "qwen/Qwen2.5-7B-Instruct") == []
+    (warning,) = warnings("Qwen/Qwen2-1.5B")
+    assert "it was trained on Qwen/Qwen2-1.5B; see that this is the model" in warning
+    (warning,) = warnings("unsloth/Qwen2-7B-Instruct-bnb-4bit")
+    assert "it was trained on a 4-bit base" in warning
+    four = tmp_path / "four"
+    config = json.loads((files / "base" / "config.json").read_text())
+    four.mkdir()
+    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (four / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    (problem,) = adapter.inspect("a", tmp_path, base=four).problems
+    assert "its base is stored in 4 bits by bitsandbytes" in problem
+
+
+def test_a_folder_that_is_no_whole_adapter_says_what_to_do(files: Path, tmp_path: Path) -> None:
+    def problem(folder: Path, **options: Any) -> str:
+        (found,) = adapter.inspect("a", folder, **options).problems
+        return found
+
+    assert "no such folder; correct its path" in problem(tmp_path / "nowhere")
+    assert "give the folder inside it, such as checkpoint-30" in problem(files / "output")
+    assert "it is a whole model: serve it itself" in problem(files / "base")
+    lora = checkpoints.write_adapter(tmp_path / "lora", files / "base")
+    assert "its rank is 4, above engine.max_lora_rank 1; leave" in problem(lora, max_rank=1)
+    weights = lora / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:1000])
+    assert "is damaged or cut short" in problem(lora)
+    tensors = load_file(files / "scaled" / "adapter_model.safetensors")
+    save_file({**tensors, "base_model.model.lm_head.weight": torch.ones(2, 2)}, weights)
+    assert "whole tensors beside LoRA's, such as lm_head.weight; merge it" in problem(lora)
+    save_file(tensors | dict.fromkeys(list(tensors)[:1], torch.ones(0)), weights)
+    assert "is empty, as DeepSpeed ZeRO-3 leaves it" in problem(lora)
+    weights.unlink()
+    assert "has no adapter_model.safetensors or adapter_model.bin; copy it" in problem(lora)
+    (lora / "adapter_config.json").write_text("{")
+    assert "is not readable JSON" in problem(lora)
+
+
+YAML = """\
+name: mine
+source: {path: /models/mine}
+adapters:
+  a: /folder/a
+  b:
+    path: /folder/我的 模型
+  c: {modelscope: me/mine, revision: v1}
+default_adapter: b
+"""
+
+
+def load(tmp_path: Path, text: str) -> model_config.ModelConfig:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text, encoding="utf-8")
+    return model_config.load(str(file))[0]
+
+
+def test_the_yaml_names_adapters(tmp_path: Path) -> None:
+    config = load(tmp_path, YAML)
+    assert {name: a.path or a.modelscope for name, a in config.adapters.items()} == {
+        "a": "/folder/a",
+        "b": "/folder/我的 模型",
+        "c": "me/mine",
+    }
+    assert (config.default_adapter, config.adapters["c"].revision) == ("b", "v1")
+    again = model_config.ModelConfig.model_validate_json(config.model_dump_json())
+    assert again == config  # as the processes hand it on
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "path: /folder/我",
+            "pth: /folder/我",
+            ":6: adapters.b.pth: unknown key; did you mean 'path'",
+        ),
+        (
+            "me/mine,",
+            "me/mine, path: /x,",
+            ":7: adapters.c: give exactly one of path and modelscope",
+        ),
+        ("default_adapter: b", "default_adapter: bb", ":8: default_adapter: adapters has no 'bb'"),
+        ("  a: ", "  mine: ", ":3: adapters: mine is the name of the base"),
+        ("  a: /folder/a", "  a b: /folder/a", ":4: adapters.a b"),
+        ("  a: /folder/a", "  a: 1", ":4: adapters.a: input should be"),
+    ],
+)
+def test_a_mistake_in_adapters_has_its_line(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    assert old in YAML
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, YAML.replace(old, new))
+    assert message in str(error.value)
+
+
+def test_an_adapter_given_as_the_model_finds_its_base(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "我的 模型"
+    trained_on = "/root/autodl-tmp/qwen/Qwen2-7B-Instruct"
+    checkpoints.write_adapter(folder, files / "base", base_model_name_or_path=trained_on)
+    config, _ = own_model.load(str(folder), ["engine.max_model_len=64"])
+    assert (config.name, config.default_adapter) == (BASE, "我的-模型")
+    assert config.source.modelscope == "qwen/Qwen2-7B-Instruct"
+    assert config.adapters["我的-模型"].path == str(folder)
+    assert config.engine["max_model_len"] == 64
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"{folder} is an adapter: it is served as '我的-模型' on {BASE}, the base that its "
+        "adapter_config.json names."
+    )
+    # The base may be a folder here, and of the catalogue too.
+    named = files / "Qwen2-7B-Instruct"
+    shutil.copytree(files / "base", named)
+    checkpoints.write_adapter(folder, files / "base", base_model_name_or_path=str(named))
+    config, _ = own_model.load(str(folder))
+    assert (config.name, config.source.path) == (BASE, str(named))
+    config, _ = own_model.load(str(files / FOLDERS["my"]))
+    assert (config.name, config.source.path) == ("base", str(files / "base"))
+    assert config.default_adapter == "output-checkpoint-30"
+    checkpoints.write_adapter(folder, files / "base", base_model_name_or_path="/gone/Other-9B")
+    with pytest.raises(ConfigError, match="is an adapter for /gone/Other-9B, which is neither in"):
+        own_model.load(str(folder))
+
+
+def test_a_merged_model_is_served_by_the_entry_that_it_was_trained_from(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(files / "base", tmp_path / "导出")
+    config = json.loads((files / "base" / "config.json").read_text())
+    config["_name_or_path"] = "/root/autodl-tmp/qwen/Qwen2-7B-Instruct"
+    (tmp_path / "导出" / "config.json").write_text(json.dumps(config))
+    loaded, _ = own_model.load(str(tmp_path / "导出"))
+    assert (loaded.name, loaded.source.path) == ("导出", str(tmp_path / "导出"))
+    assert loaded.engine == model_config.load(BASE)[0].engine
+    assert f"with the prompt format and sampling of {BASE}." in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="give the folder inside it, such as 导出"):
+        own_model.load(str(tmp_path))
+
+
+def test_an_option_that_names_no_adapter_is_told(files: Path) -> None:
+    with pytest.raises(ConfigError, match="expected NAME=FOLDER"):
+        own_model.load(BASE, (), ["my"])
+    with pytest.raises(ConfigError, match="two adapters have this name"):
+        own_model.load(BASE, (), ["my=/a", "my=/b"])
+    config, _ = own_model.load(BASE, (), [str(files / "scaled")])
+    assert list(config.adapters) == ["scaled"]
+
+
+def test_a_modelscope_adapter_that_cannot_be_fetched_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from service import weights
+
+    def fail(*args: Any, **options: Any) -> Path:
+        raise WeightsError("no such repository")
+
+    monkeypatch.setattr(weights.modelscope, "fetch", fail)
+    source = model_config.AdapterSource(modelscope="me/mine")
+    with pytest.raises(WeightsError, match="adapter my: no such repository"):
+        weights.fetch_adapter("my", source)
