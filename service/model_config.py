@@ -374,9 +374,8 @@ def load(
 def nearest(name: str, valid: Iterable[str], prefix: str = "") -> str:
     """Return "; did you mean X?" with `prefix` and the closest valid name, or an empty string."""
     names = list(valid)
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
-    if name and not close:
-        close = [longer for longer in names if longer.startswith(str(name))]
+    close = [longer for longer in names if name and longer.startswith(str(name))]
+    close = close or difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
     return f"; did you mean {prefix + close[0]!r}?" if close else ""
 
 

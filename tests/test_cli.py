@@ -109,7 +109,7 @@ def test_a_mistake_in_a_yaml_ends_the_start_with_2(tmp_path: Path) -> None:
     done = run("serve", str(file))
     assert (done.returncode, done.stdout) == (2, "")
     mistake = (
-        "samplign: unknown key; did you mean 'sampling'?; vLLM's arguments are keys of `engine`"
+        "samplign: unknown key; did you mean 'sampling'? (vLLM's arguments are keys of engine)"
     )
     assert done.stderr == f"error: {file}:3: {mistake}\n"
 
