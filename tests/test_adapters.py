@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 import torch
+from playwright.sync_api import Browser, expect
 from safetensors.torch import load_file, save_file
 
 from service import model_config, own_model
@@ -21,6 +22,7 @@ from testing.server import Server, free_port
 from tests import warm
 from tests.conftest import PATIENCE, logged
 from tests.engine import PROMPTS, ask, engine
+from tests.test_chat_page import browser as browser
 
 BASE = "qwen2-7b-instruct"
 # As people name them.
@@ -101,24 +103,25 @@ def test_ranks_are_those_of_vllm() -> None:
 def test_v1_answers_as_the_merged_weights_do(http: httpx.Client, files: Path) -> None:
     prompt = PROMPTS[1]
     answers = set()
-    for name in FOLDERS:
+    for name in (*FOLDERS, BASE):
         body = {"model": name, "prompt": prompt, "max_tokens": 12, "temperature": 0}
         body |= {"logprobs": 5, "ignore_eos": True, "return_tokens_as_token_ids": True}
         (choice,) = http.post("/v1/completions", json=body).json()["choices"]
         given = choice["logprobs"]
         tokens = [int(token.partition(":")[2]) for token in given["tokens"]]
-        (rows,) = reference.logits(files / f"merged {name}", [prompt + tokens])
+        merged = files / ("base" if name == BASE else f"merged {name}")
+        (rows,) = reference.logits(merged, [prompt + tokens])
         rows = rows[len(prompt) - 1 : -1].log_softmax(-1)
         assert rows.argmax(-1).tolist() == tokens
         for row, place in zip(rows, given["top_logprobs"], strict=True):
             for token, value in place.items():
                 assert abs(float(row[int(token.partition(":")[2])]) - value) < 1e-3
         answers.add(tuple(tokens))
-    assert len(answers) == 3
+    assert len(answers) == 4
 
 
 def test_the_contract_answers_as_the_merged_model_does(http: httpx.Client, files: Path) -> None:
-    body = {"prompt": "你好", "temperature": 0, "max_new_tokens": 16, "details": True}
+    body = {"prompt": "山东省最高的山", "temperature": 0, "max_new_tokens": 16, "details": True}
     # A folder with a merged model, given as the model itself.
     asked = words("--set", ["engine.kv_cache_memory_bytes=64M", *QUIET])
     with warm.Server.service(files / "log-merged", str(files / "merged my"), *asked) as merged:
@@ -186,6 +189,20 @@ def test_the_log_line_and_the_metrics_carry_the_served_name(
 
 def test_the_index_names_the_model_that_answers(http: httpx.Client) -> None:
     assert http.get("/").json()["model"] == "my"
+
+
+def test_the_page_lets_one_choose(server: Server, browser: Browser) -> None:
+    page = browser.new_page(locale="en-US")
+    page.goto(server.url)
+    chooser = page.get_by_label("model")
+    expect(chooser).to_have_value("my", timeout=PATIENCE * 1000)
+    assert chooser.locator("option").all_inner_texts() == [BASE, *FOLDERS]
+    chooser.select_option("文档")
+    page.locator("#prompt").fill("hi")
+    with page.expect_request(lambda request: request.method == "POST") as asked:
+        page.keyboard.press("Enter")
+    assert json.loads(asked.value.post_data or "")["model"] == "文档"
+    page.close()
 
 
 def test_check_and_verify_know_adapters(files: Path) -> None:
