@@ -60,8 +60,8 @@ def test_check_reports_other_ids_with_the_remedy(misread: Path, mode: str) -> No
     (problem,) = report.problems
     assert problem.startswith("transformers reads it as a LlamaTokenizer, which gives other tokens")
     assert problem.endswith(REMEDY)
-    right = loaded(misread, "engine.tokenizer_mode=tokenizer_json")
-    assert not check.check(*right, settings.load(), memory=1 << 34).problems
+    config, origins = loaded(misread, "engine.tokenizer_mode=tokenizer_json")
+    assert not check.check(config, origins, settings.load(), memory=1 << 34).problems
 
 
 def test_serve_reads_tokenizer_json_itself_and_says_so(
