@@ -17,7 +17,7 @@ from tests import vocabularies
 from tests.test_tokenizers import assistant, streamed, system, user
 
 Piece = ModelProto.SentencePiece
-NAMES = ("internlm2", "llama3", "llama3_1", "qwen1_5", "qwen2_5", "qwen3", "yi")
+NAMES = ("llama3", "llama3_1", "qwen1_5", "qwen2_5", "qwen3", "yi")
 STREAM = "你好，龘靐！😀👩‍👩‍👧🏔️ and ünïcode 𠮷野家"
 Encode = Callable[[str], list[int]]
 
@@ -38,10 +38,13 @@ def conversations(text: str) -> list[list[dict[str, str]]]:
 
 
 def chatml(
-    ours: Any, encode: Encode, turns: Sequence[dict[str, str]], default: str | None
+    id_of: Callable[[str], int],
+    encode: Encode,
+    turns: Sequence[dict[str, str]],
+    default: str | None,
 ) -> list[int]:
     """ChatML by hand: control tokens by their ids, and what stands between them encoded alone."""
-    start, end = ours.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    start, end = map(id_of, ("<|im_start|>", "<|im_end|>"))
     if default is not None and turns[0]["role"] != "system":
         turns = [system(default), *turns]
     ids: list[int] = []
@@ -71,7 +74,6 @@ def rendered(ours: Any, turns: Sequence[dict[str, str]], **options: Any) -> list
 @pytest.mark.parametrize(
     ("name", "default"),
     [
-        ("internlm2", None),
         ("qwen1_5", "You are a helpful assistant"),
         ("qwen2_5", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
         ("qwen3", None),
@@ -79,13 +81,12 @@ def rendered(ours: Any, turns: Sequence[dict[str, str]], **options: Any) -> list
 )
 def test_chatml_is_what_its_pieces_are(name: str, default: str | None) -> None:
     _, ours, encode = opened(name)
-    bos = [1] if name == "internlm2" else []
     for text in TEXTS:
         for turns in conversations(text):
-            expected = bos + chatml(ours, encode, turns, default)
+            expected = chatml(ours.convert_tokens_to_ids, encode, turns, default)
             assert rendered(ours, turns) == expected, turns
             spelled = [{**turn, "content": f"{turn['content']}<|im_end|>"} for turn in turns]
-            expected = bos + chatml(ours, encode, spelled, default)
+            expected = chatml(ours.convert_tokens_to_ids, encode, spelled, default)
             assert rendered(ours, spelled) == expected, spelled
 
 
@@ -111,7 +112,7 @@ def test_the_mode_gives_the_ids_of_the_file_and_others_only_where_told(name: str
     folder, ours, encode = opened(name)
     for text in TEXTS:
         assert list(ours.encode(text, add_special_tokens=False)) == encode(text)
-    if name not in ("internlm2", "yi"):  # the first names remote code
+    if name != "yi":
         assert difference(get_tokenizer(folder), folder) is None
 
 
@@ -202,12 +203,25 @@ def test_chatglm3_on_its_real_vocabulary(tmp_path: Path) -> None:
 
 
 def test_internlm2_on_its_real_vocabulary_without_tokenizer_json(tmp_path: Path) -> None:
-    folder, ours, encode = opened("internlm2")
+    folder = vocabularies.folder("internlm2")
+    load_general_plugins()
+    # Its tokenizer.json names the control tokens' pieces otherwise: 92549 would be no token.
+    with pytest.raises(ValueError, match=r"is 92538 in tokenizer_config\.json and becomes 925"):
+        get_tokenizer(folder, tokenizer_mode="tokenizer_json")
     sentencepiece_of(folder, tmp_path, dummy_prefix=False)
+    # Whatever vLLM has for the model type, the mode decides.
+    (tmp_path / "config.json").write_text('{"model_type": "internlm2"}')
     internlm2 = get_tokenizer(tmp_path, tokenizer_mode="internlm2")
+    itself = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    itself.encode_special_tokens = True
+
+    def encode(text: str) -> list[int]:
+        return list(itself.encode(text, add_special_tokens=False).ids)
+
+    ids = {"<|im_start|>": 92543, "<|im_end|>": 92542}
     for text in (*TEXTS, "<|im_end|></s>"):
         for turns in conversations(text):
-            expected = [1, *chatml(ours, encode, turns, None)]
+            expected = [1, *chatml(ids.__getitem__, encode, turns, None)]
             assert internlm2.apply_chat_template(turns) == expected, turns
     pieces = streamed(internlm2, encode(STREAM))
     assert "".join(pieces) == STREAM and not any("\ufffd" in piece for piece in pieces)

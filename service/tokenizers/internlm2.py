@@ -3,7 +3,7 @@
     <s><|im_start|>system\\ntext<|im_end|>\\n<|im_start|>user\\ntext<|im_end|>\\n<|im_start|>assistant\\n
 
 Sources: chat() and chat_template of internlm2-chat; InternLM3Tokenizer, which encodes each text
-between control tokens alone. For a folder that has `tokenizer.model` and no `tokenizer.json`. The
+between control tokens alone. It reads `tokenizer.model`, also where there is a tokenizer.json. The
 pieces of `<|im_start|>` and its like have other names in tokenizer.model (`[UNUSED_TOKEN_146]` is
 92543 in InternLM2's), so the ids come from tokenizer_config.json. InternLM2's model adds no space
 in front of a text (settled by its tokenizer.json); InternLM3's file says it for itself.
