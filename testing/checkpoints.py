@@ -4,12 +4,13 @@
 trained on a few sentences.
 """
 
+import base64
 import io
 import json
 import re
 import shutil
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -506,6 +507,101 @@ def qwen2_tokenizer(folder: Path) -> None:
     _json(folder, "generation_config.json", eos_token_id=[2, 0], do_sample=True, temperature=0.7)
 
 
+def chatglm3_tokenizer(folder: Path, **options: Any) -> None:
+    sentencepiece_model(folder, **{"add_dummy_prefix": True, **options})
+    _json(
+        folder,
+        "tokenizer_config.json",
+        auto_map={"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]},
+        tokenizer_class="ChatGLMTokenizer",
+        eos_token="</s>",
+        pad_token="<unk>",
+        unk_token="<unk>",
+    )
+
+
+def internlm_tokenizer(folder: Path, **options: Any) -> None:
+    sentencepiece_model(folder, ("<eoh>", "<eoa>"), **options)
+    remote = {"AutoTokenizer": ["tokenization_internlm.InternLMTokenizer", None]}
+    _json(folder, "tokenizer_config.json", auto_map=remote, tokenizer_class="InternLMTokenizer")
+
+
+def internlm2_tokenizer(folder: Path, **options: Any) -> None:
+    """Only tokenizer.model, whose pieces of the control tokens have other names."""
+    control = {"[UNUSED_TOKEN_145]": "<|im_end|>", "[UNUSED_TOKEN_146]": "<|im_start|>"}
+    model = sentencepiece_model(folder, tuple(control), **options)
+    added = {
+        str(model.piece_to_id(piece)): {
+            "content": token,
+            "special": True,
+            **dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False),
+        }
+        for piece, token in control.items()
+    }
+    _json(
+        folder,
+        "tokenizer_config.json",
+        added_tokens_decoder=added,
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        auto_map={"AutoTokenizer": ["tokenization_internlm2.InternLM2Tokenizer", None]},
+        tokenizer_class="InternLM2Tokenizer",
+    )
+
+
+def index_tokenizer(folder: Path, **options: Any) -> None:
+    sentencepiece_model(folder, ("reserved_0", "reserved_1"), **options)
+    remote = {"AutoTokenizer": ["tokenization_index.IndexTokenizer", None]}
+    _json(folder, "tokenizer_config.json", auto_map=remote, tokenizer_class="IndexTokenizer")
+
+
+def write_ranks(file: Path, tokens: Sequence[str]) -> None:
+    """Write a tiktoken file from tokens in the letters that `tokenizers` has for bytes."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in shown]
+    byte_of = {chr(byte): byte for byte in shown}
+    byte_of |= {chr(256 + place): byte for place, byte in enumerate(others)}
+    lines = (
+        base64.b64encode(bytes(byte_of[letter] for letter in token)).decode() + f" {rank}\n"
+        for rank, token in enumerate(tokens)
+    )
+    file.write_text("".join(lines))
+
+
+def _tiktoken(folder: Path, name: str, size: int, words: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS * 20, trainer)
+    vocabulary = tokenizer.get_vocab()
+    write_ranks(folder / name, sorted(vocabulary, key=vocabulary.__getitem__))
+
+
+def glm4_tokenizer(folder: Path) -> None:
+    """400 tokens and 14 control tokens."""
+    _tiktoken(folder, "tokenizer.model", 400, QWEN_WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|"))
+    remote = {"AutoTokenizer": ["tokenization_chatglm.ChatGLM4Tokenizer", None]}
+    _json(folder, "tokenizer_config.json", auto_map=remote, tokenizer_class="ChatGLM4Tokenizer")
+    _json(folder, "generation_config.json", eos_token_id=[400, 407, 409], do_sample=True)
+
+
+def qwen_tokenizer(folder: Path) -> None:
+    """400 tokens and 208 control tokens."""
+    _tiktoken(folder, "qwen.tiktoken", 400, QWEN_WORDS)
+    remote = {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]}
+    _json(folder, "tokenizer_config.json", auto_map=remote, tokenizer_class="QWenTokenizer")
+    _json(folder, "generation_config.json", eos_token_id=400, pad_token_id=400, do_sample=True)
+
+
 TOKENIZERS: dict[str, Callable[..., None]] = {
     "baichuan2": baichuan2_tokenizer,
     "xverse": xverse_tokenizer,
@@ -514,4 +610,11 @@ TOKENIZERS: dict[str, Callable[..., None]] = {
     "openelm": llama_tokenizer,
     "minicpm": minicpm_tokenizer,
     "qwen2": qwen2_tokenizer,
+    "chatglm3": chatglm3_tokenizer,
+    "characterglm": chatglm3_tokenizer,
+    "glm4": glm4_tokenizer,
+    "index": index_tokenizer,
+    "internlm": internlm_tokenizer,
+    "internlm2": internlm2_tokenizer,
+    "qwen": qwen_tokenizer,
 }

@@ -287,13 +287,8 @@ def test_what_the_format_has_no_place_for_is_refused(
         tokenizer.apply_chat_template(conversation, **options)
 
 
-@pytest.mark.parametrize("name", ["baichuan2", "bluelm", "minicpm", "openelm", "qwen2"])
-def test_a_stream_never_shows_half_a_character(tmp_path: Path, name: str) -> None:
-    mode = name if name in ("baichuan2", "bluelm") else "auto"
-    tokenizer = load(name, tmp_path, mode)
-    text = "你好龘靐😀👩‍👩‍👧🏔️ and ünïcode"  # most of it in bytes
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    assert len(ids) > len(text)
+def streamed(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Return what vLLM's stream shows after each token of an answer."""
     request = SimpleNamespace(
         request_id="a",
         prompt_token_ids=tokenizer.encode("问"),
@@ -305,6 +300,17 @@ def test_a_stream_never_shows_half_a_character(tmp_path: Path, name: str) -> Non
     for id in ids:
         detokenizer.update([id], stop_terminated=False)
         pieces.append(detokenizer.get_next_output_text(finished=False, delta=True))
+    return pieces
+
+
+@pytest.mark.parametrize("name", ["baichuan2", "bluelm", "minicpm", "openelm", "qwen2"])
+def test_a_stream_never_shows_half_a_character(tmp_path: Path, name: str) -> None:
+    mode = name if name in ("baichuan2", "bluelm") else "auto"
+    tokenizer = load(name, tmp_path, mode)
+    text = "你好龘靐😀👩‍👩‍👧🏔️ and ünïcode"  # most of it in bytes
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert len(ids) > len(text)
+    pieces = streamed(tokenizer, ids)
     assert not any("\ufffd" in piece for piece in pieces)
     assert "".join(pieces).lstrip(" ") == text
     assert len([piece for piece in pieces if piece]) > 5

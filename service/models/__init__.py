@@ -19,6 +19,7 @@ def register() -> None:
         assume_model_type,
         compile_nothing_for_requests,
         keep_adapters_from_the_base,
+        let_tokenizer_mode_decide,
         use_fast_penalties,
     )
     from service.models.xverse import XverseConfig
@@ -40,6 +41,7 @@ def register() -> None:
         AutoConfig.register(config.model_type, config, exist_ok=True)
     assume_model_type("MiniCPMForCausalLM", MiniCPMConfig.model_type)
     register_tokenizers()
+    let_tokenizer_mode_decide("internlm2")
     if current_platform.is_cpu():
         use_fast_penalties()
         compile_nothing_for_requests()

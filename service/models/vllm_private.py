@@ -9,6 +9,8 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.models.auto import tokenization_auto
+from vllm.tokenizers import registry
 from vllm.transformers_utils import config as vllm_config
 from vllm.v1.engine import utils as engine_processes
 from vllm.v1.sample import sampler
@@ -23,6 +25,16 @@ _vllm_apply_penalties = penalties.apply_penalties
 def assume_model_type(architecture: str, model_type: str) -> None:
     """Load a config.json that names `architecture` but has no model_type as `model_type`."""
     vllm_config._ARCHITECTURE_TO_MODEL_TYPE[architecture] = model_type
+
+
+def let_tokenizer_mode_decide(model_type: str) -> None:
+    """Load a model type's tokenizer by its tokenizer mode.
+
+    vLLM 0.32 overrides every mode for some types with TokenizersBackend, which numbers InternLM2's
+    control tokens wrongly. Transformers' own list, which AutoTokenizer reads, does so for "auto".
+    """
+    registry._MODEL_TYPES_WITH_INCORRECT_TOKENIZER_CLASS.discard(model_type)
+    tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(model_type)
 
 
 def stop_every_answer(

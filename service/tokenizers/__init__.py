@@ -17,8 +17,15 @@ def register() -> None:
     modes = {  # mode -> (class, renderer)
         "baichuan2": ("BaichuanTokenizer", token_ids_renderer),
         "bluelm": ("BlueLMTokenizer", token_ids_renderer),
+        "characterglm": ("CharacterGLMTokenizer", token_ids_renderer),
+        "chatglm3": ("ChatGLM3Tokenizer", token_ids_renderer),
+        "glm4": ("Glm4Tokenizer", token_ids_renderer),
+        "index": ("IndexTokenizer", token_ids_renderer),
+        "internlm": ("InternLMTokenizer", token_ids_renderer),
+        "internlm2": ("InternLM2Tokenizer", token_ids_renderer),
         "literal": ("LiteralTokenizer", template_renderer),
         "minicpm": ("MiniCPMTokenizer", template_renderer),
+        "qwen": ("QwenTokenizer", token_ids_renderer),
         "tokenizer_json": ("TokenizerJsonTokenizer", template_renderer),
         "xverse": ("XverseTokenizer", token_ids_renderer),
     }

@@ -14,6 +14,7 @@ from transformers import AddedToken
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 from vllm.tokenizers.hf import get_cached_tokenizer
 
+from service.tokenizers import chat
 from service.tokenizers.chat import check_text
 
 _Type = ModelProto.SentencePiece.Type
@@ -49,6 +50,7 @@ class SentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]  # tra
         try:
             added = self._added_tokens(vocab_file, kwargs.pop("added_tokens_decoder", {}))
             kwargs.pop("additional_special_tokens", None)
+            kwargs["sp_model_kwargs"] = kwargs.get("sp_model_kwargs") or {}  # null in InternLM2's
             super().__init__(
                 vocab_file=vocab_file,
                 unk_token=unk_token,
@@ -115,19 +117,43 @@ class SentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]  # tra
         ):
             ids = self.encode("".join(text for text, _ in parts), add_special_tokens=False)
             return ids
-        native = {token for token in control if token not in self.all_special_tokens}
-        first = parts[0][0]
-        # A dummy prefix, if any, stands before a marker too.
-        ids = self.encode(first, add_special_tokens=False)[:-1] if first in native else []
-        follows_marker = False
+        ids, at_start = [], True  # of what goes to sentencepiece in one, with any dummy prefix
         for is_control, group in groupby(parts, key=lambda part: part[1]):
             texts = [text for text, _ in group]
-            if is_control:
-                ids += [self.marker_id(text) for text in texts]
-                follows_marker = texts[-1] in native
-            elif text := "".join(texts):
-                ids += self.encode_text(text, follows_marker=follows_marker)
+            if not is_control:
+                if text := "".join(texts):
+                    ids += self.encode_text(text, follows_marker=not at_start)
+                    at_start = False
+                continue
+            for token in texts:
+                is_piece = token not in self.all_special_tokens
+                if is_piece and at_start:
+                    ids += self.encode(token, add_special_tokens=False)
+                else:
+                    ids.append(self.convert_tokens_to_ids(token))
+                at_start = not is_piece
         return ids
+
+    def joined(
+        self,
+        system: list[Part],
+        rounds: Sequence[list[Part]],
+        end: list[Part],
+        limit: int | None,
+        *,
+        bos: bool = True,
+    ) -> list[int]:
+        """Return the ids of a prompt that is one string, behind bos.
+
+        With a `limit` in tokens see `chat.join`; a prompt that exceeds it is encoded by rounds.
+        """
+        start = [self.bos_token_id] if bos else []
+        ids = start + self.encode_string([*system, *(p for parts in rounds for p in parts), *end])
+        if limit is None or len(ids) <= limit:
+            return ids
+        rounds = [*rounds[:-1], [*rounds[-1], *end]]
+        start += self.encode_string(system) if system else []
+        return chat.join(start, [self.encode_string(parts) for parts in rounds], limit)
 
     def encode_text(self, text: str, *, follows_marker: bool = False) -> list[int]:
         """Return the token ids of a text, without bos and eos. A marker in it is plain text."""
@@ -144,7 +170,7 @@ class SentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]  # tra
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
         # The tutorials' answers show no markers.
         if skip_special_tokens and not isinstance(ids, int):
-            markers = set(self.marker_ids.values())
+            markers = {self.marker_ids.get(marker) for marker in self.MARKERS}
             ids = [id for id in ids if id not in markers]
         return super().convert_ids_to_tokens(ids, skip_special_tokens)
 

@@ -6,6 +6,7 @@ the names are wrong, the ids are: those of deepseek-llm and Yi, among others (tr
 45488, 47017, 48206).
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,10 @@ class TokenizerJsonTokenizer:
             raise ValueError(
                 f"the tokenizer's folder has no tokenizer.json; leave out tokenizer_mode: {MODE}"
             )
-        return literal(
-            get_cached_tokenizer(TokenizersBackend.from_pretrained(path, *args, **kwargs))
-        )
+        tokenizer = TokenizersBackend.from_pretrained(path, *args, **kwargs)
+        if wrong := misnumbered(tokenizer, Path(path)):
+            raise ValueError(wrong)
+        return literal(get_cached_tokenizer(tokenizer))
 
 
 def difference(tokenizer: Any, folder: Path) -> str | None:
@@ -63,6 +65,27 @@ def difference(tokenizer: Any, folder: Path) -> str | None:
             itself.encode(text, add_special_tokens=False).ids
         ):
             return text
+    return None
+
+
+def misnumbered(tokenizer: Any, folder: Path) -> str | None:
+    """Return what is wrong if a control token has another id than in tokenizer_config.json.
+
+    transformers adds those that tokenizer.json does not name at the end of the vocabulary;
+    InternLM2's pieces have other names there.
+    """
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    for id, token in config.get("added_tokens_decoder", {}).items():
+        found = tokenizer.convert_tokens_to_ids(token["content"])
+        if found != int(id):
+            return (
+                f"the token {token['content']!r} is {id} in tokenizer_config.json and becomes "
+                f"{found}, because tokenizer.json does not name it; set engine.tokenizer_mode to one "
+                "of the model's own, such as internlm2, or fetch other files"
+            )
     return None
 
 

@@ -1,0 +1,84 @@
+"""GLM-4's chat format, see glm.py (source: THUDM's tokenization_chatglm.py of glm-4-9b-chat).
+
+`tokenizer.model` is a tiktoken file of 151,329 tokens, whatever its name says. The control tokens
+follow it; that of the published tokenizer_config.json is unconfirmed, so files that say otherwise
+are refused.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import processors
+from transformers import TokenizersBackend
+from vllm.tokenizers.hf import get_cached_tokenizer
+
+from service.tokenizers import byte_level, glm
+
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CONTROL = (
+    *("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"),
+    *("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
+    *("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"),
+)
+_PREFIX = ("[gMASK]", "<sop>")
+
+
+class Glm4Tokenizer(TokenizersBackend):  # type: ignore[misc]  # transformers is untyped
+    """The `tokenizer_mode` "glm4". `<|user|>` and `<|observation|>` end an answer as eos does."""
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> Any:
+        folder = Path(path)
+        tokenizer = byte_level.load(folder / "tokenizer.model", _WORDS, _CONTROL)
+        for id, token in _configured(folder).items():
+            if tokenizer.id_to_token(id) != token:
+                raise ValueError(
+                    f"tokenizer_config.json: token {id} is {token!r}, and by tokenizer.model "
+                    f"{tokenizer.id_to_token(id)!r}; these files are another model's"
+                )
+        prefix = [(token, tokenizer.token_to_id(token)) for token in _PREFIX]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{' '.join(_PREFIX)} $A", special_tokens=prefix
+        )
+        made = cls(
+            tokenizer_object=tokenizer,
+            eos_token="<|endoftext|>",
+            pad_token="<|endoftext|>",
+            extra_special_tokens=[*_CONTROL],
+            truncation_side=kwargs.get("truncation_side", "left"),
+        )
+        return get_cached_tokenizer(made)
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Mapping[str, Any]],
+        truncate_to: int | None = None,
+        **options: Any,
+    ) -> list[int]:
+        """Return the prompt's token ids. `truncate_to` is in tokens, see `chat.join`."""
+        return glm.prompt(
+            conversation,
+            truncate_to,
+            options,
+            prefix=[self.convert_tokens_to_ids(token) for token in _PREFIX],
+            token_id=self.convert_tokens_to_ids,
+            encode=self._encode,
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return ids
+
+
+def _configured(folder: Path) -> dict[int, str]:
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    added = config.get("added_tokens_decoder", {})
+    return {int(id): token["content"] for id, token in added.items()}

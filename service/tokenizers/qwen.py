@@ -1,0 +1,65 @@
+"""The first Qwen's chat format (source: Qwen's qwen_generation_utils.py, tokenization_qwen.py).
+
+    <|im_start|> system\\n text <|im_end|> \\n
+    <|im_start|> user\\n text <|im_end|> \\n <|im_start|> assistant\\n text <|im_end|> \\n
+    <|im_start|> user\\n text <|im_end|> \\n <|im_start|> assistant\\n
+
+Role, newline and text are encoded apart, so a text with a newline in front has other ids than in
+Qwen1.5. There is always a system turn. `qwen.tiktoken` has 151,643 tokens, and 208 control tokens
+follow: the vocabulary is that of Qwen1.5 (compared in tests), and texts are brought to NFC.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TokenizersBackend
+from vllm.tokenizers.hf import get_cached_tokenizer
+
+from service.tokenizers import byte_level, chat
+
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
+_SYSTEM = "You are a helpful assistant."
+
+
+class QwenTokenizer(TokenizersBackend):  # type: ignore[misc]  # transformers is untyped
+    """The `tokenizer_mode` "qwen". `<|im_end|>` is eos; `<|im_start|>` ends an answer too."""
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> Any:
+        file = Path(path) / "qwen.tiktoken"
+        made = cls(
+            tokenizer_object=byte_level.load(file, _WORDS, _CONTROL, nfc=True),
+            eos_token="<|im_end|>",
+            pad_token="<|endoftext|>",
+            extra_special_tokens=[*_CONTROL],
+            truncation_side=kwargs.get("truncation_side", "left"),
+        )
+        return get_cached_tokenizer(made)
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Mapping[str, Any]],
+        truncate_to: int | None = None,
+        **options: Any,
+    ) -> list[int]:
+        """Return the prompt's token ids. `truncate_to` is in tokens, see `chat.join`."""
+        turns = chat.turns(conversation, truncate_to, options)
+        start, end = self.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+        newline = self._encode("\n")
+
+        def ids(role: str, text: str) -> list[int]:
+            return [start, *self._encode(role), *newline, *self._encode(text), end, *newline]
+
+        system = ids("system", turns.pop(0)[1] if turns[0][0] == "system" else _SYSTEM)
+        rounds = [[id for turn in group for id in ids(*turn)] for group in chat.rounds_of(turns)]
+        answer = [start, *self._encode("assistant"), *newline]
+        return chat.join(system, rounds, truncate_to, end=answer)
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return ids
