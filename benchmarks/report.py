@@ -315,7 +315,7 @@ def _cpu_per_token(cell: Cell) -> float:
 def _quantile(values: Sequence[float], at: float) -> float:
     """The smallest value that at least this share does not exceed."""
     ordered = sorted(values)
-    return ordered[max(0, math.ceil(at * len(ordered)) - 1)]
+    return ordered[max(0, math.ceil(at * len(ordered)) - 1)] if ordered else math.nan
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
