@@ -4,7 +4,6 @@ vLLM builds the classes without arguments (`--middleware`), so they read setting
 `app.state.service`.
 """
 
-import asyncio
 import json
 import logging
 import re
@@ -20,17 +19,15 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api import metrics, tracing, vllm_errors
+from service.api.bodies import has_body
 from service.api.keys import HEALTH, is_public
 from service.api.record import RequestRecord
 from service.api.refusal import refusal, refusal_event
 from service.api.routes import ROUTES
 from service.api.state import ServiceState
 from service.errors import (
-    BodyTooLarge,
-    BodyTooSlow,
     ClientGone,
     EngineDead,
-    Overloaded,
     RequestError,
 )
 
@@ -44,9 +41,6 @@ _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _MAX_ERROR_BYTES = 65_536
 # The beginnings of vLLM's error events. Its other events are named, or their JSON begins with `id`.
 _ERROR_EVENTS = (b'data: {"error"', b"event: error")
-# How many bodies of the largest size may be held at once.
-_MAX_BODIES = 64
-_MIN_COUNTED_BODY = 65_536  # bytes; smaller bodies are always accepted
 
 
 class _HttpMiddleware(ABC):
@@ -223,69 +217,19 @@ class ApiKey(_HttpMiddleware):
 
 
 class Body(_HttpMiddleware):
-    """Reads the whole body of a request first, with a size limit and a timeout.
-
-    Also limits the bytes of all bodies that are in memory at once.
-    """
+    """Reads the whole body of a request first (`bodies`), and checks how much JSON it holds."""
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope)
-        if "transfer-encoding" not in headers and headers.get("content-length", "0") == "0":
+        state: ServiceState = scope["app"].state.service
+        if not has_body(scope):
             await self.app(scope, receive, send)
             return
-        state: ServiceState = scope["app"].state.service
-        counted = _CountedBody(state)
-        try:
-            try:
-                async with asyncio.timeout(state.deployment.settings.body_timeout):
-                    body = await _read(headers, receive, counted)
-            except TimeoutError:
-                seconds = state.deployment.settings.body_timeout
-                raise BodyTooSlow(f"the body did not come within {seconds:g} s") from None
+        async with state.bodies.read(scope, receive) as body:
             path = path_of(scope)
             if path == "/" or not is_form(scope):  # POST / reads JSON, whatever its type says
                 state.budget.check(path, body)
             message = {"type": "http.request", "body": body, "more_body": False}
             await self.app(scope, once(message, receive), send)
-        finally:
-            state.body_bytes -= counted.bytes
-
-
-class _CountedBody:
-    """The bytes of one body, which also count in `ServiceState.body_bytes`."""
-
-    def __init__(self, state: ServiceState) -> None:
-        self.state = state
-        self.bytes = 0
-
-    def add(self, count: int) -> None:
-        """Count more bytes. Raises Overloaded when the bodies of all requests exceed the limit."""
-        self.bytes += count
-        self.state.body_bytes += count
-        if (
-            self.bytes > _MIN_COUNTED_BODY
-            and self.state.body_bytes > _MAX_BODIES * self.state.deployment.settings.max_body_bytes
-        ):
-            metrics.REFUSED.labels("bodies").inc()
-            raise Overloaded("the server holds too many long bodies already", retry_after=1)
-
-
-async def _read(headers: Headers, receive: Receive, counted: _CountedBody) -> bytes:
-    limit = counted.state.deployment.settings.max_body_bytes
-    length = headers.get("content-length", "")
-    if length.isdecimal() and int(length) > limit:
-        raise _too_large(limit)
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone("the client closed the connection")
-        body += message.get("body", b"")
-        if len(body) > limit:
-            raise _too_large(limit)
-        counted.add(len(message.get("body", b"")))
-        if not message.get("more_body"):
-            return bytes(body)
 
 
 def once(message: Message, then: Receive) -> Receive:
@@ -301,10 +245,6 @@ def once(message: Message, then: Receive) -> Receive:
 def is_form(scope: Scope) -> bool:
     """Whether the body is a multipart form. vLLM's JSON routes refuse a form unread."""
     return Headers(scope=scope).get("content-type", "").lower().startswith("multipart/form-data")
-
-
-def _too_large(limit: int) -> RequestError:
-    return BodyTooLarge(f"the body is longer than the limit of {limit} bytes")
 
 
 def is_preflight(scope: Scope) -> bool:

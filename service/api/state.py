@@ -12,6 +12,7 @@ from vllm.lora.request import LoRARequest
 
 from service.api.admission import Admission
 from service.api.application import Deployment, Host
+from service.api.bodies import Bodies
 from service.api.body_budget import Budget
 from service.api.cancellation import Cancellations
 from service.api.contract import Contract
@@ -65,7 +66,7 @@ class ServiceState:
         if deployment.clients is not None:
             self.keys = Keys(deployment.clients, settings.api_key_file)
         self.traces = vllm.observability_config.otlp_traces_endpoint is not None
-        self.body_bytes = 0  # total size of the bodies now in memory
+        self.bodies = Bodies(settings)
         self._models = state.openai_serving_models
         self.engine = Engine(client, state)
         model = deployment.model
