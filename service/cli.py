@@ -5,7 +5,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
@@ -108,6 +109,52 @@ def serve(
 
     config, origins = own_model.load(model, assignments or (), adapters or ())
     supervisor.serve(config, origins, settings.load(host=host, port=port, verbose=verbose))
+
+
+@app.command()
+def cluster(
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="Models and replicas [default: two of the embedded model]."),
+    ] = None,
+    only_check: Annotated[
+        bool, typer.Option("--check", help="Say what is wrong with the file, or does not fit.")
+    ] = False,
+    status: Annotated[
+        bool, typer.Option("--status", help="Show the cluster that runs, once.")
+    ] = False,
+    environment: Annotated[
+        bool,
+        typer.Option("--environment", help="Print the variables that `ray start` needs on a node."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the status as JSON.")] = False,
+) -> None:
+    """Serve several models, or several replicas of one, on Ray Serve, until Ctrl-C.
+
+    Run again with a changed file, it updates the models that are served.
+
+    Examples:
+
+        chat-service cluster
+
+        chat-service cluster cluster.yaml --check
+    """
+    from service.cluster import command
+    from service.cluster.environment import VARIABLES
+
+    if environment:
+        print("\n".join(f"export {name}={value}" for name, value in VARIABLES.items()))
+    elif status:
+        _print_cluster(command.status(), as_json=as_json)
+    elif only_check:
+        problems = command.check(file)
+        for problem in problems:
+            print(f"problem: {problem}")
+        if problems:
+            raise SystemExit(1)
+        print("ok")
+    else:
+        command.run(file)
 
 
 @app.command()
@@ -375,6 +422,23 @@ def _print_report(report: "Verification") -> None:
     for problem in report.problems:
         print(f"problem: {problem}")
     print(f"{report.model}: {report.verdict} ({report.dtype} engine, float32 reference)")
+
+
+def _print_cluster(status: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(status))
+        return
+    columns = ("model", "replica", "phase", "running", "waiting", "node")
+    rows: list[tuple[object, ...]] = []
+    for name, model in status["models"].items():
+        for replica in model["served"]:
+            rows.append((name, *(replica[column] for column in columns[1:])))
+        rows += [(name, "", "starting", "", "", "")] * model["starting"]
+    _print_table(columns, rows)
+    print()
+    _print_table(
+        ("node", "address", "cpus", "gpus"), [tuple(node.values()) for node in status["nodes"]]
+    )
 
 
 def _print_table(columns: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> None:

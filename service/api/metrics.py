@@ -70,3 +70,8 @@ IDLE_CLOSED = Counter(
     "service_idle_connections_closed_total",
     "Idle connections that were closed to make room for new ones.",
 )
+FRONT_RETRIES = Counter(
+    "service_front_retries_total",
+    "Requests that the front of a cluster has sent to another replica of a model.",
+    ["model"],
+)

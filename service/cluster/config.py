@@ -21,6 +21,8 @@ _ROUTES = frozenset(
     "-|detokenize|docs|health|load|metrics|openapi.json|ping|redoc|static|tokenize|v1|v2|version"
     "".split("|")
 )
+# How long a replica that Serve stops stays reachable, until HAProxy has left it out.
+DEREGISTER_SECONDS = 5
 
 _Count = Annotated[int, Field(ge=1, le=10_000)]
 

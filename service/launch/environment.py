@@ -6,9 +6,27 @@ import os
 import warnings
 
 from service import vllm_plugins
+from service.errors import ConfigError
 from service.launch import log_config
 from service.launch.run_folder import FOLDER_VARIABLE, RunFolder
 from service.settings import Settings
+
+# vLLM's variables that would bypass a protection of this service.
+_REFUSED = {
+    "VLLM_SERVER_DEV_MODE": "opens routes that change the engine: unset it",
+    "VLLM_ENABLE_COHERE_API": "opens routes that go past the queue: unset it",
+    "VLLM_API_KEY": "guards /v1 and leaves POST / open: unset it, and set SERVICE_API_KEY, which "
+    "guards both",
+    "VLLM_USE_RUST_FRONTEND": "serves without POST / and without the queue: unset it",
+}
+
+
+def check() -> None:
+    """Raise ConfigError for a variable of vLLM's that would bypass a protection."""
+    for variable, reason in _REFUSED.items():
+        off = "" if variable == "VLLM_API_KEY" else "0"
+        if os.environ.get(variable, off) not in ("", off):
+            raise ConfigError(f"{variable} {reason}")
 
 
 def prepare(folder: RunFolder, settings: Settings) -> None:

@@ -10,10 +10,11 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from service import vllm_arguments, vllm_plugins, weights
 from service.api import application
@@ -31,6 +32,9 @@ from service.phase import Phase
 from service.settings import Settings
 from service.weights import adapter, checkpoint
 from service.weights.adapter import Adapter
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 
 def run(folder: RunFolder, origins: Origins, listener: socket.socket) -> None:
@@ -51,11 +55,7 @@ def run(folder: RunFolder, origins: Origins, listener: socket.socket) -> None:
 
             fork_engine()
         folder.set_phase(Phase.DOWNLOADING)
-        report = functools.partial(folder.set_phase, Phase.DOWNLOADING)
-        fetch_files(args, config, settings, report)
-        if args.load_format == "auto":  # other formats need no weights, or use other files
-            checkpoint.check(Path(args.model))
-        choose_compiled(args, config)
+        use_files(args, config, settings, functools.partial(folder.set_phase, Phase.DOWNLOADING))
         folder.set_phase(Phase.LOADING)
         _serve(args, deployment, folder, listener)
 
@@ -75,6 +75,19 @@ def prepared(
         args = vllm_arguments.arguments(config, origins, settings)
         _work_around_vllm()
         yield args, folder
+
+
+def use_files(
+    args: argparse.Namespace,
+    config: ModelConfig,
+    settings: Settings,
+    report: Callable[[int], None] | None = None,
+) -> None:
+    """Fetch and check the model's files, set them in `args`, and choose what depends on them."""
+    fetch_files(args, config, settings, report)
+    if args.load_format == "auto":  # other formats need no weights, or use other files
+        checkpoint.check(Path(args.model))
+    choose_compiled(args, config)
 
 
 def fetch_files(
@@ -208,23 +221,13 @@ async def _serve_here(
 ) -> None:
     """Serve in this process, as vLLM's command does, with our application and our socket."""
     from vllm import envs
-    from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
-    from vllm.entrypoints.launchers.launcher import serve_http, validate_api_server_args
+    from vllm.entrypoints.launchers.launcher import serve_http
     from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
-    from vllm.reasoning import ReasoningParserManager
-    from vllm.tool_parsers import ToolParserManager
 
-    args.api_server_count = None
-    if args.tool_parser_plugin:
-        ToolParserManager.import_tool_parser(args.tool_parser_plugin)
-    if args.reasoning_parser_plugin:
-        ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
-    validate_api_server_args(args)
     options = ["host", "port", "h11_max_incomplete_event_size", "h11_max_header_count"]
     options += ["ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers"]
     logging = {"log_config": config} if (config := get_uvicorn_log_config(args)) else {}
-    async with build_async_engine_client(args) as client:
-        app = await application.build(args, deployment, client, folder)
+    async with running(args, deployment, folder) as app:
         shutdown_task = await serve_http(
             app,
             sock=listener,
@@ -236,3 +239,23 @@ async def _serve_here(
             **logging,
         )
     await shutdown_task
+
+
+@asynccontextmanager
+async def running(
+    args: argparse.Namespace, deployment: application.Deployment, host: application.Host
+) -> AsyncIterator["FastAPI"]:
+    """Start the engine, and yield the application that serves it, as vLLM's command makes them."""
+    from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+    from vllm.entrypoints.launchers.launcher import validate_api_server_args
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tool_parsers import ToolParserManager
+
+    args.api_server_count = None
+    if args.tool_parser_plugin:
+        ToolParserManager.import_tool_parser(args.tool_parser_plugin)
+    if args.reasoning_parser_plugin:
+        ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
+    validate_api_server_args(args)
+    async with build_async_engine_client(args) as client:
+        yield await application.build(args, deployment, client, host)

@@ -44,23 +44,12 @@ _BACKLOG = 2048
 # Bytes. A socket's path has at most 107, and vLLM's file names take 37.
 _MAX_TEMPORARY_FOLDER = 70
 _FORK_SERVER_GONE = 255  # multiprocessing's exit code when the fork server has died
-# vLLM's variables that would bypass a protection of this service.
-_REFUSED = {
-    "VLLM_SERVER_DEV_MODE": "opens routes that change the engine: unset it",
-    "VLLM_ENABLE_COHERE_API": "opens routes that go past the queue: unset it",
-    "VLLM_API_KEY": "guards /v1 and leaves POST / open: unset it, and set SERVICE_API_KEY, which "
-    "guards both",
-    "VLLM_USE_RUST_FRONTEND": "serves without POST / and without the queue: unset it",
-}
 
 
 def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
     """Run the server until it is stopped. Raises ServiceError if it cannot start, or fails."""
     clients = settings.clients()
-    for variable, reason in _REFUSED.items():
-        off = "" if variable == "VLLM_API_KEY" else "0"
-        if os.environ.get(variable, off) not in ("", off):
-            raise ConfigError(f"{variable} {reason}")
+    environment.check()
     _, max_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max_files, max_files))  # one per connection
     _check_temporary_folder()

@@ -1,0 +1,520 @@
+"""`chat-service cluster`: starts or joins a Ray cluster, and applies a file to it."""
+
+import asyncio
+import logging
+import math
+import os
+import pickle
+import re
+import secrets
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import filelock
+
+from service import settings
+from service.cluster import config, environment
+from service.cluster.config import Cluster
+from service.errors import ConfigError, LaunchError, ServiceError
+from service.launch import environment as launch_environment
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+    from ray.serve.schema import ApplicationStatusOverview, ServeStatus
+
+_CHECK_INTERVAL = 0.5  # seconds
+# Bytes. Ray keeps large objects there; requests and answers are small.
+_OBJECT_STORE = 200 * 2**20
+# The last error of this service in the traceback that Serve reports.
+_ERROR = re.compile(r"service\.errors\.\w+: (.{1,2000})")
+
+
+def run(file: Path | None) -> None:
+    """Serve the models of a file until SIGTERM or Ctrl-C.
+
+    Where such a command runs already, update its models instead, and return. Raises ServiceError.
+    """
+    launch_environment.check()
+    cluster = config.load(file)
+    state = _State(cluster.settings.cache_dir)
+    with state.owner() as owns:
+        if not owns:
+            with _connected(state, starts=False):
+                _update(cluster, state)
+            return
+        state.forget()
+        with _connected(state, starts=True):
+            stop = _Stop()  # over Ray's own handlers
+            try:
+                _start(cluster, state, stop)
+                print(_ready_message(cluster), flush=True)
+                _watch(state, stop)
+            finally:
+                _end(cluster)
+
+
+def check(file: Path | None) -> list[str]:
+    """Return what is wrong with a file, and which resources its models lack. Raises ServiceError.
+
+    Asks the cluster that runs, or starts one on this machine for the question.
+    """
+    launch_environment.check()
+    cluster = config.load(file)
+    state = _State(cluster.settings.cache_dir)
+    with state.owner() as owns, _connected(state, starts=owns):
+        refused = _refused(cluster)
+        return [*([refused] if refused else []), *_lacking(cluster)]
+
+
+def status() -> dict[str, Any]:
+    """Return models, replicas, and nodes of the cluster that runs. Raises ServiceError."""
+    state = _State(settings.load().cache_dir)
+    with state.owner() as owns:
+        if owns and "RAY_ADDRESS" not in os.environ:
+            raise LaunchError("no cluster runs on this machine; `chat-service cluster` starts one")
+    with _connected(state, starts=False):
+        return _status()
+
+
+class _State:
+    """What two commands on this machine tell each other about one cluster."""
+
+    def __init__(self, cache_dir: Path) -> None:
+        address = os.environ.get("RAY_ADDRESS")
+        name = re.sub(r"\W+", "-", address)[:64] if address else "local"
+        self._folder = cache_dir / "cluster" / name
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.token = self._folder / "token"
+        self._address = self._folder / "address"
+        self._applied = self._folder / "applied"
+
+    @contextmanager
+    def owner(self) -> Iterator[bool]:
+        """Yield whether this command owns the cluster: it is the only one, or the first."""
+        lock = filelock.FileLock(self._folder / "lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            yield False
+            return
+        with lock:
+            yield True
+
+    def forget(self) -> None:
+        """Forget what an earlier command has applied, which may have been killed."""
+        self._applied.unlink(missing_ok=True)
+
+    @property
+    def address(self) -> str:
+        return self._address.read_text()
+
+    @address.setter
+    def address(self, value: str) -> None:
+        self._address.write_text(value)
+
+    @property
+    def applied(self) -> Cluster | None:
+        """The cluster that was applied last, and came up."""
+        try:
+            applied: Cluster = pickle.loads(self._applied.read_bytes())
+        except FileNotFoundError:
+            return None
+        return applied
+
+    @applied.setter
+    def applied(self, value: Cluster) -> None:
+        part = self._applied.with_suffix(".part")
+        part.write_bytes(pickle.dumps(value))
+        part.replace(self._applied)
+
+
+class _Stop:
+    """Notes SIGTERM and SIGINT; a second one ends the command at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+@contextmanager
+def _connected(state: _State, *, starts: bool) -> Iterator[None]:
+    """Join the cluster of RAY_ADDRESS or of another command, or with `starts` run one here."""
+    address = os.environ.get("RAY_ADDRESS")
+    if address is None and "RAY_AUTH_TOKEN" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(state.token))
+    owns, starts = starts, starts and address is None
+    folder: tempfile.TemporaryDirectory[str] | nullcontext[None] = nullcontext()
+    if starts:
+        state.token.touch(mode=0o600)
+        state.token.write_text(secrets.token_hex(32))
+        # Short, for sockets in it have paths of at most 97 bytes. Ray may still write when it ends.
+        folder = tempfile.TemporaryDirectory(prefix="chat-", dir="/tmp", ignore_cleanup_errors=True)
+    with folder as path:
+        environment.prepare(path)
+        ray = _import_ray()
+        options: dict[str, Any] = {"namespace": "serve", "logging_level": logging.WARNING}
+        if path:
+            print("Starting Ray on this machine ...", file=sys.stderr, flush=True)
+            options |= {
+                "include_dashboard": False,
+                "object_store_memory": _OBJECT_STORE,
+                "_node_ip_address": "127.0.0.1",
+                "_temp_dir": path,
+            }
+        elif address is None:
+            options["address"] = state.address
+        else:
+            options["address"] = address
+        try:
+            ray.init(log_to_driver=owns, **options)
+        except (ConnectionError, RuntimeError, TimeoutError, ValueError) as e:
+            where = f"the Ray cluster at {address}" if address else "Ray on this machine"
+            reason = next(iter(str(e).splitlines()), type(e).__name__)[:300]
+            raise LaunchError(f"{where} does not answer: {reason}") from None
+        try:
+            if starts:
+                state.address = ray.get_runtime_context().gcs_address
+            elif address:
+                _check_environment()
+            yield
+        except ray.exceptions.RayError as e:
+            lines = str(e).strip().splitlines()
+            raise LaunchError(f"Ray fails: {lines[-1][:500] if lines else type(e).__name__}") from e
+        finally:
+            ray.shutdown()
+
+
+def _import_ray() -> Any:
+    try:
+        import ray.serve
+    except ImportError:
+        raise LaunchError(
+            "a cluster needs Ray, which is not installed; `make cluster` in a checkout installs "
+            'it, as does `pip install "vllm-chat-service[cluster]"`'
+        ) from None
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    return ray
+
+
+def _check_environment() -> None:
+    """Raise LaunchError if the nodes of a cluster that others started lack our variables."""
+    import ray
+
+    @ray.remote(num_cpus=0)
+    def missing() -> list[str]:
+        return [name for name in environment.NEEDED if os.environ.get(name) != "1"]
+
+    if names := ray.get(missing.remote()):
+        raise LaunchError(
+            f'the nodes of this Ray cluster lack {", ".join(names)}: run `eval "$(chat-service '
+            'cluster --environment)"` before `ray start` on each'
+        )
+
+
+def _start(cluster: Cluster, state: _State, stop: _Stop) -> None:
+    from ray import serve
+
+    http = {"host": cluster.settings.host, "port": cluster.settings.port}
+    serve.start(proxy_location="EveryNode", http_options=http)
+    _apply(cluster, surge=())
+    reason = _wait(cluster, stop)
+    if reason is not None:
+        raise LaunchError(reason)
+    state.applied = cluster
+
+
+def _update(cluster: Cluster, state: _State) -> None:
+    """Apply a changed file to a cluster that runs. What fails is taken back. Raises LaunchError."""
+    from ray import serve
+
+    before = state.applied
+    if before is None:
+        raise LaunchError("the command that runs already is still starting; try again later")
+    for name in ("host", "port"):
+        if getattr(before.settings, name) != getattr(cluster.settings, name):
+            raise ConfigError(f"settings.{name}: cannot change while the cluster runs; restart it")
+    refused = [reason for reason in (_refused(cluster),) if reason]
+    if problems := [*refused, *([] if "RAY_ADDRESS" in os.environ else _lacking(cluster))]:
+        raise LaunchError(f"{'; '.join(problems)}; nothing was changed")
+    gone = before.models.keys() - cluster.models.keys()
+    try:
+        _apply(cluster, surge=_surging(cluster))
+        for name in gone:
+            serve.delete(_application(name))
+        reason = _wait(cluster, None)
+    except KeyboardInterrupt:
+        reason = "interrupted"
+    if reason is None:
+        state.applied = cluster
+        print("Updated", flush=True)
+        return
+    print("Taking the update back ...", file=sys.stderr, flush=True)
+    _apply(before, surge=_surging(before))
+    for name in cluster.models.keys() - before.models.keys():
+        serve.delete(_application(name))
+    raise LaunchError(f"{reason}; what was served before is served on")
+
+
+def _refused(cluster: Cluster) -> str | None:
+    """Return what vLLM does not accept of a model's YAML, asked on a node of the cluster."""
+    import ray
+
+    @ray.remote(num_cpus=0)
+    def refused() -> str | None:
+        from service import vllm_arguments
+
+        for model in cluster.models.values():
+            try:
+                vllm_arguments.arguments(model.config, model.origins, cluster.settings)
+            except ServiceError as e:
+                return f"{model.name}: {e}"
+        return None
+
+    print("Asking vLLM, which takes a while to import ...", file=sys.stderr, flush=True)
+    reason: str | None = ray.get(refused.remote())
+    return reason
+
+
+def _apply(cluster: Cluster, surge: set[str] | tuple[()]) -> None:
+    from ray import serve
+
+    from service.cluster import deployments
+
+    targets = deployments.applications(cluster, has_gpus=_resources("GPU") > 0, surge=surge)
+    *models, front = targets
+    # The front asks for handles to the models, which must be there.
+    serve.run_many(models, wait_for_applications_running=False)
+    serve.run_many([front], wait_for_applications_running=False)
+
+
+def _resources(kind: str, *, free: bool = False) -> float:
+    import ray
+
+    resources = ray.available_resources() if free else ray.cluster_resources()
+    return float(resources.get(kind, 0))
+
+
+def _lacking(cluster: Cluster) -> list[str]:
+    """Return which resources the smallest number of replicas lacks in the whole cluster."""
+    has_gpus = _resources("GPU") > 0
+    models = cluster.models.values()
+    needs = {
+        "CPU": ("cores", "cpus", sum(m.min_replicas * m.cpus for m in models)),
+        "GPU": (
+            "GPUs",
+            "gpus",
+            sum(m.min_replicas * m.gpus_of_replica(has_gpus=has_gpus) for m in models),
+        ),
+    }
+    problems = [
+        f"all replicas need {need:g} {unit}, and the cluster has {_resources(kind):g}: lower "
+        f"`{key}` or `replicas`, or add a node"
+        for kind, (unit, key, need) in needs.items()
+        if need > _resources(kind)
+    ]
+    memory = _resources("memory") / 2**30
+    weights = sum(
+        m.min_replicas * (m.config.about.weights_gib("float32") or 0)
+        for m in models
+        if not m.gpus_of_replica(has_gpus=has_gpus)
+    )
+    if weights > memory:
+        problems.append(
+            f"the weights of all replicas on CPUs need about {weights:.0f} GiB, and the cluster "
+            f"has {memory:.0f}"
+        )
+    return problems
+
+
+def _status() -> dict[str, Any]:
+    import ray
+    from ray import serve
+
+    apps = _applications(serve.status())
+    replicas = asyncio.run(_replicas())
+    models = {
+        name: {
+            "status": app.status.lower(),
+            "served": replicas.get(name, []),
+            "starting": sum(
+                count
+                for deployment in app.deployments.values()
+                for state, count in deployment.replica_states.items()
+                if state == "STARTING"
+            ),
+        }
+        for name, app in apps.items()
+        if name != "front"
+    }
+    nodes = [
+        {
+            "node": node["NodeID"][:8],
+            "address": node["NodeManagerAddress"],
+            "cpus": node["Resources"].get("CPU", 0),
+            "gpus": node["Resources"].get("GPU", 0),
+        }
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    return {"models": models, "nodes": nodes}
+
+
+def _surging(cluster: Cluster) -> set[str]:
+    """Return the models of which one more replica fits now."""
+    has_gpus = _resources("GPU") > 0
+    return {
+        name
+        for name, model in cluster.models.items()
+        if model.cpus <= _resources("CPU", free=True)
+        and model.gpus_of_replica(has_gpus=has_gpus) <= _resources("GPU", free=True)
+    }
+
+
+def _wait(cluster: Cluster, stop: _Stop | None) -> str | None:
+    """Wait until all models run; print what changes. Returns why one does not."""
+    from ray import serve
+
+    began = time.monotonic()
+    shown: dict[str, str] = {}
+    while not (stop and stop.requested):
+        status = serve.status()
+        apps = _applications(status)
+        for name, app in apps.items():
+            line = _line(name, app, cluster)
+            if shown.get(name) != line:
+                shown[name] = line
+                seconds = time.monotonic() - began
+                print(f"{line} ({seconds:.0f} s)", file=sys.stderr, flush=True)
+            if app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                return f"{name}: {_reason(app)}"
+        expected = {*cluster.models, "front"}
+        if expected <= apps.keys() and all(apps[n].status == "RUNNING" for n in expected):
+            return None
+        time.sleep(_CHECK_INTERVAL)
+    raise LaunchError("stopped before the models were ready")
+
+
+def _applications(status: "ServeStatus") -> dict[str, "ApplicationStatusOverview"]:
+    """Return our applications: the front and each model by its name."""
+    from service.cluster.deployments import PREFIX
+
+    return {
+        name.removeprefix(PREFIX).removeprefix("-") or "front": app
+        for name, app in status.applications.items()
+        if name == PREFIX or name.startswith(f"{PREFIX}-")
+    }
+
+
+def _application(name: str) -> str:
+    """Return the name of the Serve application of a model, or of the front."""
+    from service.cluster.deployments import PREFIX
+
+    return PREFIX if name == "front" else f"{PREFIX}-{name}"
+
+
+def _line(name: str, app: "ApplicationStatusOverview", cluster: Cluster) -> str:
+    states = {
+        state: count
+        for deployment in app.deployments.values()
+        for state, count in deployment.replica_states.items()
+    }
+    text = ", ".join(f"{count} {str(state).lower()}" for state, count in sorted(states.items()))
+    unplaced = any("to be scheduled" in d.message for d in app.deployments.values())
+    note = "; a replica waits for a node with room" if unplaced else ""
+    return f"{name}: {app.status.lower()}{', replicas: ' + text if text else ''}{note}"
+
+
+def _reason(app: "ApplicationStatusOverview") -> str:
+    texts = [app.message, *(deployment.message for deployment in app.deployments.values())]
+    for text in texts:
+        if found := _ERROR.findall(text):
+            return str(found[-1])
+    lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
+    return lines[-1][:500] if lines else "its replicas do not start"
+
+
+def _ready_message(cluster: Cluster) -> str:
+    url = cluster.settings.url()
+    key = '  -H "Authorization: Bearer <the API key>" \\\n' if cluster.settings.clients() else ""
+    names = ", ".join(cluster.models)
+    return (
+        f"\nReady: {names} at {url}. Try:\n\n"
+        f"curl -X POST {url} \\\n{key}"
+        f'  -d \'{{"prompt": "What is the capital of France?", "model": "{cluster.default}"}}\'\n\n'
+        f"OpenAI clients: base_url {url}/v1   Metrics: {url}/metrics\n"
+    )
+
+
+def _watch(state: _State, stop: _Stop) -> None:
+    """Until a signal comes, give the replicas the API keys of a file that has changed."""
+    known = None
+    while not stop.requested:
+        time.sleep(_CHECK_INTERVAL)
+        cluster = state.applied
+        assert cluster is not None
+        file = cluster.settings.api_key_file
+        if file is None:
+            continue
+        try:
+            changed = file.stat().st_mtime_ns
+            if known not in (None, changed):
+                _apply(cluster, surge=())
+            known = changed
+        except (OSError, ConfigError) as e:
+            print(f"{e}; the keys read before stay in force", file=sys.stderr, flush=True)
+            known = changed
+
+
+def _end(cluster: Cluster) -> None:
+    """Finish accepted requests, and end what this command has started."""
+    from ray import serve
+
+    print("Stopping: accepted requests are finished ...", file=sys.stderr, flush=True)
+    asyncio.run(_drain(cluster.settings.drain_timeout))
+    if "RAY_ADDRESS" not in os.environ:
+        serve.shutdown()
+        return
+    for name in _applications(serve.status()):
+        serve.delete(_application(name), _blocking=False)
+    while _applications(serve.status()):
+        time.sleep(_CHECK_INTERVAL)
+
+
+async def _drain(seconds: float) -> None:
+    """Let all replicas refuse new requests, and wait until they have finished those they have."""
+    from service.cluster.deployments import broadcast
+
+    handles = _handles()
+    await asyncio.gather(*(broadcast(handle, "drain") for handle in handles.values()))
+    for _ in range(math.ceil(seconds / _CHECK_INTERVAL)):
+        if not any([any(await broadcast(handle, "is_busy")) for handle in handles.values()]):
+            return
+        await asyncio.sleep(_CHECK_INTERVAL)
+
+
+async def _replicas() -> dict[str, list[dict[str, Any]]]:
+    """Return what the replicas of each model say of themselves."""
+    from service.cluster.deployments import broadcast
+
+    return {name: await broadcast(handle, "status") for name, handle in _handles().items()}
+
+
+def _handles() -> "dict[str, DeploymentHandle[Any]]":
+    """Return a handle for each model. Ray keeps handles, for the event loop of their first use."""
+    from ray import serve
+
+    names = _applications(serve.status()).keys() - {"front"}
+    return {name: serve.get_app_handle(_application(name)) for name in sorted(names)}

@@ -1,0 +1,339 @@
+"""What runs in Ray's processes: a replica of a model, and the front.
+
+`model` and `front` build their Serve applications, for `command` and for a RayService.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import ray
+from prometheus_client import generate_latest
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.config import AutoscalingConfig
+from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.application import Deployment, Host
+from service.clients import Client
+from service.cluster import exchange
+from service.cluster.config import DEREGISTER_SECONDS, Cluster, ClusterModel
+from service.cluster.exchange import Part, Request
+from service.cluster.front import Front as FrontApplication
+from service.cluster.front import ReplicaLost
+from service.errors import LaunchError, Unavailable
+from service.launch import environment, server
+from service.model_config import ModelConfig, Origins
+from service.phase import Phase
+from service.settings import Settings
+
+# Names of our Serve applications begin with it.
+PREFIX = "chat-service"
+# How long a replica that has failed may still write the ends of its answers, in seconds.
+_LINGER_SECONDS = 0.2
+_GRACE_SECONDS = 10
+# Serve's own limit on requests of a replica. High, for ours knows when to refuse.
+_MAX_ONGOING = 10_000
+_METRICS_SECONDS = 5.0
+
+
+class _Replica(Host):
+    """A replica's process belongs to Ray; another replica answers when this one has ended."""
+
+    replaceable = True
+
+
+class _End:
+    """Stands for uvicorn's server, which is Serve's here.
+
+    A replica that has failed ends at once: one that only refuses has the fewest connections, so
+    HAProxy would send it whatever comes.
+    """
+
+    def __init__(self) -> None:
+        self._should_exit = False
+
+    @property
+    def should_exit(self) -> bool:
+        return self._should_exit
+
+    @should_exit.setter
+    def should_exit(self, value: bool) -> None:
+        if value and not self._should_exit:
+            asyncio.get_running_loop().call_later(_LINGER_SECONDS, os._exit, 1)
+        self._should_exit = value
+
+
+@serve.deployment
+@serve.ingress()
+class Model:
+    """One engine, and the application that serves it."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, model: str, file: str, settings: str, *, keyed: bool, files: str
+    ) -> None:
+        """Start the engine. Serve replaces replicas when one of these texts changes.
+
+        `model` and `settings` are JSON, `file` is the YAML for error messages. With `keyed`,
+        `reconfigure` brings the API keys. `files` says which files of the model are meant.
+        """
+        environment.check()
+        config = ModelConfig.model_validate_json(model)
+        origins = Origins(Path(file), {}, frozenset())
+        loaded = Settings.model_validate_json(settings, strict=False)
+        clients = {} if keyed else loaded.clients()
+        self._stack = contextlib.AsyncExitStack()
+        args, folder = self._stack.enter_context(server.prepared(config, origins, loaded))
+        with server.explained(loaded, folder):
+            await asyncio.to_thread(server.use_files, args, config, loaded)
+            deployment = Deployment(
+                model=config,
+                settings=loaded,
+                clients=None if clients is None else dict(clients),
+                instance=uuid.uuid4().hex,
+            )
+            self._asgi = await self._stack.enter_async_context(
+                server.running(args, deployment, _Replica())
+            )
+        self._asgi.state.server = _End()
+
+    def reconfigure(self, keys: dict[str, dict[str, Any]]) -> None:
+        """Take the keys of a file that has changed, without a restart."""
+        self._asgi.state.service.keys.replace(_clients(keys))
+
+    async def drain(self) -> None:
+        """Refuse new requests, and finish those that were accepted."""
+        service = self._asgi.state.service
+        service.health.drain()
+        service.admission.close(Unavailable("the server is stopping", retry_after=5))
+
+    async def __serve_build_asgi_app__(self) -> ASGIApp:
+        async def application(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == "http" and scope["path"] == scope["root_path"]:
+                scope["path"] += "/"  # the model's name without a slash
+
+            async def send_without_id(message: Message) -> None:
+                if message["type"] == "http.response.start":  # Serve adds the same id
+                    kept = [h for h in message["headers"] if h[0] != b"x-request-id"]
+                    message = {**message, "headers": kept}
+                await send(message)
+
+            await self._asgi(scope, receive, send_without_id)
+
+        return application
+
+    async def is_busy(self) -> bool:
+        """Whether accepted requests are not finished."""
+        admission = self._asgi.state.service.admission
+        return bool(admission.running or admission.waiting)
+
+    async def answer(self, request: Request) -> AsyncGenerator[Part | None, None]:
+        """Answer a request of the front."""
+        async with contextlib.aclosing(exchange.answer(self._asgi, request)) as parts:
+            async for part in parts:
+                yield part
+
+    async def metrics(self) -> tuple[str, str]:
+        """Return this replica's id and metrics."""
+        return serve.get_replica_context().replica_id.unique_id, generate_latest().decode()
+
+    async def status(self) -> dict[str, Any]:
+        """Return what `chat-service cluster --status` shows of a replica."""
+        service = self._asgi.state.service
+        return {
+            "replica": serve.get_replica_context().replica_id.unique_id,
+            "node": ray.get_runtime_context().get_node_id()[:8],
+            "phase": service.health.phase.value,
+            "running": service.admission.running,
+            "waiting": service.admission.waiting,
+        }
+
+    async def check_health(self) -> None:
+        service = self._asgi.state.service
+        if service.engine_dead or service.health.phase is Phase.FAILED:
+            raise LaunchError("the engine has ended")
+
+    async def __del__(self) -> None:
+        await self._stack.aclose()
+
+
+class _Handles:
+    """`front.Replicas` over Serve's handles."""
+
+    def __init__(self) -> None:
+        self._handles: dict[str, DeploymentHandle[Any]] = {}
+
+    def use(self, models: Sequence[str]) -> None:
+        """Make handles for these models. Blocks: it asks Serve's controller."""
+        self._handles = {name: serve.get_app_handle(f"{PREFIX}-{name}") for name in models}
+
+    async def answer(self, model: str, request: Request) -> AsyncGenerator[Part | None, None]:
+        handle = self._handles[model].options(stream=True, method_name="answer")
+        response = cast(DeploymentResponseGenerator[Part | None], handle.remote(request))
+        try:
+            async for part in response:
+                yield part
+        except (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError) as e:
+            raise ReplicaLost from e
+        except BaseException:
+            response.cancel()
+            raise
+
+    async def metrics(self) -> list[tuple[dict[str, str], str]]:
+        found = [({"replica": "front"}, generate_latest().decode())]
+        for name, handle in self._handles.items():
+            answers = await broadcast(handle, "metrics")
+            found += [({"model": name, "replica": replica}, text) for replica, text in answers]
+        return found
+
+
+async def broadcast(handle: DeploymentHandle[Any], method: str) -> list[Any]:
+    """Call a method of all replicas, and return what those answer that are well.
+
+    Ray calls its `broadcast` alpha.
+    """
+    results = await handle.broadcast(method).results_async(
+        timeout_s=_METRICS_SECONDS, return_exceptions=True
+    )
+    return [result for result in results if not isinstance(result, Exception)]
+
+
+@serve.deployment
+@serve.ingress()
+class Front:
+    """Chooses a replica by `model`."""
+
+    def __init__(self, settings: str) -> None:
+        """`settings` is JSON."""
+        self._settings = Settings.model_validate_json(settings, strict=False)
+        self._handles = _Handles()
+        self._front = FrontApplication(self._handles, self._settings)
+
+    async def reconfigure(self, config: dict[str, Any]) -> None:
+        """Take models and keys that have changed, without a restart."""
+        owners = config["owners"]
+        await asyncio.to_thread(self._handles.use, sorted(set(owners.values())))
+        keys = config["keys"]
+        clients = _clients(keys) if keys is not None else self._settings.clients()
+        self._front.configure(config["default"], owners, clients)
+
+    async def __serve_build_asgi_app__(self) -> ASGIApp:
+        return self._front
+
+
+def applications(
+    cluster: Cluster, *, has_gpus: bool, surge: Collection[str] = ()
+) -> list[serve.RunTarget]:
+    """Return the Serve applications of a cluster: its models, then the front.
+
+    `surge` are the models of which a new replica fits before an old one ends.
+    """
+    keys = _keys(cluster.settings)
+    targets = [
+        serve.RunTarget(
+            _model(model, cluster.settings, keys, has_gpus=has_gpus, surge=name in surge),
+            name=f"{PREFIX}-{name}",
+            route_prefix=f"/{name}",
+        )
+        for name, model in cluster.models.items()
+    ]
+    return [*targets, serve.RunTarget(_front(cluster, keys), name=PREFIX, route_prefix="/")]
+
+
+def _model(
+    model: ClusterModel,
+    settings: Settings,
+    keys: dict[str, dict[str, Any]] | None,
+    *,
+    has_gpus: bool,
+    surge: bool,
+) -> serve.Application:
+    number: dict[str, Any] = {"num_replicas": model.min_replicas}
+    if model.max_replicas > model.min_replicas:
+        number = {
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=model.min_replicas,
+                max_replicas=model.max_replicas,
+                target_ongoing_requests=model.queue,
+                upscale_delay_s=3,
+                look_back_period_s=11,
+                downscale_delay_s=600,
+            )
+        }
+    arguments = {
+        "model": model.config.model_dump_json(),
+        "file": str(model.origins.file),
+        "settings": _without_keys(settings),
+        "keyed": keys is not None,
+        "files": _stamp(model.config),
+    }
+    options = cast(serve.Deployment, Model).options(
+        **number,
+        **_common_options(settings, arguments),
+        ray_actor_options={
+            "num_cpus": model.cpus,
+            "num_gpus": model.gpus_of_replica(has_gpus=has_gpus),
+        },
+        max_constructor_retry_count=3,
+        max_surge_percent=100 if surge else 0,
+        user_config=keys,
+    )
+    return options.bind(**arguments)
+
+
+def _front(cluster: Cluster, keys: dict[str, dict[str, Any]] | None) -> serve.Application:
+    arguments = {"settings": _without_keys(cluster.settings)}
+    front = cast(serve.Deployment, Front).options(
+        num_replicas=cluster.fronts,
+        **_common_options(cluster.settings, arguments),
+        ray_actor_options={"num_cpus": 0},
+        max_surge_percent=100,
+        user_config={"default": cluster.default, "owners": cluster.owners(), "keys": keys},
+    )
+    return front.bind(**arguments)
+
+
+def _common_options(settings: Settings, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    version = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
+    return {
+        # Without a version of ours, Serve would replace all replicas at each update.
+        "version": version,
+        "_internal": True,
+        "max_ongoing_requests": _MAX_ONGOING,
+        "health_check_period_s": 2,
+        "health_check_timeout_s": 10,
+        "graceful_shutdown_timeout_s": (
+            DEREGISTER_SECONDS + settings.drain_timeout + _GRACE_SECONDS
+        ),
+        "graceful_shutdown_wait_loop_s": 0.5,
+    }
+
+
+def _keys(settings: Settings) -> dict[str, dict[str, Any]] | None:
+    """Return the hashes of the API keys, as JSON; None if no key is required."""
+    clients = settings.clients()
+    return None if clients is None else {key: asdict(client) for key, client in clients.items()}
+
+
+def _clients(keys: Mapping[str, dict[str, Any]]) -> dict[str, Client]:
+    return {key: Client(**values) for key, values in keys.items()}
+
+
+def _without_keys(settings: Settings) -> str:
+    return settings.model_dump_json(exclude={"api_key", "api_key_file"})
+
+
+def _stamp(config: ModelConfig) -> str:
+    """Return a text that changes when the files of an adapter or a local model change."""
+    paths = [config.source.path, *(adapter.path for adapter in config.adapters.values())]
+    files = [file for path in paths if path for file in sorted(Path(path).expanduser().glob("*"))]
+    return " ".join(f"{file}:{file.stat().st_mtime_ns}" for file in files if file.is_file())

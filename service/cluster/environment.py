@@ -1,0 +1,58 @@
+"""The environment of Ray's processes, which their node's first process hands on.
+
+Ray reads it when it is imported. `chat-service cluster` sets it for the cluster that it starts;
+where `ray start` makes a cluster, `chat-service cluster --environment` prints it.
+"""
+
+import os
+
+from service.cluster.config import DEREGISTER_SECONDS
+
+VARIABLES = {
+    # HAProxy in front of the replicas, instead of a proxy in Python.
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    # A replica's engine ends with it. Otherwise it would keep its GPU.
+    "RAY_process_group_cleanup_enabled": "1",
+    # One event loop in a replica, and gRPC between the front and a replica: half the CPU time.
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # Seconds that a replica stays reachable while HAProxy leaves it out.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DEREGISTER_SECONDS),
+    # Seconds that a client may send nothing in the middle of a request.
+    "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
+    "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+    # Seconds between two reports of a replica's load, from which Serve decides how many there are.
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+# Without these, requests and engines get lost.
+NEEDED = (
+    "RAY_SERVE_ENABLE_HA_PROXY",
+    "RAY_process_group_cleanup_enabled",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED",
+)
+
+
+# Of a cluster on this machine: what its processes print, and HAProxy's files, by default in /tmp.
+_ALONE = {
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_COLOR_PREFIX": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "PYTHONWARNINGS": "ignore",
+    "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "{folder}/h/haproxy.cfg",
+    "RAY_SERVE_HAPROXY_SOCKET_PATH": "{folder}/h/admin.sock",
+    "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "{folder}/h/metrics.sock",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "{folder}/h",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "{folder}/h/server-state",
+}
+
+
+def prepare(folder: str | None) -> None:
+    """Set the variables that are not set. Must run before Ray is imported.
+
+    `folder` is that of a cluster on this machine, for its files.
+    """
+    variables = VARIABLES if folder is None else {**VARIABLES, **_ALONE}
+    for name, value in variables.items():
+        os.environ.setdefault(name, value.format(folder=folder))

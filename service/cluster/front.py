@@ -1,0 +1,292 @@
+"""The front: one address for all models. It chooses by `model`, and asks another replica.
+
+It knows nothing of Ray: `Replicas` is what it needs of it. It has no queue and no limits of its
+own beside those on bodies: each replica has them.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
+from typing import Protocol
+
+from pydantic_core import from_json
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse, Response
+from starlette.types import Message, Receive, Scope, Send
+
+from service.api import metrics
+from service.api.bodies import Bodies, has_body
+from service.api.body_budget import check_values
+from service.api.keys import Keys, is_public
+from service.api.refusal import refusal, refusal_event
+from service.clients import Client
+from service.cluster import exposition
+from service.cluster.exchange import Part, Request
+from service.errors import (
+    MethodNotAllowed,
+    NotFound,
+    RequestError,
+    Unavailable,
+    WaitedTooLong,
+)
+from service.settings import Settings
+
+_logger = logging.getLogger("service")
+
+# How many replicas a request is offered to, and the pause between two, in seconds.
+_ATTEMPTS = 4
+_PAUSE = 0.25
+# How long a replica may take for a health check or for its share of a list, in seconds.
+_PATIENCE = 5.0
+# A replica answers 503 with this type to a request that has waited as long as any may.
+_WAITED = b'"waited_too_long"'
+# A stream's body is counted in events for the sequence number of an error event.
+_EVENT_END = b"\n\n"
+
+
+class ReplicaLost(Exception):
+    """The replica has ended before its answer was complete."""
+
+
+class Replicas(Protocol):
+    """The replicas of all models."""
+
+    def answer(self, model: str, request: Request) -> AsyncGenerator[Part | None, None]:
+        """Let one replica of a model answer. The first part is None: the replica has begun.
+
+        Raises ReplicaLost.
+        """
+
+    async def metrics(self) -> Sequence[tuple[dict[str, str], str]]:
+        """Return labels and text of the metrics of each replica."""
+
+
+class Front:
+    """An ASGI application that sends each request to a replica of its model."""
+
+    def __init__(self, replicas: Replicas, settings: Settings) -> None:
+        self._replicas = replicas
+        self._settings = settings
+        self._bodies = Bodies(settings)
+        self._keys: Keys | None = None
+        self._owners: Mapping[str, str] = {}
+        self._default = ""
+
+    def configure(
+        self, default: str, owners: Mapping[str, str], clients: Mapping[str, Client] | None
+    ) -> None:
+        """Set the default model, served name -> model, and the keys (None: none is asked for)."""
+        self._default, self._owners = default, owners
+        file = self._settings.api_key_file
+        self._keys = None if clients is None else Keys(clients, file)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _live(receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            await self._answer(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request_id = Headers(scope=scope).get("x-request-id", "")[:64]
+        path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
+        exchange = _Exchange(send)
+        try:
+            response = await self._respond(scope, path, receive, exchange)
+        except RequestError as e:
+            await exchange.refuse(e, request_id, path)
+        else:
+            if response is not None:
+                await response(scope, receive, send)
+
+    async def _respond(
+        self, scope: Scope, path: str, receive: Receive, exchange: "_Exchange"
+    ) -> Response | None:
+        """Answer a request by `exchange`, or return the answer. Raises RequestError."""
+        method = scope["method"]
+        if self._keys:
+            self._keys.reload()
+            if not is_public(method, path, metrics_key=self._settings.metrics_key):
+                self._keys.owner(scope)
+        if (own := self._own_routes().get(path)) is not None:
+            if method not in ("GET", "HEAD"):
+                raise MethodNotAllowed("GET, HEAD")
+            return await own(scope)
+        if not has_body(scope):
+            await self._forward(self._default, _request(scope, path, b""), exchange)
+            return None
+        async with self._bodies.read(scope, receive) as body:
+            model = self._model_of(body)
+            await self._forward(model, _request(scope, path, body), exchange)
+        return None
+
+    def _own_routes(self) -> dict[str, Callable[[Scope], Awaitable[Response]]]:
+        return {
+            "/health": self._ready,
+            "/health/live": self._live,
+            "/health/ready": self._ready,
+            "/ping": self._ready,
+            "/metrics": self._metrics,
+            "/v1/models": self._list_models,
+        }
+
+    def _model_of(self, body: bytes) -> str:
+        """Return the model that a body names, or the default. Raises NotFound."""
+        check_values(body)
+        try:
+            value = from_json(body)
+        except ValueError:  # the replica says what is wrong with it
+            return self._default
+        name = value.get("model") if isinstance(value, dict) else None
+        if name is None or not isinstance(name, str):
+            return self._default
+        if name not in self._owners:
+            raise NotFound(
+                f"there is no model of this name; this server has {', '.join(self._owners)}",
+                param="model",
+            )
+        return self._owners[name]
+
+    async def _forward(self, model: str, request: Request, exchange: "_Exchange") -> None:
+        """Let replicas of `model` answer, until one does. Raises RequestError."""
+        for attempt in range(_ATTEMPTS):
+            if attempt:
+                metrics.FRONT_RETRIES.labels(model).inc()
+                await asyncio.sleep(_PAUSE * attempt)
+            last = attempt == _ATTEMPTS - 1
+            try:
+                if await self._try(model, request, exchange, last=last):
+                    return
+            except ReplicaLost:
+                _logger.warning("a replica of %s was lost during a request", model)
+                if exchange.started:
+                    break
+        raise Unavailable("the replica that answered was lost; send it again", retry_after=5)
+
+    async def _try(
+        self, model: str, request: Request, exchange: "_Exchange", *, last: bool
+    ) -> bool:
+        """Let one replica answer. Returns whether it did; else another may. Raises ReplicaLost."""
+        async with aclosing(self._replicas.answer(model, request)) as parts:
+            try:
+                async with asyncio.timeout(self._settings.queue_timeout):
+                    await anext(parts)
+            except TimeoutError:
+                raise WaitedTooLong(
+                    f"no replica of {model} is up; send it again later", retry_after=10
+                ) from None
+            async for part in parts:
+                assert part is not None  # only the first is
+                if part.status == 503 and not last and _WAITED not in part.body:
+                    return False
+                await exchange.send(part)
+        return True
+
+    async def _live(self, scope: Scope) -> Response:
+        return JSONResponse({"status": "alive"})
+
+    async def _ready(self, scope: Scope) -> Response:
+        """What a replica of the default model says of itself, or 503 when none is up."""
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        request = _request(scope, path, b"")
+        for _ in range(2):  # the first may be about to end
+            status, body = await self._ask(self._default, request)
+            if status == 200:
+                break
+        if not body and path == "/health/ready" and status != 200:
+            return JSONResponse({"status": "starting", "model": self._default}, 503)
+        return Response(body, status, media_type="application/json" if body else None)
+
+    async def _metrics(self, scope: Scope) -> Response:
+        text = await asyncio.to_thread(exposition.joined, await self._replicas.metrics())
+        return Response(text, media_type=exposition.MEDIA_TYPE)
+
+    async def _list_models(self, scope: Scope) -> Response:
+        """The union of the replicas' lists. A model without a replica is left out."""
+        models = dict.fromkeys(self._owners.values())
+        request = _request(scope, "/v1/models", b"")
+        answers = await asyncio.gather(*(self._ask(model, request) for model in models))
+        data = [m for status, body in answers if status == 200 for m in json.loads(body)["data"]]
+        if not data:
+            raise Unavailable("no replica is up yet; try again", retry_after=10)
+        return JSONResponse({"object": "list", "data": data})
+
+    async def _ask(self, model: str, request: Request) -> tuple[int, bytes]:
+        """Return status and body of a short answer of one replica; 503 if there is none."""
+        status, body = 503, b""
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                async for part in self._replicas.answer(model, request):
+                    if part is not None:
+                        status, body = part.status or status, body + part.body
+        except (ReplicaLost, TimeoutError):
+            return 503, b""
+        return status, body
+
+
+class _Exchange:
+    """The answer to one request, as far as it was sent."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.started = False
+        self._complete = False
+        self._events: int | None = None  # of a stream
+
+    async def send(self, part: Part) -> None:
+        if part.status is not None:
+            self.started = True
+            if any(value.startswith(b"text/event-stream") for _, value in part.headers):
+                self._events = 0
+            await self._send(
+                {
+                    "type": "http.response.start",
+                    "status": part.status,
+                    "headers": [
+                        h for h in part.headers if h[0] != b"x-request-id"
+                    ],  # Serve sets it
+                }
+            )
+        if self._events is not None:
+            self._events += part.body.count(_EVENT_END)
+        self._complete = not part.more
+        await self._send({"type": "http.response.body", "body": part.body, "more_body": part.more})
+
+    async def refuse(self, error: RequestError, request_id: str, path: str) -> None:
+        """End the answer with an error, in the form of the route's protocol."""
+        if self._complete:
+            return
+        if not self.started:
+            response = refusal(error, request_id, path)
+            await response({"type": "http"}, _nothing, self._send)
+        elif self._events is not None:
+            event = refusal_event(error, request_id, path, self._events)
+            await self._send({"type": "http.response.body", "body": event})
+        self._complete = True
+
+
+def _request(scope: Scope, path: str, body: bytes) -> Request:
+    return Request(
+        method=scope["method"],
+        path=path,
+        query=scope["query_string"],
+        headers=tuple(scope["headers"]),
+        client=scope.get("client"),
+        body=body,
+    )
+
+
+async def _nothing() -> Message:
+    raise AssertionError("a refusal reads nothing")
+
+
+async def _live(receive: Receive, send: Send) -> None:
+    """Answer the lifespan protocol: the front has nothing to start or end."""
+    while True:
+        message = await receive()
+        await send({"type": f"{message['type']}.complete"})
+        if message["type"] == "lifespan.shutdown":
+            return
