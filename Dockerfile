@@ -29,12 +29,14 @@ COPY Makefile pyproject.toml README.md LICENSE ./
 COPY requirements requirements
 COPY model_configs model_configs
 COPY service service
+# `--build-arg CLUSTER=yes` adds Ray.
+ARG CLUSTER=
 
 FROM sources AS installed-cuda
-RUN make install EXTRA=cuda
+RUN make install ${CLUSTER:+.venv/installed-cluster} EXTRA=cuda
 
 FROM sources AS installed-cpu
-RUN make install EXTRA=cpu
+RUN make install ${CLUSTER:+.venv/installed-cluster} EXTRA=cpu
 
 FROM base AS cuda
 COPY --from=installed-cuda /app /app

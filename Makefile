@@ -24,13 +24,17 @@ export UV_COMPILE_BYTECODE ?= 1
 INSTALLED := .venv/installed-$(EXTRA)
 TESTED := .venv/installed-test
 BENCHED := .venv/installed-bench
+CLUSTERED := .venv/installed-cluster
 
-.PHONY: install serve test lint bench lock rehearse audit help
+.PHONY: install serve cluster test lint bench lock rehearse audit help
 
 install: $(INSTALLED) ## Make .venv and install the service (EXTRA=cpu or cuda)
 
 serve: $(INSTALLED) ## Serve a model (MODEL=name or file, PORT=6006, ARGS="--set key=value ...")
 	@$(BIN)/python -m service serve $(MODEL) $(if $(PORT),--port $(PORT)) $(ARGS)
+
+cluster: $(CLUSTERED) ## Serve several models or replicas on Ray Serve (FILE=cluster.yaml)
+	@$(BIN)/python -m service cluster $(FILE) $(ARGS)
 
 test: $(TESTED) ## Run the tests (ARGS="-k name")
 	$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
@@ -50,6 +54,7 @@ lock: $(TESTED) ## Pin the newest versions that fit pyproject.toml in requiremen
 	$(COMPILE) $(CPU) -o requirements/cpu.txt
 	$(COMPILE) $(CPU) -c requirements/cpu.txt --extra test -o requirements/test.txt
 	$(COMPILE) $(CPU) -c requirements/cpu.txt --extra bench -o requirements/bench.txt
+	$(COMPILE) $(CPU) -c requirements/cpu.txt --extra cluster -o requirements/cluster.txt
 	env -u UV_FIND_LINKS $(COMPILE) --extra cuda -o requirements/cuda.txt
 
 rehearse: ## Say what another version of vLLM would break here (VLLM=0.33.0 or a wheel)
@@ -81,4 +86,8 @@ $(TESTED): $(INSTALLED) requirements/test.txt
 
 $(BENCHED): $(INSTALLED) requirements/bench.txt
 	$(UV) install --quiet -c requirements/bench.txt -e '.[bench]'
+	touch $@
+
+$(CLUSTERED): $(INSTALLED) requirements/cluster.txt
+	$(UV) install --quiet -c requirements/cluster.txt -e '.[cluster]'
 	touch $@

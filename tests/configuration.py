@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 
 from service import model_config
 from service.api.schema import ContractRequest
+from service.cluster.config import ClusterFile, Replicas
 from service.model_config import ModelConfig
 from service.settings import PREFIX, Settings
 
@@ -41,6 +42,15 @@ def page() -> str:
                 _row(f"{PREFIX}{name.upper()}", field)
                 for name, field in Settings.model_fields.items()
             ),
+            "",
+            "## The file of `chat-service cluster`",
+            "",
+            "[More than one machine](cluster.md) says when to use it.",
+            "",
+            "| key | default | meaning |",
+            "|---|---|---|",
+            *_rows(ClusterFile, ""),
+            *_rows(Replicas, "models.NAME."),
             "",
             "## The body of `POST /`",
             "",

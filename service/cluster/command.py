@@ -1,8 +1,6 @@
 """`chat-service cluster`: starts or joins a Ray cluster, and applies a file to it."""
 
-import asyncio
 import logging
-import math
 import os
 import pickle
 import re
@@ -26,10 +24,10 @@ from service.errors import ConfigError, LaunchError, ServiceError
 from service.launch import environment as launch_environment
 
 if TYPE_CHECKING:
-    from ray.serve.handle import DeploymentHandle
-    from ray.serve.schema import ApplicationStatusOverview, ServeStatus
+    from ray.serve.schema import ApplicationStatusOverview
 
 _CHECK_INTERVAL = 0.5  # seconds
+_ASK_SECONDS = 10.0
 # Bytes. Ray keeps large objects there; requests and answers are small.
 _OBJECT_STORE = 200 * 2**20
 # The last error of this service in the traceback that Serve reports.
@@ -164,7 +162,13 @@ def _connected(state: _State, *, starts: bool) -> Iterator[None]:
         folder = tempfile.TemporaryDirectory(prefix="chat-", dir="/tmp", ignore_cleanup_errors=True)
     with folder as path:
         environment.prepare(path)
-        ray = _import_ray()
+        try:
+            import ray
+        except ImportError:
+            raise LaunchError(
+                "a cluster needs Ray, which is not installed; `make cluster` in a checkout "
+                'installs it, as does `pip install "vllm-chat-service[cluster]"`'
+            ) from None
         options: dict[str, Any] = {"namespace": "serve", "logging_level": logging.WARNING}
         if path:
             print("Starting Ray on this machine ...", file=sys.stderr, flush=True)
@@ -184,6 +188,11 @@ def _connected(state: _State, *, starts: bool) -> Iterator[None]:
             where = f"the Ray cluster at {address}" if address else "Ray on this machine"
             reason = next(iter(str(e).splitlines()), type(e).__name__)[:300]
             raise LaunchError(f"{where} does not answer: {reason}") from None
+        # Here, unlike in the processes of the cluster, no event loop runs.
+        os.environ["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] = "1"
+        import ray.serve
+
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         try:
             if starts:
                 state.address = ray.get_runtime_context().gcs_address
@@ -195,18 +204,6 @@ def _connected(state: _State, *, starts: bool) -> Iterator[None]:
             raise LaunchError(f"Ray fails: {lines[-1][:500] if lines else type(e).__name__}") from e
         finally:
             ray.shutdown()
-
-
-def _import_ray() -> Any:
-    try:
-        import ray.serve
-    except ImportError:
-        raise LaunchError(
-            "a cluster needs Ray, which is not installed; `make cluster` in a checkout installs "
-            'it, as does `pip install "vllm-chat-service[cluster]"`'
-        ) from None
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    return ray
 
 
 def _check_environment() -> None:
@@ -341,14 +338,12 @@ def _lacking(cluster: Cluster) -> list[str]:
 
 def _status() -> dict[str, Any]:
     import ray
-    from ray import serve
 
-    apps = _applications(serve.status())
-    replicas = asyncio.run(_replicas())
+    apps = _applications()
     models = {
         name: {
             "status": app.status.lower(),
-            "served": replicas.get(name, []),
+            "served": _ask(name, "status"),
             "starting": sum(
                 count
                 for deployment in app.deployments.values()
@@ -385,13 +380,11 @@ def _surging(cluster: Cluster) -> set[str]:
 
 def _wait(cluster: Cluster, stop: _Stop | None) -> str | None:
     """Wait until all models run; print what changes. Returns why one does not."""
-    from ray import serve
 
     began = time.monotonic()
     shown: dict[str, str] = {}
     while not (stop and stop.requested):
-        status = serve.status()
-        apps = _applications(status)
+        apps = _applications()
         for name, app in apps.items():
             line = _line(name, app, cluster)
             if shown.get(name) != line:
@@ -407,13 +400,15 @@ def _wait(cluster: Cluster, stop: _Stop | None) -> str | None:
     raise LaunchError("stopped before the models were ready")
 
 
-def _applications(status: "ServeStatus") -> dict[str, "ApplicationStatusOverview"]:
+def _applications() -> "dict[str, ApplicationStatusOverview]":
     """Return our applications: the front and each model by its name."""
+    from ray import serve
+
     from service.cluster.deployments import PREFIX
 
     return {
         name.removeprefix(PREFIX).removeprefix("-") or "front": app
-        for name, app in status.applications.items()
+        for name, app in serve.status().applications.items()
         if name == PREFIX or name.startswith(f"{PREFIX}-")
     }
 
@@ -483,38 +478,30 @@ def _end(cluster: Cluster) -> None:
     from ray import serve
 
     print("Stopping: accepted requests are finished ...", file=sys.stderr, flush=True)
-    asyncio.run(_drain(cluster.settings.drain_timeout))
+    _drain(cluster.settings.drain_timeout)
     if "RAY_ADDRESS" not in os.environ:
         serve.shutdown()
         return
-    for name in _applications(serve.status()):
+    for name in _applications():
         serve.delete(_application(name), _blocking=False)
-    while _applications(serve.status()):
+    while _applications():
         time.sleep(_CHECK_INTERVAL)
 
 
-async def _drain(seconds: float) -> None:
+def _drain(seconds: float) -> None:
     """Let all replicas refuse new requests, and wait until they have finished those they have."""
-    from service.cluster.deployments import broadcast
-
-    handles = _handles()
-    await asyncio.gather(*(broadcast(handle, "drain") for handle in handles.values()))
-    for _ in range(math.ceil(seconds / _CHECK_INTERVAL)):
-        if not any([any(await broadcast(handle, "is_busy")) for handle in handles.values()]):
-            return
-        await asyncio.sleep(_CHECK_INTERVAL)
+    models = _applications().keys() - {"front"}
+    deadline = time.monotonic() + seconds
+    for model in models:
+        _ask(model, "drain")
+    while time.monotonic() < deadline and any(any(_ask(m, "is_busy")) for m in models):
+        time.sleep(_CHECK_INTERVAL)
 
 
-async def _replicas() -> dict[str, list[dict[str, Any]]]:
-    """Return what the replicas of each model say of themselves."""
-    from service.cluster.deployments import broadcast
-
-    return {name: await broadcast(handle, "status") for name, handle in _handles().items()}
-
-
-def _handles() -> "dict[str, DeploymentHandle[Any]]":
-    """Return a handle for each model. Ray keeps handles, for the event loop of their first use."""
+def _ask(model: str, method: str) -> list[Any]:
+    """Call a method of all replicas of a model; return the answers of those that are well."""
     from ray import serve
 
-    names = _applications(serve.status()).keys() - {"front"}
-    return {name: serve.get_app_handle(_application(name)) for name in sorted(names)}
+    handle = serve.get_app_handle(_application(model))
+    results = handle.broadcast(method).results(timeout_s=_ASK_SECONDS, return_exceptions=True)
+    return [result for result in results if not isinstance(result, Exception)]

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import ray
 from prometheus_client import generate_latest
+from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.config import AutoscalingConfig
@@ -25,12 +26,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.application import Deployment, Host
 from service.clients import Client
-from service.cluster import exchange
+from service.cluster import config, exchange
 from service.cluster.config import DEREGISTER_SECONDS, Cluster, ClusterModel
 from service.cluster.exchange import Part, Request
 from service.cluster.front import Front as FrontApplication
 from service.cluster.front import ReplicaLost
-from service.errors import LaunchError, Unavailable
+from service.errors import ConfigError, LaunchError, Unavailable
 from service.launch import environment, server
 from service.model_config import ModelConfig, Origins
 from service.phase import Phase
@@ -191,20 +192,14 @@ class _Handles:
     async def metrics(self) -> list[tuple[dict[str, str], str]]:
         found = [({"replica": "front"}, generate_latest().decode())]
         for name, handle in self._handles.items():
-            answers = await broadcast(handle, "metrics")
-            found += [({"model": name, "replica": replica}, text) for replica, text in answers]
+            answers = await handle.broadcast("metrics").results_async(
+                timeout_s=_METRICS_SECONDS, return_exceptions=True
+            )
+            for answer in answers:
+                if not isinstance(answer, Exception):  # as when a replica has just ended
+                    replica, text = answer
+                    found.append(({"model": name, "replica": replica}, text))
         return found
-
-
-async def broadcast(handle: DeploymentHandle[Any], method: str) -> list[Any]:
-    """Call a method of all replicas, and return what those answer that are well.
-
-    Ray calls its `broadcast` alpha.
-    """
-    results = await handle.broadcast(method).results_async(
-        timeout_s=_METRICS_SECONDS, return_exceptions=True
-    )
-    return [result for result in results if not isinstance(result, Exception)]
 
 
 @serve.deployment
@@ -228,6 +223,38 @@ class Front:
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._front
+
+
+class Arguments(BaseModel):
+    """The arguments of an application in a RayService's `serveConfigV2`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    file: Path = Field(description="The file of `chat-service cluster`, on every node.")
+    name: str = Field("", description="A key of its `models`; empty for the front.")
+    revision: str = Field("", description="Change it to have a changed file read.")
+
+
+def model(arguments: Arguments) -> serve.Application:
+    """Build the application of one model, for `import_path` of a RayService."""
+    cluster = _load(arguments)
+    if arguments.name not in cluster.models:
+        raise ConfigError(f"{arguments.file}: models has no key {arguments.name!r}")
+    chosen = cluster.models[arguments.name]
+    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+    return _model(chosen, cluster.settings, keys=None, has_gpus=has_gpus, surge=True)
+
+
+def front(arguments: Arguments) -> serve.Application:
+    """Build the front, for `import_path` of a RayService."""
+    return _front(_load(arguments), keys=None)
+
+
+def _load(arguments: Arguments) -> Cluster:
+    cluster = config.load(arguments.file)
+    if cluster.settings.api_key:  # nobody pushes its hash to the replicas
+        raise ConfigError("a RayService takes keys from a file: set SERVICE_API_KEY_FILE")
+    return cluster
 
 
 def applications(
@@ -272,7 +299,7 @@ def _model(
     arguments = {
         "model": model.config.model_dump_json(),
         "file": str(model.origins.file),
-        "settings": _without_keys(settings),
+        "settings": _as_json(settings, pushed=keys),
         "keyed": keys is not None,
         "files": _stamp(model.config),
     }
@@ -283,7 +310,7 @@ def _model(
             "num_cpus": model.cpus,
             "num_gpus": model.gpus_of_replica(has_gpus=has_gpus),
         },
-        max_constructor_retry_count=3,
+        max_constructor_retry_count=2,
         max_surge_percent=100 if surge else 0,
         user_config=keys,
     )
@@ -291,7 +318,7 @@ def _model(
 
 
 def _front(cluster: Cluster, keys: dict[str, dict[str, Any]] | None) -> serve.Application:
-    arguments = {"settings": _without_keys(cluster.settings)}
+    arguments = {"settings": _as_json(cluster.settings, pushed=keys)}
     front = cast(serve.Deployment, Front).options(
         num_replicas=cluster.fronts,
         **_common_options(cluster.settings, arguments),
@@ -328,8 +355,9 @@ def _clients(keys: Mapping[str, dict[str, Any]]) -> dict[str, Client]:
     return {key: Client(**values) for key, values in keys.items()}
 
 
-def _without_keys(settings: Settings) -> str:
-    return settings.model_dump_json(exclude={"api_key", "api_key_file"})
+def _as_json(settings: Settings, pushed: object) -> str:
+    """Return the settings without the key; and without its file, where keys are pushed."""
+    return settings.model_dump_json(exclude={"api_key", *(["api_key_file"] if pushed else [])})
 
 
 def _stamp(config: ModelConfig) -> str:

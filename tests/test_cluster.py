@@ -1,0 +1,354 @@
+"""A cluster on real Ray, in a network of its own: several models behind one address, and faults."""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+import yaml
+
+from testing.server import Server, free_port
+from tests.conftest import PATIENCE
+from tests.namespace import network_of_its_own, wait_for_end
+
+KEYS = {"anna": "key-of-anna", "ben": "key-of-ben"}
+SMALL = {"engine.kv_cache_memory_bytes": "300M", "engine.max_num_seqs": 16}
+# What the file says. Half a core each: four replicas on a machine of two.
+FILE: dict[str, Any] = {
+    "default": "a",
+    "models": {
+        "a": {"model": "smollm2-135m-instruct", "replicas": 2, "cpus": 0.5, "set": SMALL},
+        "b": {
+            "model": "smollm2-135m-instruct",
+            "replicas": [1, 2],
+            "queue": 4,
+            "cpus": 0.5,
+            "set": {**SMALL, "aliases": ["gpt-4"]},
+        },
+    },
+}
+QUESTION = {"prompt": "What is the capital of France?", "max_new_tokens": 8}
+
+
+class ClusterUnderTest:
+    """`chat-service cluster FILE`, and the same again to update it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "cluster.yaml"
+        self.keys = folder / "keys"
+        self.write_keys(KEYS)
+        self.content = {
+            **FILE,
+            "settings": {"api_key_file": str(self.keys), "port": free_port(), "drain_timeout": 60},
+        }
+        self.write(self.content)
+        port = self.content["settings"]["port"]
+        self.server = Server(
+            [sys.executable, "-m", "service", "cluster", str(self.file)],
+            folder / "log",
+            port=port,
+            health="/health/ready",
+        )
+        self.url = self.server.url
+
+    def write(self, content: dict[str, Any]) -> None:
+        self.file.write_text(yaml.safe_dump(content))
+
+    def write_keys(self, keys: dict[str, str]) -> None:
+        self.keys.write_text("".join(f"{name} {key}\n" for name, key in keys.items()))
+
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "service", "cluster", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+
+    def client(self, key: str | None = "key-of-anna") -> httpx.Client:
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        return httpx.Client(
+            base_url=self.url, headers=headers, timeout=PATIENCE, trust_env=False, verify=False
+        )
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """Ray's processes with this in their titles."""
+        found = []
+        for process in psutil.Process(self.server.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if title in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
+    def replicas(self, model: str = "a") -> list[psutil.Process]:
+        return self.processes(f"ServeReplica:chat-service-{model}:")
+
+    def wait(self, condition: Callable[[], Any], seconds: float = PATIENCE) -> float:
+        """Wait until a condition holds; return the seconds that it took."""
+        began = time.monotonic()
+        while not condition():
+            assert time.monotonic() - began < seconds, "it does not come"
+            time.sleep(0.5)
+        return time.monotonic() - began
+
+    def serving(self, model: str = "a") -> set[str]:
+        """The replicas of a model that give metrics."""
+        with self.client() as client:
+            text = client.get("/metrics").text
+        series = r'service_running_sequences\{model="%s",replica="(\w+)"\}'
+        return set(re.findall(series % model, text))
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterUnderTest]:
+    with network_of_its_own():
+        cluster = ClusterUnderTest(tmp_path_factory.mktemp("cluster"))
+        try:
+            cluster.server.wait_until_ready(PATIENCE)
+            cluster.wait(lambda: "Ready:" in cluster.server.log.read_text())
+            yield cluster
+        finally:
+            cluster.server.stop()
+
+
+class Load:
+    """Clients that ask through the front until they are told to stop."""
+
+    def __init__(self, cluster: ClusterUnderTest, path: str = "/", clients: int = 24) -> None:
+        self.counts: Counter[str] = Counter()
+        self._url = cluster.url + path
+        self._clients = clients
+        self._stop = threading.Event()
+        self._network = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> "Load":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        os.close(self._network)
+
+    def _run(self) -> None:
+        asyncio.run(self._all())
+
+    async def _all(self) -> None:
+        headers = {"authorization": "Bearer key-of-ben"}
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(
+            timeout=PATIENCE, trust_env=False, verify=False, headers=headers, limits=limits
+        ) as client:
+            async with asyncio.TaskGroup() as group:
+                for number in range(self._clients):
+                    group.create_task(self._one(client, stream=number % 2 == 1))
+
+    async def _one(self, client: httpx.AsyncClient, *, stream: bool) -> None:
+        body = {"prompt": "Tell me about France.", "max_new_tokens": 16, "stream": stream}
+        while not self._stop.is_set():
+            try:
+                response = await client.post(self._url, json=body)
+            except httpx.HTTPError as e:
+                self.counts[f"stream={stream} {type(e).__name__}"] += 1
+                continue
+            status = response.status_code
+            if stream and status == 200:
+                event = response.text.rstrip().rpartition("data: ")[2]
+                self.counts[f"stream=True event {json.loads(event).get('status')}"] += 1
+            else:
+                self.counts[f"stream={stream} {status}"] += 1
+
+
+ANSWERED = {"stream=False 200", "stream=True event 200"}
+
+
+def test_the_command_says_how_to_ask(cluster: ClusterUnderTest) -> None:
+    log = cluster.server.log.read_text()
+    assert f"Ready: a, b at {cluster.url}" in log
+    assert f"curl -X POST {cluster.url}" in log
+    assert "Loading the weights" in log  # of a replica, as a phase
+
+
+@pytest.mark.parametrize(
+    ("path", "model"),
+    [("/", None), ("/", "a"), ("/", "b"), ("/", "gpt-4"), ("/a/", None), ("/b", None)],
+)
+def test_a_model_is_chosen_by_body_and_by_path(
+    cluster: ClusterUnderTest, path: str, model: str | None
+) -> None:
+    with cluster.client() as client:
+        response = client.post(path, json={**QUESTION, **({"model": model} if model else {})})
+    assert response.status_code == 200
+    assert response.json()["response"] == "The capital of France is Paris."
+    assert response.headers.get_list("x-request-id") == [response.headers["x-request-id"]]
+
+
+@pytest.mark.parametrize(
+    ("path", "where"),
+    [("/", "error"), ("/v1/chat/completions", "error"), ("/v1/messages", "error")],
+)
+def test_an_unknown_model_is_told_the_names(
+    cluster: ClusterUnderTest, path: str, where: str
+) -> None:
+    body = {"model": "c", "prompt": "hi", "messages": [{"role": "user", "content": "hi"}]}
+    with cluster.client() as client:
+        response = client.post(path, json=body)
+    assert response.status_code == 404
+    assert "a, b, gpt-4" in response.json()[where]["message"]
+    assert ("type" in response.json()) == (path == "/v1/messages")
+
+
+def test_openai_clients_see_all_models(cluster: ClusterUnderTest) -> None:
+    client = openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="key-of-ben")
+    assert {model.id for model in client.models.list()} == {"a", "b", "gpt-4"}
+    stream = client.chat.completions.create(
+        model="gpt-4",
+        messages=[{"role": "user", "content": "What is the capital of France?"}],
+        max_tokens=8,
+        stream=True,
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+    assert text == "The capital of France is Paris."
+
+
+def test_keys_are_asked_for_everywhere(cluster: ClusterUnderTest) -> None:
+    with cluster.client(key=None) as client:
+        for method, path in (
+            ("POST", "/"),
+            ("POST", "/a/"),
+            ("GET", "/v1/models"),
+            ("GET", "/metrics"),
+            ("GET", "/b/metrics"),
+            ("POST", "/v1/chat/completions"),
+        ):
+            response = client.request(method, path, json=QUESTION if method == "POST" else None)
+            assert response.status_code == 401, path
+        for path in ("/health", "/health/live", "/health/ready", "/", "/a/health/ready"):
+            assert client.get(path).status_code == 200, path
+
+
+def test_a_changed_key_file_holds_everywhere_within_seconds(cluster: ClusterUnderTest) -> None:
+    def status(path: str) -> int:
+        with cluster.client("key-of-carl") as client:
+            return client.get(path).status_code
+
+    before = cluster.serving(), [p.pid for p in cluster.replicas()]
+    assert status("/a/v1/models") == 401
+    cluster.write_keys({**KEYS, "carl": "key-of-carl"})
+    paths = ["/v1/models", *["/a/v1/models"] * 8, "/b/v1/models"]
+    cluster.wait(lambda: all(status(path) == 200 for path in paths), 30)
+    cluster.write_keys(KEYS)
+    cluster.wait(lambda: all(status(path) == 401 for path in paths), 30)
+    assert before == (cluster.serving(), [p.pid for p in cluster.replicas()])  # no restart
+
+
+def test_one_page_of_metrics_has_each_replica(cluster: ClusterUnderTest) -> None:
+    assert len(cluster.serving("a")) == 2
+    assert len(cluster.serving("b")) == 1
+    with cluster.client() as client:
+        text = client.get("/metrics").text
+    assert text.count("# TYPE service_requests_total ") == 1
+    assert re.search(r'vllm:generation_tokens_total\{.*model="a".*replica=', text)
+
+
+def test_the_status_shows_replicas_and_nodes(cluster: ClusterUnderTest) -> None:
+    result = cluster.command("--status", "--json")
+    assert result.returncode == 0, result.stderr
+    status = json.loads(result.stdout)
+    assert [len(status["models"][name]["served"]) for name in ("a", "b")] == [2, 1]
+    assert {r["phase"] for r in status["models"]["a"]["served"]} == {"ready"}
+    assert len(status["nodes"]) == 1
+
+
+def test_what_a_dead_replica_had_not_begun_another_answers(cluster: ClusterUnderTest) -> None:
+    victim = cluster.replicas()[0]
+    engines = [c for c in victim.children() if "EngineCore" in " ".join(c.cmdline())]
+    with Load(cluster) as load:
+        cluster.wait(lambda: load.counts.total() > 24)
+        victim.kill()
+        time.sleep(10)
+    assert load.counts.keys() <= {*ANSWERED, "stream=True event 503"}, load.counts
+    for engine in engines:
+        wait_for_end(engine.pid, 10)  # it would keep its GPU
+    cluster.wait(lambda: len(cluster.serving()) == 2)
+
+
+def test_a_replica_without_an_engine_refuses_nobody(cluster: ClusterUnderTest) -> None:
+    victim = cluster.replicas()[0]
+    (engine,) = (c for c in victim.children() if "EngineCore" in " ".join(c.cmdline()))
+    with Load(cluster) as load:
+        cluster.wait(lambda: load.counts.total() > 24)
+        engine.kill()
+        wait_for_end(victim.pid, 20)
+        time.sleep(5)
+    assert load.counts.keys() <= {*ANSWERED, "stream=True event 503"}, load.counts
+    cluster.wait(lambda: len(cluster.serving()) == 2)
+
+
+def test_load_adds_a_replica(cluster: ClusterUnderTest) -> None:
+    def starting() -> bool:
+        return len(cluster.replicas("b")) == 2
+
+    with Load(cluster, "/b/"):
+        assert cluster.wait(starting) < 30  # 15 s on an idle machine
+
+
+def test_a_mistake_in_the_file_changes_nothing(cluster: ClusterUnderTest) -> None:
+    models = {**FILE["models"], "b": {"model": "smollm2-135m-instruct", "set": {"engine.dtyp": 1}}}
+    cluster.write({**cluster.content, "models": models})
+    result = cluster.command(str(cluster.file))
+    assert result.returncode == 1
+    assert "--set engine.dtyp: vLLM has no such argument; did you mean 'dtype'?" in result.stderr
+    assert "nothing was changed" in result.stderr
+
+
+def test_an_update_refuses_and_cuts_nothing(cluster: ClusterUnderTest) -> None:
+    before = cluster.serving()
+    changed = {**FILE["models"]["a"], "set": {**SMALL, "engine.max_num_seqs": 12}}
+    cluster.write({**cluster.content, "models": {**FILE["models"], "a": changed}})
+    with Load(cluster, clients=8) as load:
+        result = cluster.command(str(cluster.file))
+    assert result.returncode == 0, result.stderr
+    assert load.counts.keys() == ANSWERED, load.counts
+    assert not before & cluster.serving()
+
+
+def test_a_version_that_does_not_start_is_taken_back(cluster: ClusterUnderTest) -> None:
+    # A replica finds out, when it looks for its files.
+    broken = {**FILE["models"]["a"], "set": {**SMALL, "tokenizer": {"path": "/not/here"}}}
+    cluster.write({**cluster.content, "models": {**FILE["models"], "a": broken}})
+    with Load(cluster, clients=4) as load:
+        result = cluster.command(str(cluster.file))
+    assert result.returncode == 1
+    assert "what was served before is served on" in result.stderr
+    assert "/not/here" in result.stderr  # the reason
+    assert load.counts.keys() == ANSWERED, load.counts
+
+
+def test_a_signal_finishes_what_was_accepted_and_ends_everything(
+    cluster: ClusterUnderTest,
+) -> None:
+    body = {"prompt": "Tell me a long story.", "max_new_tokens": 200, "stream": True}
+    with cluster.client() as client, client.stream("POST", "/", json=body) as response:
+        lines = response.iter_lines()
+        next(lines)
+        cluster.server.process.send_signal(signal.SIGTERM)
+        last = [line for line in lines if line.startswith("data: ")][-1]
+    assert json.loads(last.removeprefix("data: "))["status"] == 200
+    assert cluster.server.process.wait(120) == 0
+    # The fixture says what still runs in this network.
