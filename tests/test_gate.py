@@ -37,8 +37,11 @@ class State:
         self.cancellations = Cancellations()
         self.deployment = SimpleNamespace(
             settings=Settings(cache_per_key=cache_per_key),
-            model=SimpleNamespace(routes=["/v1/chat"]),
+            model=SimpleNamespace(name="a-model", routes=["/v1/chat"]),
         )
+
+    def served(self, name: object) -> str | None:
+        return "a-model" if name == "a-model" else None
 
     async def create(self, scope: Scope, receive: Receive, send: Send) -> None:
         await JSONResponse({"response": "ours"})(scope, receive, send)

@@ -1,0 +1,215 @@
+"""Who used what: the metrics by client on every generating route, whatever becomes of a request."""
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from service.terminal import Remote
+from testing.server import Server
+from tests import warm
+from tests.conftest import LOOPBACK, MODEL, PATIENCE
+from tests.test_overload import client_of
+
+KEYS = {"alice": "key-of-alice", "bob": "key-of-bob"}
+ASK = "Count from one to a thousand."
+TURNS = [{"role": "user", "content": ASK}]
+PLAIN = {"model": MODEL, "temperature": 0}
+# Route -> a body for an answer of 6 tokens.
+BODIES: dict[str, dict[str, Any]] = {
+    "/": {**PLAIN, "prompt": ASK, "max_new_tokens": 6, "details": True},
+    "/v1/chat/completions": {**PLAIN, "messages": TURNS, "max_tokens": 6},
+    "/v1/completions": {**PLAIN, "prompt": ASK, "max_tokens": 6},
+    "/v1/responses": {**PLAIN, "input": ASK, "max_output_tokens": 6},
+    "/v1/messages": {**PLAIN, "messages": TURNS, "max_tokens": 6},
+}
+NAMES = (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens"))
+
+
+@pytest.fixture(scope="module")
+def keys_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("keys") / "keys"
+    file.write_text("".join(f"{name} {key}\n" for name, key in KEYS.items()))
+    return file
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, keys_file: Path) -> Iterator[Server]:
+    settings = {"API_KEY_FILE": str(keys_file), "METRICS_KEY": "false", "MAX_WAITING": "0"}
+    env = {f"SERVICE_{name}": value for name, value in settings.items()}
+    sets = ("--set", "engine.enforce_eager=true", "--set", "engine.max_num_seqs=4")
+    alias = ("--set", "aliases=['other-name']")
+    log = tmp_path_factory.mktemp("usage") / "log"
+    with warm.Server.service(log, *sets, *alias, env=env) as server:
+        yield server
+
+
+def bearer(name: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {KEYS[name]}"}
+
+
+def post(server: Server, route: str, body: Any, name: str, **headers: str) -> httpx.Response:
+    return LOOPBACK.post(f"{server.url}{route}", json=body, headers={**bearer(name), **headers})
+
+
+def counted(server: Server, name: str, **labels: str) -> float:
+    """The sum of a counter's series with these labels."""
+    samples = Remote(server.url, None).metrics().get(name, {})
+    return sum(value for key, value in samples.items() if labels.items() <= dict(key).items())
+
+
+class Usage:
+    """What a client has used since this object was made."""
+
+    def __init__(self, server: Server, client: str) -> None:
+        self.server = server
+        self.client = client
+        self._before = self._now()
+
+    def _now(self) -> dict[tuple[str, ...], float]:
+        samples = Remote(self.server.url, None).metrics()
+        now: dict[tuple[str, ...], float] = {}
+        for name, label in (("client_requests", "status"), ("tokens", "kind")):
+            for key, value in samples[f"service_{name}_total"].items():
+                labels = dict(key)
+                if labels["client"] == self.client:
+                    now[labels["model"], labels[label]] = value
+        return now
+
+    def __call__(self, requests: int = 1) -> dict[tuple[str, ...], float]:
+        """By model and status or kind. A request is counted a moment after its answer."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            now = self._now()
+            grown = {key: value - self._before.get(key, 0) for key, value in now.items()}
+            if sum(v for (_, label), v in grown.items() if label.isdecimal()) >= requests:
+                return {key: value for key, value in grown.items() if value}
+            time.sleep(0.05)
+        raise AssertionError(grown)
+
+
+def told(answer: Any) -> list[int]:
+    """The prompt's and the answer's tokens, as an answer tells them."""
+    usage = answer.get("usage") or answer["details"]
+    return [next(usage[name] for name in names if name in usage) for names in NAMES]
+
+
+@pytest.mark.parametrize("route", BODIES)
+def test_every_route_counts_its_tokens_streamed_or_not(server: Server, route: str) -> None:
+    used = Usage(server, "alice")
+    answer = post(server, route, BODIES[route], "alice")
+    prompt, generation = told(answer.json())
+    assert prompt > 6 and generation == 6
+    once = {(MODEL, "200"): 1, (MODEL, "prompt"): prompt, (MODEL, "generation"): generation}
+    assert used() == once
+    used = Usage(server, "alice")  # without include_usage
+    streamed = post(server, route, {**BODIES[route], "stream": True}, "alice")
+    assert streamed.headers["content-type"].startswith("text/event-stream")
+    assert used() == once
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"n": 2, "temperature": 1},
+        {"prompt": [ASK, "Paris is"]},
+        {"n": 2, "use_beam_search": True},
+    ],
+)
+def test_prompts_and_sequences_are_counted_as_the_answer_tells_them(
+    server: Server, more: dict[str, Any]
+) -> None:
+    used = Usage(server, "bob")
+    answer = post(server, "/v1/completions", {**BODIES["/v1/completions"], **more}, "bob")
+    prompt, generation = told(answer.json())
+    assert generation == 12
+    assert used() == {(MODEL, "200"): 1, (MODEL, "prompt"): prompt, (MODEL, "generation"): 12}
+
+
+@pytest.mark.parametrize("route", ["/", "/v1/chat/completions", "/v1/responses"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_was_made_for_who_left_or_was_late_is_counted(
+    server: Server, route: str, stream: bool
+) -> None:
+    more = {"temperature": 1.9, "stream": stream}
+    body = {**BODIES[route], **more}
+    for key in ("max_new_tokens", "max_tokens", "max_output_tokens"):
+        body |= {key: 1500} if key in body else {}
+    used = Usage(server, "bob")
+    before = counted(server, "vllm:generation_tokens_total")
+
+    def wait_for_a_token() -> None:
+        while counted(server, "vllm:generation_tokens_total") == before:
+            time.sleep(0.05)
+
+    async def leave() -> None:
+        async with client_of(server, headers=bearer("bob")) as client:
+            asked = asyncio.create_task(client.post(route, json=body))
+            await asyncio.to_thread(wait_for_a_token)
+            asked.cancel()
+            await asyncio.gather(asked, return_exceptions=True)
+
+    asyncio.run(leave())
+    assert used()[MODEL, "499"] == 1
+    late = post(server, route, body, "bob", **{"X-Request-Timeout": "1"})
+    assert late.status_code == (200 if stream else 504)
+    found = used(2)
+    assert found[MODEL, "504"] == 1
+    assert found[MODEL, "prompt"] > 12
+    # As much as the engine has counted, for all of its clients.
+    made = counted(server, "vllm:generation_tokens_total") - before
+    assert found[MODEL, "generation"] == made > 0
+
+
+def test_refusals_are_counted_and_nothing_of_a_clients_own_words(server: Server) -> None:
+    used = Usage(server, "alice")
+
+    async def crowd() -> list[int]:
+        async with client_of(server, headers=bearer("alice")) as client:
+            body = {**BODIES["/v1/completions"], "n": 4, "temperature": 1, "max_tokens": 200}
+            asked = (client.post("/v1/completions", json=body) for _ in range(3))
+            return sorted(answer.status_code for answer in await asyncio.gather(*asked))
+
+    assert asyncio.run(crowd()) == [200, 429, 429]
+    for route in BODIES:
+        assert post(server, route, {**BODIES[route], "model": "secret"}, "alice").status_code == 404
+        body = {**BODIES[route], "model": "other-name"}
+        assert post(server, route, body, "alice").status_code == 200
+    assert post(server, "/", {"prompt": 1}, "alice").status_code == 422
+    assert LOOPBACK.post(server.url, json={"prompt": "hi"}).status_code == 401
+    LOOPBACK.get(f"{server.url}/v1/models", headers=bearer("alice"))
+    found = used(14)
+    statuses = {key: value for key, value in found.items() if key[1].isdecimal()}
+    assert statuses == {
+        (MODEL, "200"): 6,
+        (MODEL, "429"): 2,
+        ("", "404"): 5,
+        ("", "422"): 1,
+    }
+    metrics = LOOPBACK.get(f"{server.url}/metrics").text
+    assert "secret" not in metrics and "other-name" not in metrics
+    nobody = 'service_client_requests_total{client="anonymous",model="",status="401"} 1.0'
+    assert nobody in metrics
+
+
+def test_a_client_is_shown_from_the_start(server: Server, keys_file: Path) -> None:
+    """Prometheus sees no increase in a series that begins above 0."""
+    shown = {"client": "dora", "model": MODEL}
+    keys_file.write_text(keys_file.read_text() + "dora key-of-dora\n")
+    series = (
+        ("service_tokens_total", {**shown, "kind": "prompt"}),
+        ("service_tokens_total", {**shown, "kind": "generation"}),
+        ("service_client_requests_total", {**shown, "status": "200"}),
+    )
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        samples = Remote(server.url, None).metrics()
+        if all(samples[name].get(tuple(sorted(labels.items()))) == 0 for name, labels in series):
+            return
+        time.sleep(0.2)
+    raise AssertionError(json.dumps(shown))
