@@ -60,7 +60,8 @@ ROWS: dict[str, list[Panel]] = {
             "Refused by reason",
             "reqps",
             [(rate("service_refused_requests_total", "reason"), "{{reason}}")],
-            "queue_full and bodies: 429 at once. waited_too_long: 503 after SERVICE_QUEUE_TIMEOUT.",
+            "queue_full and bodies: 429 at once. rate_limited: 429 by a limit of the key. "
+            "waited_too_long: 503 after SERVICE_QUEUE_TIMEOUT.",
         ),
         Panel(
             "Share that did not get an answer",

@@ -13,10 +13,11 @@ import pytest
 from service.terminal import Remote
 from testing.server import Server
 from tests import warm
-from tests.conftest import LOOPBACK, MODEL, PATIENCE
+from tests.conftest import LOOPBACK, MODEL, PATIENCE, hardening
 from tests.test_overload import client_of
 
-KEYS = {"alice": "key-of-alice", "bob": "key-of-bob"}
+KEYS = {name: f"key-of-{name}" for name in ("alice", "bob", "carol", "dora")}
+LIMITS = {"carol": "requests=1/min", "dora": "tokens=20/min"}
 ASK = "Count from one to a thousand."
 TURNS = [{"role": "user", "content": ASK}]
 PLAIN = {"model": MODEL, "temperature": 0}
@@ -34,7 +35,7 @@ NAMES = (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens
 @pytest.fixture(scope="module")
 def keys_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("keys") / "keys"
-    file.write_text("".join(f"{name} {key}\n" for name, key in KEYS.items()))
+    file.write_text("".join(f"{name} {key} {LIMITS.get(name, '')}\n" for name, key in KEYS.items()))
     return file
 
 
@@ -199,8 +200,8 @@ def test_refusals_are_counted_and_nothing_of_a_clients_own_words(server: Server)
 
 def test_a_client_is_shown_from_the_start(server: Server, keys_file: Path) -> None:
     """Prometheus sees no increase in a series that begins above 0."""
-    shown = {"client": "dora", "model": MODEL}
-    keys_file.write_text(keys_file.read_text() + "dora key-of-dora\n")
+    shown = {"client": "erin", "model": MODEL}
+    keys_file.write_text(keys_file.read_text() + "erin key-of-erin\n")
     series = (
         ("service_tokens_total", {**shown, "kind": "prompt"}),
         ("service_tokens_total", {**shown, "kind": "generation"}),
@@ -213,3 +214,57 @@ def test_a_client_is_shown_from_the_start(server: Server, keys_file: Path) -> No
             return
         time.sleep(0.2)
     raise AssertionError(json.dumps(shown))
+
+
+@hardening(22)
+def test_a_key_has_so_many_requests_a_minute_on_all_routes_together(server: Server) -> None:
+    used = Usage(server, "carol")
+    refusals = counted(server, "service_refused_requests_total", reason="rate_limited")
+    assert post(server, "/", BODIES["/"], "carol").status_code == 200
+    answers = {route: post(server, route, BODIES[route], "carol") for route in BODIES}
+    message = "this key's limit requests=1/min is used up"
+    for route, answer in answers.items():
+        assert answer.status_code == 429
+        assert 1 <= int(answer.headers["retry-after"]) <= 60
+        error = answer.json()["error"]
+        kind = "rate_limit_error" if route == "/v1/messages" else "rate_limited"
+        assert error["type"] == kind and error["message"].startswith(message)
+    assert answers["/"].json()["response"] == ""
+    refusals = counted(server, "service_refused_requests_total", reason="rate_limited") - refusals
+    found = used(6)
+    assert refusals == found["", "429"] == 5 and found[MODEL, "200"] == 1
+    # What generates nothing is free, and the others are not concerned.
+    headers = bearer("carol")
+    assert LOOPBACK.get(f"{server.url}/v1/models", headers=headers).status_code == 200
+    answer = LOOPBACK.post(f"{server.url}/tokenize", json={"prompt": "hi"}, headers=headers)
+    assert answer.status_code == 200
+    assert post(server, "/", BODIES["/"], "alice").status_code == 200
+
+
+@hardening(22)
+def test_a_key_has_so_many_tokens_a_minute_and_a_changed_file_gives_more(
+    server: Server, keys_file: Path
+) -> None:
+    used = Usage(server, "dora")
+    stream = {**BODIES["/v1/chat/completions"], "stream": True, "max_tokens": 300}
+    stream |= {"ignore_eos": True}
+    assert post(server, "/v1/chat/completions", stream, "dora").status_code == 200
+    found = used()
+    spent = found[MODEL, "prompt"] + found[MODEL, "generation"]
+    refused = post(server, "/", BODIES["/"], "dora")
+    assert (refused.status_code, refused.json()["error"]["type"]) == (429, "rate_limited")
+    assert refused.json()["error"]["message"].startswith(
+        "this key's limit tokens=20/min is used up"
+    )
+    seconds = int(refused.headers["retry-after"])
+    assert 0 <= (spent - 20 + 1) * 3 - seconds <= 5  # a token in 3 seconds
+    keys_file.write_text(keys_file.read_text().replace("tokens=20/min", "tokens=1200/min"))
+    deadline = time.monotonic() + 10
+    while int(refused.headers["retry-after"]) > seconds / 30:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+        # It is not filled up by the change, it only fills faster.
+        refused = post(server, "/", BODIES["/"], "dora")
+        assert refused.status_code == 429
+    time.sleep(int(refused.headers["retry-after"]))
+    assert post(server, "/", BODIES["/"], "dora").status_code == 200

@@ -44,6 +44,7 @@ class Gate:
         if is_preflight(scope):
             return self.app  # vLLM's CORS layer answers browsers
         if generates(method, path):
+            service.rate_limits.check(RequestRecord.of(scope).client)
             if path == "/":
                 return with_cors(service.create, scope)
             return functools.partial(_admit, self.app, service)

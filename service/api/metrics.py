@@ -62,7 +62,7 @@ QUEUE_SECONDS = Histogram(
 )
 REFUSED = Counter(
     "service_refused_requests_total",
-    "Requests refused or given up: queue_full, waited_too_long, bodies, connections.",
+    "Requests refused or given up: queue_full, waited_too_long, rate_limited, bodies, connections.",
     ["reason"],
 )
 IDLE_CLOSED = Counter(

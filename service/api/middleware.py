@@ -100,6 +100,7 @@ class Observe(_HttpMiddleware):
             _note_tokens(record, scope)
             if generates(scope["method"], path_of(scope)):
                 record.count()
+                state.rate_limits.spend(record.client, record.tokens)
             if span:
                 tracing.end(span, scope, record, route)
             record.log(scope["method"], route, seconds, quiet=path_of(scope) in _QUIET)

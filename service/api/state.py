@@ -19,6 +19,7 @@ from service.api.contract import Contract
 from service.api.engine import Engine
 from service.api.health import Health
 from service.api.keys import Keys
+from service.api.rate_limits import RateLimits
 from service.api.record import RequestRecord
 from service.clients import ANYONE
 from service.errors import NotFound
@@ -58,6 +59,7 @@ class ServiceState:
         waiting = settings.max_waiting
         queue = limit * _WAITING_FACTOR if waiting is None else math.ceil(waiting / processes)
         self.admission = Admission(limit, queue, settings.queue_timeout)
+        self.rate_limits = RateLimits(processes)
         # Above limit + queue, so that a full queue is reported before connections run out.
         self.max_connections = settings.max_connections or max(4096, limit + queue + 512)
         self.cancellations = Cancellations()
