@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,10 @@ import httpx
 import pytest
 
 from service.terminal import Remote
-from testing.server import Server
+from testing.server import Server, free_port
 from tests import warm
 from tests.conftest import LOOPBACK, MODEL, PATIENCE, hardening
+from tests.prometheus import running
 from tests.test_overload import client_of
 
 KEYS = {name: f"key-of-{name}" for name in ("alice", "bob", "carol", "dora")}
@@ -268,3 +270,84 @@ def test_a_key_has_so_many_tokens_a_minute_and_a_changed_file_gives_more(
         assert refused.status_code == 429
     time.sleep(int(refused.headers["retry-after"]))
     assert post(server, "/", BODIES["/"], "dora").status_code == 200
+
+
+def test_the_table_is_of_the_servers_metrics(server: Server) -> None:
+    post(server, "/", BODIES["/"], "alice")
+    post(server, "/", BODIES["/"], "carol")  # refused, or not
+    done = warm.run("usage", "--url", server.url, "--json")
+    assert done.returncode == 0, done.stderr
+    rows = {(row["client"], row["model"]): row for row in json.loads(done.stdout)}
+    alice = rows["alice", MODEL]
+    mine = {"client": "alice", "model": MODEL}
+    assert alice["requests"] == counted(server, "service_client_requests_total", **mine)
+    for kind in ("prompt", "generation"):
+        assert alice[f"{kind}_tokens"] == counted(server, "service_tokens_total", **mine, kind=kind)
+    refused = rows["carol", ""]
+    assert refused["refused"] == refused["requests"] >= 5 and refused["prompt_tokens"] == 0
+    assert all(row["client"] != "erin" for row in rows.values())  # has asked nothing
+    head, *lines = warm.run("usage", "--url", server.url).stdout.splitlines()
+    columns = ["client", "model", "requests", "refused", "prompt tokens", "generation tokens"]
+    assert re.split(r"\s{2,}", head.strip()) == columns
+    assert [str(value) for value in alice.values()] in [line.split() for line in lines]
+    assert any(line.split()[:2] == ["carol", "-"] for line in lines)
+
+
+def test_the_table_of_a_prometheus_is_of_a_time_and_all_servers(
+    server: Server, tmp_path: Path
+) -> None:
+    address = server.url.removeprefix("http://")
+    # One server, scraped as if it were two.
+    targets = [{"targets": [address], "labels": {"replica": name}} for name in ("a", "b")]
+    job = {"job_name": "service", "static_configs": targets}
+    document = {"global": {"scrape_interval": "1s"}, "scrape_configs": [job]}
+    with running(document, tmp_path) as url:
+
+        def asked(since: str = "1h") -> Any:
+            done = warm.run("usage", "--prometheus", url, "--since", since, "--json")
+            rows = json.loads(done.stdout) if done.returncode == 0 else []
+            return done, {(row["client"], row["model"]): row for row in rows}
+
+        deadline = time.monotonic() + PATIENCE
+        while asked()[0].returncode:  # until it has two scrapes
+            assert time.monotonic() < deadline
+        used = Usage(server, "alice")
+        for _ in range(5):
+            post(server, "/", BODIES["/"], "alice")
+        found = used(5)
+        row: dict[str, int] = {}
+        while row.get("requests", 0) < 10:  # what was before the first scrape is not of this time
+            assert time.monotonic() < deadline
+            row = asked()[1].get(("alice", MODEL), {})
+        # `increase` extrapolates by up to an interval at each end.
+        for count, once in (
+            ("requests", 5),
+            ("prompt_tokens", found[MODEL, "prompt"]),
+            ("generation_tokens", 30),
+        ):
+            assert 2 * once <= row[count] <= 3 * once, row
+        done, _ = asked("yesterday")
+        assert done.stderr.startswith("error: --since 'yesterday': expected a duration")
+
+
+def test_what_is_no_prometheus_is_told_in_one_line(server: Server, tmp_path: Path) -> None:
+    nobody = f"http://127.0.0.1:{free_port()}"
+    with running({"scrape_configs": []}, tmp_path) as empty:
+        deadline = time.monotonic() + PATIENCE
+        while not httpx.get(f"{empty}/-/ready", trust_env=False).is_success:
+            assert time.monotonic() < deadline
+        for words, message in (
+            (
+                ("--prometheus", empty),
+                "Prometheus has nothing of service_client_requests_total in the last 24h",
+            ),
+            (("--prometheus", nobody), "is Prometheus running? (--prometheus)"),
+            (("--prometheus", server.url), "this is not the answer of Prometheus (--prometheus)"),
+            (("--prometheus", "http://[::1"), "is Prometheus running? (--prometheus)"),
+            (("--since", "1h", "--url", server.url), "--since: a server knows only what was since"),
+            (("--url", nobody), "is the server running? (--url)"),
+        ):
+            done = warm.run("usage", *words)
+            assert done.returncode in (1, 2) and done.stdout == ""
+            assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+            assert message in done.stderr
