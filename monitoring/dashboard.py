@@ -60,7 +60,8 @@ ROWS: dict[str, list[Panel]] = {
             "Refused by reason",
             "reqps",
             [(rate("service_refused_requests_total", "reason"), "{{reason}}")],
-            "queue_full and bodies: 429 at once. waited_too_long: 503 after SERVICE_QUEUE_TIMEOUT.",
+            "queue_full and bodies: 429 at once. rate_limited: 429 by a limit of the key. "
+            "waited_too_long: 503 after SERVICE_QUEUE_TIMEOUT.",
         ),
         Panel(
             "Share that did not get an answer",
@@ -81,10 +82,15 @@ ROWS: dict[str, list[Panel]] = {
             "HTTP requests being answered, waiting ones too; the scrape that tells it is one.",
         ),
         Panel(
-            "Admitted by key",
+            "Requests by client",
             "reqps",
-            [(rate("service_admitted_requests_total", "key"), "{{key}}")],
-            "Requests let to the engine, by the name of their API key.",
+            [
+                (
+                    rate("service_client_requests_total", "client", "status"),
+                    "{{client}} {{status}}",
+                )
+            ],
+            "To routes that generate, by the name of the API key. 429 and 503: refused.",
         ),
         Panel(
             "Finished by reason",
@@ -141,6 +147,17 @@ ROWS: dict[str, list[Panel]] = {
                 (rate("vllm:prompt_tokens_total"), "in"),
                 (rate("vllm:generation_tokens_total"), "out"),
             ],
+        ),
+        Panel(
+            "Tokens by client and model",
+            "suffix: tokens/s",
+            [
+                (
+                    rate("service_tokens_total", "client", "model", "kind"),
+                    "{{client}} {{model}} {{kind}}",
+                )
+            ],
+            "When a request ends. `chat-service usage` sums them up.",
         ),
         Panel(
             "Running and waiting",

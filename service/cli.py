@@ -365,6 +365,48 @@ def top(
 
 
 @app.command()
+def usage(
+    url: Url = None,
+    key: Key = None,
+    prometheus: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Ask this Prometheus instead, for all servers it knows."),
+    ] = None,
+    since: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="How far back to look, such as 30m or 7d; with --prometheus [default: 24h].",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+) -> None:
+    """Show what each client used of each model: since the server's start, or over a time.
+
+    Examples:
+
+        chat-service usage
+
+        chat-service usage --prometheus http://127.0.0.1:9090 --since 7d
+    """
+    from service import terminal
+    from service import usage as used
+
+    if prometheus:
+        rows = used.of_prometheus(prometheus, since or "24h")
+    elif since:
+        raise ConfigError("--since: a server knows only what was since its start; add --prometheus")
+    else:
+        rows = used.of_server(terminal.Remote(url or settings.load().url(), key))
+    if as_json:
+        print(json.dumps(rows, ensure_ascii=False))
+        return
+    columns = ("client", "model", *used.COUNTS)
+    table = [tuple(row[column] if row[column] != "" else "-" for column in columns) for row in rows]
+    _print_table(tuple(column.replace("_", " ") for column in columns), table)
+
+
+@app.command()
 def models(
     word: Annotated[
         str | None,

@@ -1,4 +1,4 @@
-"""The clients of a deployment: each has an API key, a name and a weight.
+"""The clients of a deployment: each has an API key, a name, a weight, and perhaps limits.
 
 Only the SHA-256 hash of a key is kept.
 """
@@ -13,14 +13,18 @@ from service.errors import ConfigError
 _COMMENT = re.compile(r"(?:^|\s)#")
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HASH = re.compile(r"sha256:([0-9a-f]{64})")
+_LIMIT = re.compile(r"(requests|tokens)=([1-9][0-9]{0,11})/min")
+_FORM = "a line is NAME KEY [WEIGHT] [requests=N/min] [tokens=N/min]"
 
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """The owner of a request: the name and the weight of its API key."""
+    """The owner of a request: the name, the weight and the limits of its API key."""
 
     name: str = "anonymous"
     weight: float = 1.0
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
 
 
 ANYONE = Client()
@@ -32,7 +36,7 @@ def digest(key: bytes) -> str:
 
 
 def parse(text: str, place: str) -> dict[str, Client]:
-    """Parse lines `NAME KEY [WEIGHT]` into hash -> client; `#` begins a comment.
+    """Parse lines of a name, a key, a weight and limits into hash -> client; `#` begins a comment.
 
     KEY may be `sha256:` and the hash. A text of a single word is a key with the name default.
     Raises ConfigError with `place` and line, but never a key.
@@ -43,11 +47,14 @@ def parse(text: str, place: str) -> dict[str, Client]:
         lines = [(lines[0][0], ["default", *lines[0][1]])]
     clients: dict[str, Client] = {}
     for number, words in lines:
-        if len(words) not in (2, 3):
-            raise ConfigError(f"{place}:{number}: a line is NAME KEY [WEIGHT]")
+        if len(words) < 2 or _LIMIT.fullmatch(words[1]):
+            raise ConfigError(f"{place}:{number}: {_FORM}")
         name, key, *rest = words
         if not _NAME.fullmatch(name):
             raise ConfigError(f"{place}:{number}: a name has 1 to 64 of A-Z a-z 0-9 . _ -")
+        limits = _limits(rest, f"{place}:{number}")
+        if len(rest) > 1:
+            raise ConfigError(f"{place}:{number}: {_FORM}")
         try:
             weight = float(rest[0]) if rest else 1.0
         except ValueError:
@@ -58,8 +65,29 @@ def parse(text: str, place: str) -> dict[str, Client]:
         hashed = match[1] if match else digest(key.encode())
         if hashed in clients:
             raise ConfigError(f"{place}:{number}: this key stands in an earlier line already")
-        clients[hashed] = Client(name, weight)
+        client = Client(name, weight, limits.get("requests"), limits.get("tokens"))
+        if any(earlier.name == name and earlier != client for earlier in clients.values()):
+            raise ConfigError(
+                f"{place}:{number}: {name} has another weight or other limits in an earlier line"
+            )
+        clients[hashed] = client
     return clients
+
+
+def _limits(words: list[str], place: str) -> dict[str, int]:
+    """Take the limits off the end of a line's words. Raises ConfigError."""
+    limits: dict[str, int] = {}
+    while words and "=" in words[-1]:
+        match = _LIMIT.fullmatch(words.pop())
+        if not match:
+            raise ConfigError(
+                f"{place}: a limit is requests=N/min or tokens=N/min, where N is a whole number "
+                "above 0"
+            )
+        if match[1] in limits:
+            raise ConfigError(f"{place}: {match[1]}= stands here twice")
+        limits[match[1]] = int(match[2])
+    return limits
 
 
 def read_file(file: Path, place: str) -> dict[str, Client]:

@@ -104,6 +104,11 @@ class Overloaded(RequestError):
     type = "overloaded"
 
 
+class RateLimited(RequestError):
+    status = 429
+    type = "rate_limited"
+
+
 class ClientGone(RequestError):
     status = 499
     type = "client_gone"

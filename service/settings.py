@@ -37,7 +37,8 @@ class Settings(BaseSettings):
     )
     api_key_file: Path | None = Field(
         None,
-        description="A file of keys instead, a line each: NAME KEY [WEIGHT]; read when changed.",
+        description="A file of keys instead, a line each: NAME KEY [WEIGHT] [requests=N/min] "
+        "[tokens=N/min]; read when changed.",
     )
     metrics_key: bool = Field(True, description="Whether /metrics asks for the key too.")
     cache_per_key: bool = Field(

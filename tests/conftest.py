@@ -18,18 +18,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 # The files that take longest come first, so that two workers end together.
 LONGEST = (
-    *(
-        "cluster",
-        "overload",
-        "readme",
-        "models",
-        "faults",
-        "contract",
-        "benchmarks",
-        "hostile",
-        "compiled",
-    ),
-    *("cli", "weights", "two_api_processes", "chat_page", "budget", "start_errors"),
+    *("cluster", "overload", "readme", "models", "faults", "contract", "benchmarks", "hostile"),
+    *("compiled", "usage", "cli", "weights", "two_api_processes", "chat_page", "budget"),
+    "start_errors",
 )
 MODEL = "smollm2-135m-instruct"
 # Seconds that a test waits for what must come. Only what is broken takes so long, on any processor.

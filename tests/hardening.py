@@ -94,7 +94,7 @@ ROWS: dict[int, tuple[str, str]] = {
     22: (
         "Ten times the load; one key that floods",
         "a bounded queue; 429 at once with a Retry-After from the measured rate; the others keep "
-        "their share",
+        "their share; a key may have limits by the minute",
     ),
     23: (
         "Disk full, download cut, wrong hash, two downloads at once",

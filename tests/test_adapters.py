@@ -184,8 +184,10 @@ def test_the_log_line_and_the_metrics_carry_the_served_name(
         assert f" model={name} " in line
     assert logged(server, "id=of-unknown ") and "secret" not in server.log.read_text()
     metrics = http.get("/metrics").text
-    assert 'service_generation_tokens_total{model="文档"}' in metrics
-    assert 'service_prompt_tokens_total{model="my"}' in metrics
+    for name in ("文档", "my", "scaled"):
+        counted = f'service_tokens_total{{client="anonymous",kind="generation",model="{name}"}} '
+        assert float(metrics.partition(counted)[2].partition("\n")[0]) >= 2
+    assert "secret" not in metrics
 
 
 def test_the_index_names_the_model_that_answers(http: httpx.Client) -> None:

@@ -191,7 +191,7 @@ def test_a_full_server_and_a_wrong_key_are_told(page: Page, server: Server) -> N
             next(chunks)
             ask(page, "hi")
             told = page.locator(".model .error").nth(1)
-            expect(told).to_contain_text("The server is full. Try again in")
+            expect(told).to_contain_text("The server or your key is at its limit. Try again in")
             expect(page.locator("#prompt")).to_have_value("hi")
     wait_until_free(server)
 

@@ -35,7 +35,7 @@ def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
 def test_help_shows_each_command_with_an_example() -> None:
     overview = run("--help")
     assert overview.returncode == 0
-    for command in ("serve", "check", "download", "models", "verify", "chat", "top"):
+    for command in ("serve", "check", "download", "models", "verify", "chat", "top", "usage"):
         assert command in overview.stdout
         text = run(command, "--help").stdout
         assert f"chat-service {command}" in text

@@ -17,6 +17,7 @@ from service.api.cancellation import Cancellations
 from service.api.gate import Gate
 from service.api.keys import Keys
 from service.api.middleware import ApiKey, Observe, Refusals
+from service.api.rate_limits import RateLimits
 from service.errors import Overloaded
 from service.settings import Settings
 from tests.conftest import hardening
@@ -35,10 +36,14 @@ class State:
     def __init__(self, *, cache_per_key: bool = False) -> None:
         self.admission = Admission(1, 0, 10)
         self.cancellations = Cancellations()
+        self.rate_limits = RateLimits()
         self.deployment = SimpleNamespace(
             settings=Settings(cache_per_key=cache_per_key),
-            model=SimpleNamespace(routes=["/v1/chat"]),
+            model=SimpleNamespace(name="a-model", routes=["/v1/chat"]),
         )
+
+    def served(self, name: object) -> str | None:
+        return "a-model" if name == "a-model" else None
 
     async def create(self, scope: Scope, receive: Receive, send: Send) -> None:
         await JSONResponse({"response": "ours"})(scope, receive, send)

@@ -14,6 +14,9 @@ from service.clients import Client
 from service.errors import ConfigError
 from tests.conftest import hardening
 
+FORM = "a line is NAME KEY [WEIGHT] [requests=N/min] [tokens=N/min]"
+LIMIT = "a limit is requests=N/min or tokens=N/min, where N is a whole number above 0"
+
 
 @hardening(14)
 def test_a_line_is_a_name_a_key_and_a_weight() -> None:
@@ -23,6 +26,14 @@ def test_a_line_is_a_name_a_key_and_a_weight() -> None:
     assert found[hashed] == Client("bob")
     assert list(clients.parse("secret\n", "keys").values()) == [Client("default")]
     assert clients.digest(b"se#cret") in clients.parse("alice se#cret # hers", "keys")
+
+
+def test_a_line_may_have_limits() -> None:
+    text = "alice k1 2 requests=60/min\nbob k2 tokens=5000/min requests=6/min\nalice k3 2 "
+    alice, bob, rotated = clients.parse(text + "requests=60/min", "keys").values()
+    assert alice == rotated == Client("alice", 2, requests_per_minute=60)
+    assert bob == Client("bob", 1, requests_per_minute=6, tokens_per_minute=5000)
+    assert clients.digest(b"requests=6/minute==") in clients.parse("a requests=6/minute==", "keys")
 
 
 @hardening(14)
@@ -40,8 +51,19 @@ def test_each_key_is_compared_in_constant_time(key: bytes, name: str | None) -> 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("alice k1\nbob", "keys:2: a line is NAME KEY [WEIGHT]"),
-        ("alice k1 2 3", "keys:1: a line is NAME KEY [WEIGHT]"),
+        ("alice k1\nbob", f"keys:2: {FORM}"),
+        ("alice k1 2 3", f"keys:1: {FORM}"),
+        ("alice requests=5/min", f"keys:1: {FORM}"),
+        ("alice k1 requests=5/min 2", f"keys:1: {FORM}"),
+        ("alice k1 requests=5", f"keys:1: {LIMIT}"),
+        ("alice k1 requests=0/min", f"keys:1: {LIMIT}"),
+        ("alice k1 tokens=1e3/min", f"keys:1: {LIMIT}"),
+        ("alice k1 2 token=5/min", f"keys:1: {LIMIT}"),
+        ("alice k1 tokens=5/min tokens=6/min", "keys:1: tokens= stands here twice"),
+        (
+            "alice k1 tokens=5/min\nalice k2",
+            "keys:2: alice has another weight or other limits in an earlier line",
+        ),
         ("al/ice k1", "keys:1: a name has 1 to 64 of A-Z a-z 0-9 . _ -"),
         ("alice k1 0", "keys:1: a weight is a number from 0.001 to 1000"),
         ("alice k1 nan", "keys:1: a weight is a number from 0.001 to 1000"),

@@ -24,7 +24,8 @@ def test_a_request_is_one_line_without_its_prompt(service: Server, http: httpx.C
     log = service.log.read_text()
     assert re.search(
         r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d INFO request id=my-id.1 method=POST route=/ status=200 "
-        r"prompt_tokens=\d+ generation_tokens=2 finish_reason=length duration=0\.\d+ "
+        rf"prompt_tokens=\d+ generation_tokens=2 finish_reason=length model={MODEL} "
+        r"duration=0\.\d+ "
         r"layer=0\.\d+$",
         log,
         re.M,
@@ -53,7 +54,7 @@ def test_vllms_routes_have_the_same_line(service: Server) -> None:
         assert logged(
             service,
             f"id=vllm-{stream} method=POST route=/v1/chat/completions status=200 "
-            "prompt_tokens=10 generation_tokens=3 duration=",
+            f"prompt_tokens=10 generation_tokens=3 model={MODEL} duration=",
         )
 
 

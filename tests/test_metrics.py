@@ -40,7 +40,11 @@ def test_prometheus_scrapes_what_was_done(
     assert grown("service_requests_total", route="unmatched", status="404") == 2
     assert grown("service_request_duration_seconds_count", route="/") == 4
     assert grown("service_layer_duration_seconds_count") == 3
-    assert grown("service_prompt_tokens_total", model=MODEL) == 30
-    assert grown("service_generation_tokens_total", model=MODEL) == 6
+    mine = {"client": "anonymous", "model": MODEL}
+    assert grown("service_tokens_total", **mine, kind="prompt") == 30
+    assert grown("service_tokens_total", **mine, kind="generation") == 6
+    assert grown("service_client_requests_total", **mine, status="200") == 3
+    refused = {"client": "anonymous", "status": "422"}  # Prometheus drops what is empty
+    assert grown("service_client_requests_total", **refused) == 1
     assert grown("vllm:prompt_tokens_total", engine="0", model_name=MODEL) == 30
     assert after[series(__name__="service_requests_in_flight")] == 1  # the scrape itself

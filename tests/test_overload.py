@@ -431,7 +431,7 @@ def test_a_key_is_revoked_while_the_server_runs(small: Server, keys_file: Path) 
         assert time.monotonic() < deadline
         time.sleep(0.2)
     assert logged(small, "API keys read again: 2 in force")
-    assert logged(small, "key=bob method=POST")
+    assert logged(small, "client=bob method=POST")
 
 
 @hardening(21)

@@ -28,6 +28,7 @@ from service.api.cancellation import Cancellations
 from service.api.contract import Contract
 from service.api.engine import Chunk, Engine
 from service.api.middleware import Observe, Refusals
+from service.api.rate_limits import RateLimits
 from service.prompting import Message
 from service.settings import Settings
 from tests.conftest import MODEL, hardening
@@ -95,6 +96,7 @@ class State:
 
     traces = False
     engine_dead = False
+    rate_limits = RateLimits()
     model_names = (MODEL,)
     deployment = SimpleNamespace(model=SimpleNamespace(routes=()))
     body_keys = frozenset({"messages"})

@@ -66,7 +66,9 @@ def test_both_answer_and_the_metrics_are_their_sum(two: Server, tmp_path: Path) 
 
     assert total("service_requests_total", route="/", status="200") == 40
     assert total("service_request_duration_seconds_count", route="/") == 40
-    assert total("service_generation_tokens_total", model=MODEL) == 160
+    mine = {"client": "default", "model": MODEL}
+    assert total("service_tokens_total", **mine, kind="generation") == 160
+    assert total("service_client_requests_total", **mine, status="200") == 40
     assert total("vllm:generation_tokens_total", engine="0", model_name=MODEL) == 160
     assert total("service_requests_in_flight") == 1  # the scrape itself, and no label of a process
     assert all(logged(two, f'prompt:"Say {i}."') for i in range(40))

@@ -36,7 +36,7 @@ def test_what_does_not_finish_in_its_time_is_ended(signals: int, waits: bool) ->
             health=health,
             admission=admission,
             cancellations=cancellations,
-            keys=None,
+            reload_keys=lambda: None,
             deployment=SimpleNamespace(settings=Settings(drain_timeout=SECONDS)),
             host=Host(),
         )

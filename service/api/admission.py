@@ -134,7 +134,6 @@ class Admission:
         else:
             await self._wait(share, cost)
         metrics.QUEUE_SECONDS.observe(self._clock() - began)
-        metrics.ADMITTED.labels(client.name).inc()
         began = self._clock()
         try:
             yield

@@ -59,9 +59,6 @@ class Contract:
         self.settings = settings
         self.adapter_of = adapter_of
         self.default = config.default_adapter or config.name
-        for name in (config.name, *config.adapters):  # so that they are shown from the start
-            metrics.PROMPT_TOKENS.labels(name)
-            metrics.GENERATION_TOKENS.labels(name)
 
     async def create(self, http: Request) -> Response:
         """Answer one request. Raises RequestError."""
@@ -108,7 +105,6 @@ class Contract:
             prompt_tokens=len(token_ids),
             context=self.engine.context,
         )
-        record.prompt_tokens = len(token_ids)
         record.layer_seconds += time.perf_counter() - began
         chunks = self.engine.generate(
             token_ids,
@@ -138,7 +134,7 @@ class Contract:
         began = time.perf_counter()
         body = self._body(generation, chunk.text, chunk, record)
         record.layer_seconds += time.perf_counter() - began
-        self._count(generation, chunk, record)
+        _note_end(chunk, record)
         return body
 
     async def _events(
@@ -162,15 +158,7 @@ class Contract:
                     yield frame
                 next_chunk = await anext(generation.chunks, None)
         finally:
-            self._count(generation, chunk, record)
-
-    def _count(self, generation: _Generation, last: Chunk, record: RequestRecord) -> None:
-        """Count the tokens of an answer, complete or streamed in part."""
-        metrics.PROMPT_TOKENS.labels(generation.model).inc(generation.prompt_tokens)
-        record.generation_tokens = last.tokens
-        record.finish_reason = last.finish_reason
-        metrics.GENERATION_TOKENS.labels(generation.model).inc(last.tokens)
-        metrics.LAYER_SECONDS.observe(record.layer_seconds)
+            _note_end(chunk, record)
 
     def _body(
         self, generation: _Generation, text: str, last: Chunk, record: RequestRecord
@@ -238,6 +226,12 @@ class EventStream(Response):
             async for frame in frames:
                 await send({"type": "http.response.body", "body": frame, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
+
+
+def _note_end(last: Chunk, record: RequestRecord) -> None:
+    """Note how an answer ended, complete or streamed in part."""
+    record.finish_reason = last.finish_reason
+    metrics.LAYER_SECONDS.observe(record.layer_seconds)
 
 
 _encode = json.JSONEncoder(ensure_ascii=False).encode

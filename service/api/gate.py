@@ -15,22 +15,10 @@ from service.api.cancellation import deadline_of
 from service.api.lifespan import lifespan
 from service.api.middleware import is_form, is_preflight, once, path_of, with_cors
 from service.api.record import RequestRecord
-from service.api.routes import ROUTES
+from service.api.routes import ROUTES, generates
 from service.api.state import ServiceState
 from service.errors import InvalidRequest, LaunchError, MethodNotAllowed, NotFound, ServiceError
 
-# No route generates on these methods.
-_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
-# Paths that do not generate on any method. All other paths go through the queue.
-_NOT_GENERATING = frozenset(
-    {
-        "/detokenize",
-        "/tokenize",
-        "/v1/load_lora_adapter",
-        "/v1/messages/count_tokens",
-        "/v1/unload_lora_adapter",
-    }
-)
 # How long vLLM's handler may take to return after its request is cancelled.
 _CANCEL_SECONDS = 5.0
 
@@ -55,15 +43,16 @@ class Gate:
             raise NotFound("there is no such route here; GET / lists the routes")
         if is_preflight(scope):
             return self.app  # vLLM's CORS layer answers browsers
-        if path in ROUTES:
-            if path == "/" and method == "POST":
+        if generates(method, path):
+            service.rate_limits.check(RequestRecord.of(scope).client)
+            if path == "/":
                 return with_cors(service.create, scope)
-            if method not in ("GET", "HEAD"):
-                raise MethodNotAllowed("GET, HEAD, POST" if path == "/" else "GET, HEAD")
-            return with_cors(_route, scope)
-        if method in _SAFE_METHODS or path in _NOT_GENERATING or path.startswith("/v1/responses/"):
+            return functools.partial(_admit, self.app, service)
+        if path not in ROUTES:
             return self.app
-        return functools.partial(_admit, self.app, service)
+        if method not in ("GET", "HEAD"):
+            raise MethodNotAllowed("GET, HEAD, POST" if path == "/" else "GET, HEAD")
+        return with_cors(_route, scope)
 
     async def _run_lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run our lifespan around vLLM's."""
@@ -112,8 +101,7 @@ async def _admit(
         request = request_limits.parse(body)
         if settings.cache_per_key:
             message["body"] = to_json({**request, "cache_salt": record.client.name})
-    names = service.model_names
-    record.note_model(request.get("model") or names[0], names)
+    record.model = service.served(request.get("model") or service.deployment.model.name)
     sequences = request_limits.sequences(request, settings.max_sequences)
     cancelled = asyncio.Event()
 

@@ -63,11 +63,18 @@ class Keys:
                 owner = client
         return owner
 
-    def reload(self) -> None:
-        """Read the file if it has changed. If it is invalid or missing, keep the old keys."""
+    def names(self) -> set[str]:
+        """Return the names of all clients."""
+        return {client.name for client in self._clients.values()}
+
+    def reload(self) -> bool:
+        """Read the file if it has changed. If it is invalid or missing, keep the old keys.
+
+        Returns whether the clients have changed.
+        """
         version = self._stat()
         if self._file is None or version == self._version:
-            return
+            return False
         try:
             new_clients = clients.read_file(self._file, "the file of API keys")
             if not new_clients:  # it may be half written
@@ -81,6 +88,8 @@ class Keys:
             changed, self._clients = new_clients != self._clients, new_clients
             if changed:
                 _logger.info("API keys read again: %d in force", len(new_clients))
+            return changed
+        return False
 
     def _stat(self) -> tuple[int, int, int] | None:
         if self._file is None:

@@ -1,9 +1,12 @@
 """All our metrics; no other module creates one.
 
 vLLM's own metrics have the prefix `vllm:`. With several API processes prometheus-client adds the
-processes up; `multiprocess_mode` says how for a gauge. No label value comes from a client: a route
-is a template of the application or `unmatched`, and key names come from the operator's file.
+processes up; `multiprocess_mode` says how for a gauge. No label value comes from a request: a route
+is a template of the application or `unmatched`, a model is a name in the YAML, and a client is a
+name in the operator's file of keys.
 """
+
+from collections.abc import Iterable
 
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -31,15 +34,16 @@ LAYER_SECONDS = Histogram(
     "Time of one answered POST / outside the engine: parsing, prompt, tokens, building the answer.",
     buckets=_LAYER_SECONDS,
 )
-PROMPT_TOKENS = Counter(
-    "service_prompt_tokens_total",
-    "Prompt tokens of POST / requests with an answer (of every route: vllm:prompt_tokens).",
-    ["model"],
+TOKENS = Counter(
+    "service_tokens_total",
+    "Tokens that a client's requests gave the engine (kind: prompt) and got from it (generation).",
+    ["client", "model", "kind"],
 )
-GENERATION_TOKENS = Counter(
-    "service_generation_tokens_total",
-    "Tokens in the answers of POST /, streamed parts too (of every route: vllm:generation_tokens).",
-    ["model"],
+CLIENT_REQUESTS = Counter(
+    "service_client_requests_total",
+    "A client's requests to generating routes, by HTTP status; no model: it ended before one was "
+    "known.",
+    ["client", "model", "status"],
 )
 RUNNING = Gauge(
     "service_running_sequences",
@@ -56,14 +60,9 @@ QUEUE_SECONDS = Histogram(
     "Time in the queue of requests that were let to the engine.",
     buckets=_SECONDS,
 )
-ADMITTED = Counter(
-    "service_admitted_requests_total",
-    "Requests let to the engine, by the name of their API key.",
-    ["key"],
-)
 REFUSED = Counter(
     "service_refused_requests_total",
-    "Requests refused or given up: queue_full, waited_too_long, bodies, connections.",
+    "Requests refused or given up: queue_full, waited_too_long, rate_limited, bodies, connections.",
     ["reason"],
 )
 IDLE_CLOSED = Counter(
@@ -75,3 +74,18 @@ FRONT_RETRIES = Counter(
     "Requests that the front of a cluster has sent to another replica of a model.",
     ["model"],
 )
+
+
+def show(clients: Iterable[str], models: Iterable[str]) -> None:
+    """Begin the series of these clients and models at 0.
+
+    Prometheus sees no increase in a series that begins above 0.
+    """
+    models = list(models)
+    for client in clients:
+        CLIENT_REQUESTS.labels(client, "", 429)
+        for model in models:
+            for kind in ("prompt", "generation"):
+                TOKENS.labels(client, model, kind)
+            for status in (200, 429):
+                CLIENT_REQUESTS.labels(client, model, status)

@@ -23,7 +23,7 @@ from service.api.bodies import has_body
 from service.api.keys import HEALTH, is_public
 from service.api.record import RequestRecord
 from service.api.refusal import refusal, refusal_event
-from service.api.routes import ROUTES
+from service.api.routes import ROUTES, generates
 from service.api.state import ServiceState
 from service.errors import (
     ClientGone,
@@ -90,7 +90,10 @@ class Observe(_HttpMiddleware):
             route = _route(scope)
             metrics.REQUESTS.labels(route, record.status).inc()
             metrics.REQUEST_SECONDS.labels(route).observe(seconds)
-            _add_vllm_usage(record, scope)
+            _note_tokens(record, scope)
+            if generates(scope["method"], path_of(scope)):
+                record.count()
+                state.rate_limits.spend(record.client, record.tokens)
             if span:
                 tracing.end(span, scope, record, route)
             record.log(scope["method"], route, seconds, quiet=path_of(scope) in _QUIET)
@@ -294,10 +297,17 @@ def _route(scope: Scope) -> str:
     return scope["path"] if scope["path"] in paths else "unmatched"
 
 
-def _add_vllm_usage(record: RequestRecord, scope: Scope) -> None:
-    """Copy the token counts that vLLM's handlers leave on the request's state."""
+def _note_tokens(record: RequestRecord, scope: Scope) -> None:
+    """Note a request's tokens: as vLLM's handler tells them, else as the engine has counted.
+
+    A handler tells them when an answer is complete, and not on all routes. Both agree but for a
+    beam search, which gives the engine its prompt again at each step.
+    """
     state: dict[str, Any] = scope.get("state", {})
     usage = getattr(state.get("request_metadata"), "final_usage_info", None)
     if usage is not None:
         record.prompt_tokens = usage.prompt_tokens
         record.generation_tokens = usage.completion_tokens
+    elif record.sequences:
+        record.prompt_tokens = sum(prompt for prompt, _ in record.sequences)
+        record.generation_tokens = sum(s.num_generation_tokens for _, s in record.sequences)

@@ -13,6 +13,7 @@ from vllm.engine.protocol import EngineClient
 from service import prompting
 from service.api import routes
 from service.api.application import Deployment, Host
+from service.api.record import note_sequence
 from service.api.state import ServiceState
 from service.errors import ConfigError, RequestError
 from service.models import vllm_private
@@ -45,6 +46,7 @@ class ChatService:
         vllm_private.hide_paths(state.openai_serving_models)
         service = ServiceState(deployment, host, engine_client, state, args.api_server_count or 1)
         service.engine.stop_at(model.sampling.stop or ())
+        vllm_private.watch_sequences(engine_client, note_sequence)
         if model.prompt.system is not None or model.prompt.greeting == "drop":
             vllm_private.change_conversations(
                 engine_client.renderer, functools.partial(prompting.prepare, config=model.prompt)

@@ -1,17 +1,19 @@
 """The data of one HTTP request for its log line, span and metrics."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Self
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 from starlette.types import Scope
 
+from service.api import metrics
 from service.clients import ANYONE, Client
 
 _logger = logging.getLogger("service")
 
 _SCOPE_KEY = "chat_service.record"
+_current: ContextVar["RequestRecord | None"] = ContextVar("record", default=None)
 
 
 @dataclass(slots=True)
@@ -20,20 +22,24 @@ class RequestRecord:
 
     id: str
     status: int = 499  # kept if the client leaves before a response
-    model: str | None = None  # the served name, where there is a choice
+    model: str | None = None  # the served name: the model's or an adapter's
     prompt_tokens: int | None = None
     generation_tokens: int | None = None
     finish_reason: str | None = None
     error: str | None = None  # RequestError.type
     client: Client = ANYONE
     layer_seconds: float = 0.0
+    # (prompt tokens, vLLM's statistics) of each sequence that the engine was given.
+    sequences: list[tuple[int, Any]] = field(default_factory=list)
     # W3C trace context for the engine, if traces are on.
     trace_headers: dict[str, str] | None = None
     # (local time, prompt, response), only with the setting log_prompts.
     exchange: tuple[str, str, str] | None = None
 
     def attach(self, scope: Scope) -> None:
+        """Make it the record of `scope`, and of what its task gives to the engine."""
         scope[_SCOPE_KEY] = self
+        _current.set(self)
 
     @classmethod
     def of(cls, scope: Scope) -> Self:
@@ -41,10 +47,19 @@ class RequestRecord:
         record: Self = scope[_SCOPE_KEY]
         return record
 
-    def note_model(self, name: object, names: Sequence[str]) -> None:
-        """Note which of `names` answers, where there is a choice; others are a client's text."""
-        if len(names) > 1 and name in names:
-            self.model = str(name)
+    @property
+    def tokens(self) -> int:
+        """All tokens of the request: its prompts' and its answers'."""
+        return (self.prompt_tokens or 0) + (self.generation_tokens or 0)
+
+    def count(self) -> None:
+        """Count a finished request to a generating route, and its tokens, for its client."""
+        client, model = self.client.name, self.model or ""
+        metrics.CLIENT_REQUESTS.labels(client, model, self.status).inc()
+        if self.prompt_tokens:
+            metrics.TOKENS.labels(client, model, "prompt").inc(self.prompt_tokens)
+        if self.generation_tokens:
+            metrics.TOKENS.labels(client, model, "generation").inc(self.generation_tokens)
 
     def log(self, method: str, route: str, seconds: float, *, quiet: bool) -> None:
         """Log one line for a finished request. Times are in seconds.
@@ -54,7 +69,7 @@ class RequestRecord:
         """
         fields = {
             "id": self.id,
-            "key": None if self.client is ANYONE else self.client.name,
+            "client": None if self.client is ANYONE else self.client.name,
             "method": method,
             "route": route,
             "status": self.status,
@@ -73,3 +88,9 @@ class RequestRecord:
             when, prompt, response = self.exchange
             escaped = repr(prompt)[1:-1]  # keeps it on one line
             _logger.info('[%s] ", prompt:"%s", response:"%r"', when, escaped, response)
+
+
+def note_sequence(prompt_tokens: int, statistics: Any) -> None:
+    """Note a sequence that the request of this task gives to the engine."""
+    if record := _current.get():
+        record.sequences.append((prompt_tokens, statistics))

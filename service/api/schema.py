@@ -137,7 +137,7 @@ OPENAPI: dict[str, Any] = {
         "408": {"description": "The body did not come in time"},
         "413": {"description": "The body is longer than the limit"},
         "422": {"description": "Not a valid request, or a prompt that does not fit"},
-        "429": {"description": "The queue is full; come back after Retry-After seconds"},
+        "429": {"description": "Full, or the key's limit is used up; come back after Retry-After"},
         "500": {"description": "The engine failed this request"},
         "503": {"description": "The engine cannot take or finish the request now"},
         "504": {"description": "The client's own deadline has passed"},

@@ -10,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 from vllm.engine.protocol import EngineClient
 from vllm.lora.request import LoRARequest
 
+from service.api import metrics
 from service.api.admission import Admission
 from service.api.application import Deployment, Host
 from service.api.bodies import Bodies
@@ -19,7 +20,9 @@ from service.api.contract import Contract
 from service.api.engine import Engine
 from service.api.health import Health
 from service.api.keys import Keys
+from service.api.rate_limits import RateLimits
 from service.api.record import RequestRecord
+from service.clients import ANYONE
 from service.errors import NotFound
 
 # Default of max_waiting: this many times the sequences that run at once.
@@ -57,6 +60,7 @@ class ServiceState:
         waiting = settings.max_waiting
         queue = limit * _WAITING_FACTOR if waiting is None else math.ceil(waiting / processes)
         self.admission = Admission(limit, queue, settings.queue_timeout)
+        self.rate_limits = RateLimits(processes)
         # Above limit + queue, so that a full queue is reported before connections run out.
         self.max_connections = settings.max_connections or max(4096, limit + queue + 512)
         self.cancellations = Cancellations()
@@ -70,6 +74,10 @@ class ServiceState:
         self._models = state.openai_serving_models
         self.engine = Engine(client, state)
         model = deployment.model
+        # Name in a request -> served name. A name that is not here is a client's text.
+        self._served = {name: model.name for name in (model.name, *model.aliases)}
+        self._served |= {name: name for name in model.adapters}
+        self._show_clients()
         self.contract = Contract(
             model, self.engine, self.admission, self.cancellations, settings, self.adapter
         )
@@ -78,6 +86,19 @@ class ServiceState:
         """Answer `POST /`, as an ASGI application."""
         response = await self.contract.create(Request(scope, receive, send))
         await response(scope, receive, send)
+
+    def served(self, name: object) -> str | None:
+        """Return the name under which a request's model is counted: the YAML's, or an adapter's."""
+        return self._served.get(name) if isinstance(name, str) else None
+
+    def reload_keys(self) -> None:
+        """Read the file of keys again, if it has changed."""
+        if self.keys and self.keys.reload():
+            self._show_clients()
+
+    def _show_clients(self) -> None:
+        names = self.keys.names() if self.keys else {ANYONE.name}
+        metrics.show(names, self._served.values())
 
     @property
     def model_names(self) -> Sequence[str]:
@@ -89,7 +110,7 @@ class ServiceState:
     def adapter(self, name: str, record: RequestRecord) -> LoRARequest | None:
         """Return the adapter of a served name, or None for the base. Raises NotFound."""
         names = self.model_names
-        record.note_model(name, names)
+        record.model = self.served(name)
         if name not in names:
             raise NotFound(
                 f"there is no model of this name; this server has {', '.join(names)}", param="model"

@@ -37,10 +37,10 @@ class Watch:
         self.health = service.health
         self.admission = service.admission
         self.cancellations = service.cancellations
-        self.keys = service.keys
         self.settings = service.deployment.settings
         self.server = server
         self._host = service.host
+        self._reload_keys = service.reload_keys
         self._stopping = False
         self._drain_task: asyncio.Task[None] | None = None
         self._ping: asyncio.Task[bool] | None = None
@@ -83,8 +83,7 @@ class Watch:
             self._fail("the engine process has ended")
 
     def _check(self) -> None:
-        if self.keys:
-            self.keys.reload()
+        self._reload_keys()
         since_progress = time.monotonic() - EngineProgress.last
         if since_progress < _CHECK_INTERVAL:
             self.health.answered()  # cheaper than a call to the engine

@@ -18,6 +18,7 @@ from vllm.v1.sample.ops import penalties
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
+    from vllm.v1.engine.async_llm import AsyncLLM
 
 _vllm_apply_penalties = penalties.apply_penalties
 
@@ -59,6 +60,26 @@ def stop_every_answer(
         return generate(prompt, sampling_params, *args, **kwargs)
 
     client.generate = generate_and_stop
+
+
+def watch_sequences(client: "AsyncLLM", note: Callable[[int, Any], None]) -> None:
+    """Call `note` for each sequence that a request gives to the engine, in the request's context.
+
+    Its arguments are the prompt's tokens, 0 for further sequences of one prompt, and vLLM's
+    statistics of the sequence, whose `num_generation_tokens` grows. Whatever becomes of the request
+    and whichever route it is for, they are right, and nothing is added to a step.
+    """
+    processor = client.output_processor
+    add = processor.add_request
+
+    def add_and_note(
+        request: Any, prompt: Any, parent: Any = None, index: int = 0, queue: Any = None
+    ) -> None:
+        add(request, prompt, parent, index, queue)
+        sequence = processor.request_states[request.request_id]
+        note(0 if index else sequence.prompt_len, sequence.stats)
+
+    processor.add_request = add_and_note
 
 
 def change_conversations(renderer: Any, change: Callable[[Sequence[Any]], list[Any]]) -> None:
