@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 FILE = Path(__file__).with_name("dashboard.json")
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
-CHOSEN = 'instance=~"$instance"'
+# Series of a cluster have labels `model` and `replica`. Those of `serve` have none, and match `.*`.
+CHOSEN = 'instance=~"$instance",model=~"$model"'
 # What clients ask for: neither probes nor Prometheus itself.
 ASKED = f'{CHOSEN},route!~"/health.*|/ping|/metrics"'
 FAILED = "429|499|5.."
@@ -172,7 +173,7 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "KV cache in use",
             "percentunit",
-            [(f"vllm:kv_cache_usage_perc{{{CHOSEN}}}", "{{instance}} {{engine}}")],
+            [(f"vllm:kv_cache_usage_perc{{{CHOSEN}}}", "{{instance}} {{replica}} {{engine}}")],
         ),
         Panel(
             "Prefix cache hits",
@@ -222,7 +223,7 @@ def dashboard() -> dict[str, Any]:
         "refresh": "15s",
         "time": {"from": "now-1h", "to": "now"},
         "graphTooltip": 1,  # one crosshair on all graphs
-        "templating": {"list": [_choose_datasource(), _choose_instances()]},
+        "templating": {"list": [_choose_datasource(), _choose("instance"), _choose("model")]},
         "panels": panels,
     }
 
@@ -258,14 +259,16 @@ def _choose_datasource() -> dict[str, Any]:
     }
 
 
-def _choose_instances() -> dict[str, Any]:
-    query = "label_values(service_requests_in_flight, instance)"
+def _choose(label: str) -> dict[str, Any]:
     return {
-        "name": "instance",
-        "label": "Instance",
+        "name": label,
+        "label": label.capitalize(),
         "type": "query",
         "datasource": DATASOURCE,
-        "query": {"query": query, "refId": "instance"},
+        "query": {
+            "query": f"label_values(service_requests_in_flight, {label})",
+            "refId": label,
+        },
         "refresh": 2,  # when the time range changes
         "multi": True,
         "includeAll": True,

@@ -24,6 +24,8 @@ import yaml
 from testing.server import Server, free_port
 from tests.conftest import PATIENCE
 from tests.namespace import network_of_its_own, wait_for_end
+from tests.prometheus import running
+from tests.test_monitoring import RULES, Prometheus, concrete, graphs
 
 KEYS = {"anna": "key-of-anna", "ben": "key-of-ben"}
 SMALL = {"engine.kv_cache_memory_bytes": "300M", "engine.max_num_seqs": 16}
@@ -264,6 +266,49 @@ def test_one_page_of_metrics_has_each_replica(cluster: ClusterUnderTest) -> None
         text = client.get("/metrics").text
     assert text.count("# TYPE service_requests_total ") == 1
     assert re.search(r'vllm:generation_tokens_total\{.*model="a".*replica=', text)
+
+
+def test_dashboard_and_alerts_work_for_a_cluster(cluster: ClusterUnderTest, tmp_path: Path) -> None:
+    config = {
+        "global": {"scrape_interval": "1s"},
+        "scrape_configs": [
+            {
+                "job_name": "chat-service",
+                "static_configs": [{"targets": [cluster.url.removeprefix("http://")]}],
+                "authorization": {"credentials": KEYS["anna"]},
+            }
+        ],
+    }
+    with running(config, tmp_path) as url:
+        prometheus = Prometheus(url)
+        prometheus.wait_until_it_has_scraped()
+        with Load(cluster, clients=4), Load(cluster, "/b/", clients=4):
+            time.sleep(8)
+        empty = {
+            (graph["title"], model)
+            for graph in graphs()
+            for target in graph["targets"]
+            for model in (".*", "a", "b")
+            if not prometheus.query(concrete(target["expr"], model))
+        }
+        # Nobody was refused, or failed.
+        assert {title for title, _ in empty} <= {
+            "Refused by reason",
+            "Share that did not get an answer",
+        }
+        per_model = prometheus.query("sum by (model) (service_requests_in_flight)")
+        assert {labels.get("model") for labels, _ in per_model} >= {"a", "b"}
+        for rule in RULES:
+            prometheus.query(rule["expr"])  # which Prometheus understands
+        usage = subprocess.run(
+            [sys.executable, "-m", "service", "usage", "--prometheus", url, "--json"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    rows = {(row["client"], row["model"]): row for row in json.loads(usage.stdout)}
+    assert rows["ben", "a"]["requests"] > 0
+    assert rows["ben", "b"]["generation_tokens"] > 0
 
 
 def test_the_status_shows_replicas_and_nodes(cluster: ClusterUnderTest) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from starlette.datastructures import State
 from starlette.requests import Request
@@ -22,7 +22,7 @@ from service.api.health import Health
 from service.api.keys import Keys
 from service.api.rate_limits import RateLimits
 from service.api.record import RequestRecord
-from service.clients import ANYONE
+from service.clients import ANYONE, Client
 from service.errors import NotFound
 
 # Default of max_waiting: this many times the sequences that run at once.
@@ -95,6 +95,12 @@ class ServiceState:
         """Read the file of keys again, if it has changed."""
         if self.keys and self.keys.reload():
             self._show_clients()
+
+    def use_keys(self, clients: Mapping[str, Client]) -> None:
+        """Let these keys be the valid ones: hash -> client."""
+        assert self.keys is not None  # keys are not switched on later
+        self.keys.replace(clients)
+        self._show_clients()
 
     def _show_clients(self) -> None:
         names = self.keys.names() if self.keys else {ANYONE.name}

@@ -109,7 +109,7 @@ class Model:
 
     def reconfigure(self, keys: dict[str, dict[str, Any]]) -> None:
         """Take the keys of a file that has changed, without a restart."""
-        self._asgi.state.service.keys.replace(_clients(keys))
+        self._asgi.state.service.use_keys(_clients(keys))
 
     async def drain(self) -> None:
         """Refuse new requests, and finish those that were accepted."""
