@@ -27,6 +27,7 @@ from tests.namespace import network_of_its_own, wait_for_end
 from tests.prometheus import running
 from tests.test_monitoring import RULES, Prometheus, concrete, graphs
 
+ROOT = Path(__file__).parent.parent
 KEYS = {"anna": "key-of-anna", "ben": "key-of-ben"}
 SMALL = {"engine.kv_cache_memory_bytes": "300M", "engine.max_num_seqs": 16}
 # What the file says. Half a core each: four replicas on a machine of two.
@@ -397,3 +398,23 @@ def test_a_signal_finishes_what_was_accepted_and_ends_everything(
     assert json.loads(last.removeprefix("data: "))["status"] == 200
     assert cluster.server.process.wait(120) == 0
     # The fixture says what still runs in this network.
+
+
+def test_the_readme_s_command_serves_two_replicas(tmp_path: Path) -> None:
+    subprocess.run(["make", ".venv/installed-cluster"], cwd=ROOT, check=True)
+    with network_of_its_own():
+        server = Server(["make", "-C", str(ROOT), "cluster"], tmp_path / "log", port=6006)
+        try:
+            server.wait_until_ready(PATIENCE)
+            deadline = time.monotonic() + PATIENCE
+            while "Ready:" not in (log := server.log.read_text()):
+                assert time.monotonic() < deadline, log
+                time.sleep(0.5)
+            assert "replicas: 2 running" in log
+            curl = log.partition("Try:")[2].partition("OpenAI")[0]
+            answer = subprocess.run(["bash", "-c", curl], capture_output=True, text=True)
+            assert "The capital of France is Paris." in answer.stdout
+        finally:
+            (command,) = psutil.Process(server.process.pid).children()  # make passes no signal on
+            command.terminate()
+            assert server.process.wait(120) == 0
