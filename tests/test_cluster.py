@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -45,6 +46,15 @@ FILE: dict[str, Any] = {
     },
 }
 QUESTION = {"prompt": "What is the capital of France?", "max_new_tokens": 8}
+
+
+def wait(condition: Callable[[], Any], seconds: float = PATIENCE) -> float:
+    """Wait until a condition holds; return the seconds that it took."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds, "it does not come"
+        time.sleep(0.5)
+    return time.monotonic() - began
 
 
 class ClusterUnderTest:
@@ -100,14 +110,6 @@ class ClusterUnderTest:
     def replicas(self, model: str = "a") -> list[psutil.Process]:
         return self.processes(f"ServeReplica:chat-service-{model}:")
 
-    def wait(self, condition: Callable[[], Any], seconds: float = PATIENCE) -> float:
-        """Wait until a condition holds; return the seconds that it took."""
-        began = time.monotonic()
-        while not condition():
-            assert time.monotonic() - began < seconds, "it does not come"
-            time.sleep(0.5)
-        return time.monotonic() - began
-
     def serving(self, model: str = "a") -> set[str]:
         """The replicas of a model that give metrics."""
         with self.client() as client:
@@ -122,7 +124,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterUnderTe
         cluster = ClusterUnderTest(tmp_path_factory.mktemp("cluster"))
         try:
             cluster.server.wait_until_ready(PATIENCE)
-            cluster.wait(lambda: "Ready:" in cluster.server.log.read_text())
+            wait(lambda: "Ready:" in cluster.server.log.read_text())
             yield cluster
         finally:
             cluster.server.stop()
@@ -131,9 +133,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterUnderTe
 class Load:
     """Clients that ask through the front until they are told to stop."""
 
-    def __init__(self, cluster: ClusterUnderTest, path: str = "/", clients: int = 24) -> None:
+    def __init__(self, url: str, clients: int = 24) -> None:
         self.counts: Counter[str] = Counter()
-        self._url = cluster.url + path
+        self._url = url
         self._clients = clients
         self._stop = threading.Event()
         self._network = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
@@ -254,9 +256,9 @@ def test_a_changed_key_file_holds_everywhere_within_seconds(cluster: ClusterUnde
     assert status("/a/v1/models") == 401
     cluster.write_keys({**KEYS, "carl": "key-of-carl"})
     paths = ["/v1/models", *["/a/v1/models"] * 8, "/b/v1/models"]
-    cluster.wait(lambda: all(status(path) == 200 for path in paths), 30)
+    wait(lambda: all(status(path) == 200 for path in paths), 30)
     cluster.write_keys(KEYS)
-    cluster.wait(lambda: all(status(path) == 401 for path in paths), 30)
+    wait(lambda: all(status(path) == 401 for path in paths), 30)
     assert before == (cluster.serving(), [p.pid for p in cluster.replicas()])  # no restart
 
 
@@ -283,7 +285,7 @@ def test_dashboard_and_alerts_work_for_a_cluster(cluster: ClusterUnderTest, tmp_
     with running(config, tmp_path) as url:
         prometheus = Prometheus(url)
         prometheus.wait_until_it_has_scraped()
-        with Load(cluster, clients=4), Load(cluster, "/b/", clients=4):
+        with Load(cluster.url, clients=4), Load(f"{cluster.url}/b/", clients=4):
             time.sleep(8)
         empty = {
             (graph["title"], model)
@@ -324,34 +326,34 @@ def test_the_status_shows_replicas_and_nodes(cluster: ClusterUnderTest) -> None:
 def test_what_a_dead_replica_had_not_begun_another_answers(cluster: ClusterUnderTest) -> None:
     victim = cluster.replicas()[0]
     engines = [c for c in victim.children() if "EngineCore" in " ".join(c.cmdline())]
-    with Load(cluster) as load:
-        cluster.wait(lambda: load.counts.total() > 24)
+    with Load(cluster.url) as load:
+        wait(lambda: load.counts.total() > 24)
         victim.kill()
         time.sleep(10)
     assert load.counts.keys() <= {*ANSWERED, "stream=True event 503"}, load.counts
     for engine in engines:
         wait_for_end(engine.pid, 10)  # it would keep its GPU
-    cluster.wait(lambda: len(cluster.serving()) == 2)
+    wait(lambda: len(cluster.serving()) == 2)
 
 
 def test_a_replica_without_an_engine_refuses_nobody(cluster: ClusterUnderTest) -> None:
     victim = cluster.replicas()[0]
     (engine,) = (c for c in victim.children() if "EngineCore" in " ".join(c.cmdline()))
-    with Load(cluster) as load:
-        cluster.wait(lambda: load.counts.total() > 24)
+    with Load(cluster.url) as load:
+        wait(lambda: load.counts.total() > 24)
         engine.kill()
         wait_for_end(victim.pid, 20)
         time.sleep(5)
     assert load.counts.keys() <= {*ANSWERED, "stream=True event 503"}, load.counts
-    cluster.wait(lambda: len(cluster.serving()) == 2)
+    wait(lambda: len(cluster.serving()) == 2)
 
 
 def test_load_adds_a_replica(cluster: ClusterUnderTest) -> None:
     def starting() -> bool:
         return len(cluster.replicas("b")) == 2
 
-    with Load(cluster, "/b/"):
-        assert cluster.wait(starting) < 30  # 15 s on an idle machine
+    with Load(f"{cluster.url}/b/"):
+        assert wait(starting) < 30  # 15 s on an idle machine
 
 
 def test_a_mistake_in_the_file_changes_nothing(cluster: ClusterUnderTest) -> None:
@@ -367,7 +369,7 @@ def test_an_update_refuses_and_cuts_nothing(cluster: ClusterUnderTest) -> None:
     before = cluster.serving()
     changed = {**FILE["models"]["a"], "set": {**SMALL, "engine.max_num_seqs": 12}}
     cluster.write({**cluster.content, "models": {**FILE["models"], "a": changed}})
-    with Load(cluster, clients=8) as load:
+    with Load(cluster.url, clients=8) as load:
         result = cluster.command(str(cluster.file))
     assert result.returncode == 0, result.stderr
     assert load.counts.keys() == ANSWERED, load.counts
@@ -378,7 +380,7 @@ def test_a_version_that_does_not_start_is_taken_back(cluster: ClusterUnderTest) 
     # A replica finds out, when it looks for its files.
     broken = {**FILE["models"]["a"], "set": {**SMALL, "tokenizer": {"path": "/not/here"}}}
     cluster.write({**cluster.content, "models": {**FILE["models"], "a": broken}})
-    with Load(cluster, clients=4) as load:
+    with Load(cluster.url, clients=4) as load:
         result = cluster.command(str(cluster.file))
     assert result.returncode == 1
     assert "what was served before is served on" in result.stderr
@@ -398,6 +400,64 @@ def test_a_signal_finishes_what_was_accepted_and_ends_everything(
     assert json.loads(last.removeprefix("data: "))["status"] == 200
     assert cluster.server.process.wait(120) == 0
     # The fixture says what still runs in this network.
+
+
+def test_a_node_that_dies_takes_no_answer_with_it(tmp_path: Path) -> None:
+    """Two nodes that `ray start` made, on addresses of this machine, with one replica each."""
+    token = tmp_path / "token"
+    token.touch(mode=0o600)
+    token.write_text("0" * 64)
+    shown = subprocess.run(
+        [sys.executable, "-m", "service", "cluster", "--environment"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    variables = dict(re.findall(r"^export (\w+)=(.*)$", shown, re.M))
+    environment = {**os.environ, **variables, "RAY_AUTH_TOKEN_PATH": str(token)}
+    content = {
+        "models": {"a": {"model": "smollm2-135m-instruct", "replicas": 2, "set": SMALL}},
+        "settings": {"port": 6006},
+    }
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(content))
+
+    def start(*arguments: str) -> None:
+        command = [str(Path(sys.executable).with_name("ray")), "start", *arguments, "--num-cpus=1"]
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+
+    empty = network_of_its_own(must_be_empty=False)  # Ray stays: the command has not started it
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder, empty:
+        start(
+            *("--head", "--node-ip-address=127.0.0.1", "--port=6379"),
+            *(f"--temp-dir={folder}", "--include-dashboard=false"),
+        )
+        start("--address=127.0.0.1:6379", "--node-ip-address=127.0.0.2")
+        server = Server(
+            [sys.executable, "-m", "service", "cluster", str(tmp_path / "cluster.yaml")],
+            tmp_path / "log",
+            port=6006,
+            env={**environment, "RAY_ADDRESS": "127.0.0.1:6379"},
+            health="/health/ready",
+        )
+        try:
+            server.wait_until_ready(PATIENCE)
+            wait(lambda: "Ready:" in server.log.read_text())
+            (raylet,) = (
+                process
+                for process in psutil.process_iter(["name", "cmdline"])
+                if process.info["name"] == "raylet"
+                and "--node_ip_address=127.0.0.2" in process.info["cmdline"]
+            )
+            with Load(server.url, clients=8) as load:
+                wait(lambda: load.counts.total() > 8)
+                raylet.kill()
+                time.sleep(15)
+            assert load.counts.keys() <= {*ANSWERED, "stream=True event 503"}, load.counts
+        finally:
+            status = server.stop()
+        assert status == 0, server.log.read_text()
+        after = httpx.get(f"{server.url}/health/live", trust_env=False)
+        assert after.status_code == 404  # HAProxy is Ray's, and the models are gone
 
 
 def test_the_readme_s_command_serves_two_replicas(tmp_path: Path) -> None:
