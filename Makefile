@@ -26,7 +26,7 @@ TESTED := .venv/installed-test
 BENCHED := .venv/installed-bench
 CLUSTERED := .venv/installed-cluster
 
-.PHONY: install serve cluster test lint bench lock rehearse audit help
+.PHONY: install serve cluster test lint bench bench-cluster lock rehearse audit help
 
 install: $(INSTALLED) ## Make .venv and install the service (EXTRA=cpu or cuda)
 
@@ -48,6 +48,9 @@ lint: $(TESTED) ## Check style, types, and which room imports which
 bench: $(BENCHED) ## Measure it beside the tutorial's server and vLLM (MODEL=name, ARGS="--rounds 3")
 	$(BIN)/python -m benchmarks.run $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
+bench-cluster: $(TESTED) ## Measure a cluster and its faults (ARGS="--kills 3")
+	unshare --net $(SHELL) -c 'ip link set lo up && exec $(BIN)/python -m benchmarks.cluster $(ARGS)'
+
 COMPILE := $(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate pyproject.toml
 CPU := --extra cpu --excludes requirements/cpu-excludes.txt
 lock: $(TESTED) ## Pin the newest versions that fit pyproject.toml in requirements/
@@ -65,7 +68,7 @@ audit: $(INSTALLED) ## Write sbom.json of what is installed, and report known vu
 	$(BIN)/uv tool run --quiet pip-audit --no-deps --disable-pip -r requirements/$(EXTRA).txt
 
 help: ## List the commands
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
 $(BIN)/uv:
 	$(PYTHON) -m venv .venv

@@ -1,6 +1,5 @@
 """A cluster on real Ray, in a network of its own: several models behind one address, and faults."""
 
-import asyncio
 import contextlib
 import json
 import os
@@ -9,9 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ import psutil
 import pytest
 import yaml
 
+from testing.cluster import ANSWERED, ENDED, Load
 from testing.server import Server, free_port
 from tests.conftest import PATIENCE
 from tests.namespace import network_of_its_own, wait_for_end
@@ -130,58 +128,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterUnderTe
             cluster.server.stop()
 
 
-class Load:
-    """Clients that ask through the front until they are told to stop."""
-
-    def __init__(self, url: str, clients: int = 24) -> None:
-        self.counts: Counter[str] = Counter()
-        self._url = url
-        self._clients = clients
-        self._stop = threading.Event()
-        self._network = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-        self._thread = threading.Thread(target=self._run)
-
-    def __enter__(self) -> "Load":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        os.close(self._network)
-
-    def _run(self) -> None:
-        asyncio.run(self._all())
-
-    async def _all(self) -> None:
-        headers = {"authorization": "Bearer key-of-ben"}
-        limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(
-            timeout=PATIENCE, trust_env=False, verify=False, headers=headers, limits=limits
-        ) as client:
-            async with asyncio.TaskGroup() as group:
-                for number in range(self._clients):
-                    group.create_task(self._one(client, stream=number % 2 == 1))
-
-    async def _one(self, client: httpx.AsyncClient, *, stream: bool) -> None:
-        body = {"prompt": "Tell me about France.", "max_new_tokens": 16, "stream": stream}
-        while not self._stop.is_set():
-            try:
-                response = await client.post(self._url, json=body)
-            except httpx.HTTPError as e:
-                self.counts[f"stream={stream} {type(e).__name__}"] += 1
-                continue
-            status = response.status_code
-            if stream and status == 200:
-                event = response.text.rstrip().rpartition("data: ")[2]
-                self.counts[f"stream=True event {json.loads(event).get('status')}"] += 1
-            else:
-                self.counts[f"stream={stream} {status}"] += 1
-
-
-ANSWERED = {"stream=False 200", "stream=True event 200"}
-
-
 def test_the_command_says_how_to_ask(cluster: ClusterUnderTest) -> None:
     log = cluster.server.log.read_text()
     assert f"Ready: a, b at {cluster.url}" in log
@@ -285,7 +231,7 @@ def test_dashboard_and_alerts_work_for_a_cluster(cluster: ClusterUnderTest, tmp_
     with running(config, tmp_path) as url:
         prometheus = Prometheus(url)
         prometheus.wait_until_it_has_scraped()
-        with Load(cluster.url, clients=4), Load(f"{cluster.url}/b/", clients=4):
+        with Load(cluster.url, 4, KEYS["ben"]), Load(f"{cluster.url}/b/", 4, KEYS["ben"]):
             time.sleep(8)
         empty = {
             (graph["title"], model)
@@ -326,11 +272,11 @@ def test_the_status_shows_replicas_and_nodes(cluster: ClusterUnderTest) -> None:
 def test_what_a_dead_replica_had_not_begun_another_answers(cluster: ClusterUnderTest) -> None:
     victim = cluster.replicas()[0]
     engines = [c for c in victim.children() if "EngineCore" in " ".join(c.cmdline())]
-    with Load(cluster.url) as load:
+    with Load(cluster.url, key=KEYS["ben"]) as load:
         wait(lambda: load.counts.total() > 24)
         victim.kill()
         time.sleep(10)
-    assert load.counts.keys() <= {*ANSWERED, "stream=True event 503"}, load.counts
+    assert load.counts.keys() <= {*ANSWERED, ENDED}, load.counts
     for engine in engines:
         wait_for_end(engine.pid, 10)  # it would keep its GPU
     wait(lambda: len(cluster.serving()) == 2)
@@ -339,12 +285,12 @@ def test_what_a_dead_replica_had_not_begun_another_answers(cluster: ClusterUnder
 def test_a_replica_without_an_engine_refuses_nobody(cluster: ClusterUnderTest) -> None:
     victim = cluster.replicas()[0]
     (engine,) = (c for c in victim.children() if "EngineCore" in " ".join(c.cmdline()))
-    with Load(cluster.url) as load:
+    with Load(cluster.url, key=KEYS["ben"]) as load:
         wait(lambda: load.counts.total() > 24)
         engine.kill()
         wait_for_end(victim.pid, 20)
         time.sleep(5)
-    assert load.counts.keys() <= {*ANSWERED, "stream=True event 503"}, load.counts
+    assert load.counts.keys() <= {*ANSWERED, ENDED}, load.counts
     wait(lambda: len(cluster.serving()) == 2)
 
 
@@ -352,7 +298,7 @@ def test_load_adds_a_replica(cluster: ClusterUnderTest) -> None:
     def starting() -> bool:
         return len(cluster.replicas("b")) == 2
 
-    with Load(f"{cluster.url}/b/"):
+    with Load(f"{cluster.url}/b/", key=KEYS["ben"]):
         assert wait(starting) < 30  # 15 s on an idle machine
 
 
@@ -369,7 +315,7 @@ def test_an_update_refuses_and_cuts_nothing(cluster: ClusterUnderTest) -> None:
     before = cluster.serving()
     changed = {**FILE["models"]["a"], "set": {**SMALL, "engine.max_num_seqs": 12}}
     cluster.write({**cluster.content, "models": {**FILE["models"], "a": changed}})
-    with Load(cluster.url, clients=8) as load:
+    with Load(cluster.url, 8, KEYS["ben"]) as load:
         result = cluster.command(str(cluster.file))
     assert result.returncode == 0, result.stderr
     assert load.counts.keys() == ANSWERED, load.counts
@@ -380,7 +326,7 @@ def test_a_version_that_does_not_start_is_taken_back(cluster: ClusterUnderTest) 
     # A replica finds out, when it looks for its files.
     broken = {**FILE["models"]["a"], "set": {**SMALL, "tokenizer": {"path": "/not/here"}}}
     cluster.write({**cluster.content, "models": {**FILE["models"], "a": broken}})
-    with Load(cluster.url, clients=4) as load:
+    with Load(cluster.url, 4, KEYS["ben"]) as load:
         result = cluster.command(str(cluster.file))
     assert result.returncode == 1
     assert "what was served before is served on" in result.stderr
@@ -448,11 +394,11 @@ def test_a_node_that_dies_takes_no_answer_with_it(tmp_path: Path) -> None:
                 if process.info["name"] == "raylet"
                 and "--node_ip_address=127.0.0.2" in process.info["cmdline"]
             )
-            with Load(server.url, clients=8) as load:
+            with Load(server.url, 8) as load:
                 wait(lambda: load.counts.total() > 8)
                 raylet.kill()
                 time.sleep(15)
-            assert load.counts.keys() <= {*ANSWERED, "stream=True event 503"}, load.counts
+            assert load.counts.keys() <= {*ANSWERED, ENDED}, load.counts
         finally:
             status = server.stop()
         assert status == 0, server.log.read_text()
