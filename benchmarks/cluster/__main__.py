@@ -75,7 +75,7 @@ def stub_cluster(replicas: int) -> Iterator[tuple[str, str]]:
             yield f"http://127.0.0.1:{port}", f"http://127.0.0.1:{_port_of_a_replica()}"
         finally:
             serve.shutdown()
-            ray.shutdown()  # type: ignore[no-untyped-call]
+            ray.shutdown()
             os.environ.clear()
             os.environ.update(saved)
 
