@@ -224,6 +224,7 @@ def _check_environment() -> None:
 def _start(cluster: Cluster, state: _State, stop: _Stop) -> None:
     from ray import serve
 
+    _warn(cluster)
     http = {"host": cluster.settings.host, "port": cluster.settings.port}
     serve.start(proxy_location="EveryNode", http_options=http)
     _apply(cluster, surge=())
@@ -231,6 +232,27 @@ def _start(cluster: Cluster, state: _State, stop: _Stop) -> None:
     if reason is not None:
         raise LaunchError(reason)
     state.applied = cluster
+
+
+def _warn(cluster: Cluster) -> None:
+    """Say what can be reached from other machines."""
+    host = cluster.settings.host
+    if host not in ("127.0.0.1", "::1", "localhost") and cluster.settings.clients() is None:
+        print(
+            f"WARNING: {host} can be reached from other machines, and no API key is set: whoever "
+            "reaches it may use it. Set SERVICE_API_KEY_FILE, or listen on 127.0.0.1.",
+            file=sys.stderr,
+        )
+    ports = " and ".join(
+        os.environ.get(f"RAY_SERVE_HAPROXY_{name}_PORT", default)
+        for name, default in (("METRICS", "9101"), ("STATS", "8404"))
+    )
+    print(
+        f"HAProxy's metrics and statistics listen on all addresses, at ports {ports}; a firewall "
+        "keeps them to yourself.",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _update(cluster: Cluster, state: _State) -> None:
