@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -14,6 +14,7 @@ from service.model_config import ModelConfig, Origins, nearest
 from service.settings import Settings
 from service.weights import adapter
 from service.weights.adapter import Adapter
+from service.weights.tensor_files import read_json
 
 if TYPE_CHECKING:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -161,6 +162,21 @@ def use_adapters(
     if "max_cpu_loras" not in config.engine:
         args.max_cpu_loras = max(count, args.max_loras)  # none is read again from the disk
     return rows
+
+
+def embeddings_with_adapters(model: Path) -> Collection[str] | None:
+    """Return which of embed_tokens and lm_head an adapter may change in the model of a folder.
+
+    None if vLLM does not know its architecture.
+    """
+    from vllm import ModelRegistry
+
+    if not (model / "config.json").is_file():
+        return None
+    for architecture in read_json(model / "config.json").get("architectures") or ():
+        if found := ModelRegistry.models.get(architecture):
+            return getattr(found.load_model_cls(), "embedding_modules", None) or ()
+    return None
 
 
 def serves_here(args: argparse.Namespace) -> bool:

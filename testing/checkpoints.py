@@ -67,12 +67,16 @@ def write(name: str, folder: Path, **changes: Any) -> Path:
     return folder
 
 
+_TABLES = ("embed_tokens.weight", "token_embeddings.weight")
+
+
 def write_adapter(
     folder: Path,
     base: Path,
     merged: Path | None = None,
     *,
     modules: str = "",
+    embeddings: bool = False,
     rank: int = 4,
     seed: int = 1,
     binary: bool = False,
@@ -80,8 +84,9 @@ def write_adapter(
 ) -> Path:
     """Write a LoRA adapter of a checkpoint's layers as PEFT does; `keys` go over its config.
 
-    `modules` is a pattern for the names of matrices. With `merged`, the checkpoint is written there
-    with the adapter's weights added to its own.
+    `modules` is a pattern for the names of matrices; `embeddings` adds the table of tokens. With
+    `merged`, the checkpoint is written there with the adapter's weights added to its own; a table
+    that was the head too is then the table alone.
     """
     if (base / "model.safetensors").exists():
         weights = load_file(base / "model.safetensors")
@@ -90,8 +95,16 @@ def write_adapter(
     generator = torch.Generator().manual_seed(seed)
     scale = 2 * rank / (rank**0.5 if keys.get("use_rslora") else rank)
     tensors: Tensors = {}
-    for name, weight in weights.items():
+    untied = False
+    for name, weight in list(weights.items()):
         module = name.removesuffix(".weight")
+        if embeddings and name.endswith(_TABLES):
+            a, b = (torch.randn(rank, n, generator=generator) * 0.1 for n in weight.shape)
+            tensors[f"base_model.model.{module}.lora_embedding_A"] = a
+            tensors[f"base_model.model.{module}.lora_embedding_B"] = b.T.contiguous()
+            untied = "lm_head.weight" not in weights
+            weights.setdefault("lm_head.weight", weight)
+            weights[name] = weight + scale * (b.T @ a).T
         if weight.ndim != 2 or not re.search(r"\.\d+\.", name) or not re.search(modules, module):
             continue
         rows, columns = weight.shape
@@ -116,7 +129,7 @@ def write_adapter(
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": rank,
-        "target_modules": sorted({name.split(".")[-3] for name in tensors}),
+        "target_modules": sorted({name.split(".lora_")[0].split(".")[-1] for name in tensors}),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": False,
@@ -125,6 +138,11 @@ def write_adapter(
     if merged:
         shutil.copytree(base, merged, ignore=shutil.ignore_patterns("*.bin", "*.safetensors"))
         save_file(weights, merged / "model.safetensors", metadata={"format": "pt"})
+        if untied:
+            config = json.loads((base / "config.json").read_text())
+            key = "share_input_output_layers"
+            key = key if key in config else "tie_word_embeddings"
+            _json(merged, "config.json", **{**config, key: False})
     return folder
 
 

@@ -58,6 +58,8 @@ class Baichuan2ForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         "qkv_proj": ["qkv_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
+    # Without lm_head: NormHead would be of the head and an adapter's part of it together.
+    embedding_modules = {"embed_tokens": "input_embeddings"}
 
     def _init_model(self, **kwargs: object) -> Baichuan2Model:
         return Baichuan2Model(**kwargs)

@@ -43,6 +43,11 @@ class Weights:
         delta = self._adapter.delta(name) if self._adapter else None
         return tensor.float() if delta is None else tensor.float() + delta
 
+    def embed(self, name: str, ids: Tensor) -> Tensor:
+        """Look up tokens. An adapter of the table leaves a head alone that is the same tensor."""
+        delta = self._adapter.table_delta(name) if self._adapter else None
+        return embedding(ids, self[name] if delta is None else self[name] + delta)
+
 
 class Lora:
     """What a LoRA adapter adds to the matrices of its base (arXiv:2106.09685, and PEFT's keys)."""
@@ -62,10 +67,20 @@ class Lora:
         a, b = (self._tensors.get(f"base_model.model.{module}.lora_{m}.weight") for m in "AB")
         if a is None or b is None:
             return None
+        return self._scale(module) * b.float() @ a.float()
+
+    def table_delta(self, name: str) -> Tensor | None:
+        """Return what is added to the embeddings of tokens `name`, or None."""
+        module = name.removesuffix(".weight")
+        a, b = (self._tensors.get(f"base_model.model.{module}.lora_embedding_{m}") for m in "AB")
+        if a is None or b is None:
+            return None
+        return self._scale(module) * (b.float() @ a.float()).T
+
+    def _scale(self, module: str) -> float:
         alpha = self._of(module, "alpha_pattern", self._config["lora_alpha"])
         rank = self._of(module, "rank_pattern", self._config["r"])
-        scale = alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
-        return scale * b.float() @ a.float()
+        return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
 
     def _of(self, module: str, key: str, default: float) -> float:
         patterns: dict[str, float] = self._config.get(key) or {}
@@ -134,7 +149,7 @@ class Llama:
         return _inverse_frequencies(self.rope_theta, self.head_dim)
 
     def embed(self, ids: Tensor) -> Tensor:
-        return embedding(ids, self.weights["model.embed_tokens.weight"])
+        return self.weights.embed("model.embed_tokens.weight", ids)
 
     def qkv(self, prefix: str) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (self.weights[f"{prefix}.{name}_proj.weight"] for name in "qkv")
@@ -236,7 +251,7 @@ class OpenELM:
         return _inverse_frequencies(self.config["rope_freq_constant"], self.head_dim)
 
     def embed(self, ids: Tensor) -> Tensor:
-        return embedding(ids, self.weights["transformer.token_embeddings.weight"])
+        return self.weights.embed("transformer.token_embeddings.weight", ids)
 
     def layer(self, index: int) -> Layer:
         prefix = f"transformer.layers.{index}"
@@ -265,7 +280,8 @@ class OpenELM:
         return self.weights["transformer.norm.weight"]
 
     def head(self) -> Tensor:
-        return self.weights["transformer.token_embeddings.weight"]
+        tied = self.config.get("share_input_output_layers", True)
+        return self.weights["transformer.token_embeddings.weight" if tied else "lm_head.weight"]
 
 
 # Architecture in config.json -> class.
@@ -360,8 +376,19 @@ def _transformers_logits(
         folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     ).eval()
     with torch.inference_mode():
-        for name, parameter in model.named_parameters() if adapter else ():
-            if adapter and (delta := adapter.delta(name)) is not None:
-                parameter += delta
+        if adapter:
+            _merge(model, adapter)
         for ids in sequences:
             yield model(torch.tensor([list(ids)])).logits[0]
+
+
+def _merge(model: Any, adapter: Lora) -> None:
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and head.weight is table.weight:
+        head.weight = torch.nn.Parameter(head.weight.clone())
+    for name, parameter in model.named_parameters():
+        delta = adapter.delta(name)
+        if delta is None:
+            delta = adapter.table_delta(name)
+        if delta is not None:
+            parameter += delta

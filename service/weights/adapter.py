@@ -21,6 +21,7 @@ _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the order of
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _MERGE = "merge it into its base, and serve the folder which that gives"
 
+_REQUIRED = ("r", "lora_alpha", "target_modules")
 # Key of adapter_config.json -> what it means. vLLM takes none of these.
 _UNSUPPORTED = {
     "use_dora": "it was trained with DoRA",
@@ -37,6 +38,7 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
 _PREFIX = "base_model.model."
 _LORA = re.compile(r"(.+)\.(?:lora_([AB])\.weight|lora_embedding_([AB]))")
 _LAYER = re.compile(r".*?\.(?=\d+\.)")  # what comes before the number of a layer
+_HEADS = ("lm_head", "output_layer", "output")
 _FOUR_BITS = re.compile(r"[-_.](?:unsloth[-_])?(?:bnb[-_]?4bit|4bit|gptq.*|awq.*|int4.*)$")
 
 
@@ -58,6 +60,11 @@ def is_adapter(folder: Path) -> bool:
     others = {file.name for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern)}
     others -= {*_WEIGHTS, "training_args.bin", "optimizer.bin", "scheduler.bin"}
     return not (others and (folder / "config.json").is_file())
+
+
+def weights_in(folder: Path) -> Path | None:
+    """Return the file with an adapter's weights that vLLM would load."""
+    return next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
 
 
 def base_of(folder: Path) -> str:
@@ -93,12 +100,14 @@ def inspect(
     base: Path | None = None,
     tensors: Mapping[str, Tensor] | None = None,
     known_as: Collection[str] = (),
+    embeddings: Collection[str] | None = None,
     max_rank: int | None = None,
 ) -> Adapter:
     """Say what is wrong with the adapter in `folder`.
 
     `base` is the folder of the model that it shall change, `tensors` its `base_tensors`, `known_as`
-    its names, and `max_rank` the limit that the user has set. Without them less is checked.
+    its names, `embeddings` those of embed_tokens and lm_head in which vLLM takes an adapter, and
+    `max_rank` the limit that the user has set. Without them less is checked.
     """
     try:
         config = _read_config(folder)
@@ -107,6 +116,8 @@ def inspect(
         return Adapter(name, folder, problems=[f"adapter {name}: {e}"])
     matrices = {tensor: m for tensor in weights if (m := _LORA.fullmatch(tensor))}
     rank = max((_rank(weights[t], m) for t, m in matrices.items()), default=0)
+    if matrices:  # vLLM compares both with its limit
+        rank = max(rank, *_declared_ranks(config))
     found = [*_of_config(config), *_of_names(weights, matrices)]
     if not found:
         found += _of_rank(rank, max_rank)
@@ -116,6 +127,7 @@ def inspect(
             found.append(problem)
         elif tensors and not found:
             problems, unsure = _of_modules(weights, matrices, tensors)
+            problems = problems or _of_embeddings(matrices, embeddings)
             found += problems
             warnings += unsure
     warnings += _of_name(str(config.get("base_model_name_or_path") or ""), known_as)
@@ -143,15 +155,16 @@ def _advice(folder: Path) -> str:
     """Say what to do with a folder that is no adapter."""
     if (folder / "config.json").is_file():
         return f"it is a whole model: serve it itself, with `chat-service serve {folder}`"
+    if weights_in(folder):
+        return "copy it too from where the adapter was trained"
     if inner := sorted(folder.glob(f"*/{CONFIG}"), key=lambda file: file.stat().st_mtime):
         return f"give the folder inside it, such as {inner[-1].parent.name}"
     return "give the folder that save_pretrained, or your training, wrote"
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    for name in _WEIGHTS:
-        if (folder / name).is_file():
-            return tensor_files.read(folder / name)
+    if file := weights_in(folder):
+        return tensor_files.read(file)
     raise WeightsError(
         f"{folder} has no {' or '.join(_WEIGHTS)}; copy it from where the adapter was trained"
     )
@@ -162,6 +175,8 @@ def _of_config(config: Mapping[str, Any]) -> list[str]:
     if kind != "LORA":
         kind = str(kind)[:40]
         return [f"it is of the kind {kind}, and vLLM takes LoRA alone; train it as LoRA"]
+    if missing := [key for key in _REQUIRED if config.get(key) is None]:
+        return [f"its {CONFIG} has no {' and no '.join(missing)}; copy it again"]
     found = [f"{text}; {_MERGE}" for key, text in _UNSUPPORTED.items() if config.get(key)]
     if (bias := config.get("bias", "none")) != "none":
         found.append(f"it has biases (bias: {str(bias)[:40]}); {_MERGE}")
@@ -208,6 +223,12 @@ def _rank(tensor: Tensor, match: re.Match[str]) -> int:
     if len(tensor.shape) != 2:
         return 0
     return tensor.shape[0] if "A" in match.groups() else tensor.shape[1]
+
+
+def _declared_ranks(config: Mapping[str, Any]) -> list[int]:
+    pattern = config.get("rank_pattern")
+    ranks = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
+    return [0, *(rank for rank in ranks if isinstance(rank, int))]
 
 
 def _of_base(base: Path) -> str | None:
@@ -257,6 +278,23 @@ def _of_modules(
             "compare an answer with the base's"
         ]
     return [], []
+
+
+def _of_embeddings(
+    matrices: Mapping[str, re.Match[str]], embeddings: Collection[str] | None
+) -> list[str]:
+    """vLLM takes adapters in a table or a head only where the model's class says so."""
+    if embeddings is None:
+        return []
+    for match in matrices.values():
+        module = match[1].removeprefix(_PREFIX)
+        kind = "embed_tokens" if match[3] else "lm_head" if _last(module) in _HEADS else None
+        if kind and not _LAYER.match(module) and kind not in embeddings:
+            return [
+                f"it changes {_last(module)}, which no adapter can change in this architecture "
+                f"here; {_MERGE}"
+            ]
+    return []
 
 
 def _of_shape(
