@@ -19,6 +19,7 @@ from service.model_config import ModelConfig, Origins, catalogue
 from service.preflight import chat_template, fit
 from service.prompting import Message
 from service.settings import Settings
+from service.weights import checkpoint
 from service.weights.adapter import Adapter
 
 
@@ -81,6 +82,10 @@ def check(
             )
         rows.append(("files", str(model), "this machine"))
         vllm_arguments.use_files(args, model, tokenizer)
+        if found := _of_files(args, model, tokenizer):
+            return CheckReport(
+                rows, ["fit and template: not checked"], [*problems, found], adapter_warnings
+            )
         warnings = adapter_warnings
         warnings += _float_type(args, config, rows) if memory is None else []
         with server.explained(settings, folder):
@@ -96,6 +101,11 @@ def check(
             try:
                 fit_result = fit.estimate(vllm_config, model, memory, on_gpu=on_gpu)
                 lines = fit_result.lines()
+                if slots := fit_result.demand.max_loras:
+                    size = f"{fit_result.demand.adapters / fit.GIB:.2f} GiB on each GPU"
+                    size = size if on_gpu else size.partition(" on")[0]
+                    origin = f"engine.max_loras {slots} x engine.max_lora_rank {args.max_lora_rank}"
+                    rows.append(("memory of adapters", size, origin))
                 problems += fit_result.problems(concurrent, context)
             except WeightsError as e:
                 if must_fit:
@@ -115,6 +125,18 @@ def check(
     return CheckReport(
         rows, lines, memory_problems + problems + findings.problems, warnings + findings.warnings
     )
+
+
+def _of_files(args: argparse.Namespace, model: Path, tokenizer: Path) -> str | None:
+    """Return why `serve` would refuse these files, or None."""
+    try:
+        if not args.skip_tokenizer_init:
+            checkpoint.check_tokenizer(tokenizer)
+        if args.load_format == "auto":
+            checkpoint.check(model)
+    except WeightsError as e:
+        return str(e)
+    return None
 
 
 def _adapters(
