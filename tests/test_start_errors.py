@@ -99,7 +99,10 @@ def test_each_cause_ends_in_one_line(tmp_path: Path) -> None:
             "engine.max_model_len to 1152 or less, or raise engine.kv_cache_memory_bytes",
         ),
         (
-            [embedded, "engine.kv_cache_memory_bytes=900G", "engine.enforce_eager=true"],
+            [
+                *(embedded, "engine.kv_cache_memory_bytes=900G", "engine.enforce_eager=true"),
+                "engine.api_server_count=2",
+            ],
             "900.0 GiB for the KV cache are not free: lower engine.kv_cache_memory_bytes",
         ),
         (

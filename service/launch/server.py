@@ -6,6 +6,7 @@ seconds and reads the environment that the supervisor prepares.
 
 import argparse
 import functools
+import multiprocessing
 import os
 import socket
 import sys
@@ -93,6 +94,8 @@ def fetch_files(
     if config.tokenizer:
         tokenizer = weights.fetch(config.tokenizer, settings.cache_dir, weights=False)
     vllm_arguments.use_files(args, model, tokenizer)
+    if not args.skip_tokenizer_init:
+        checkpoint.check_tokenizer(tokenizer)
     adapters = inspect_adapters(args, config, folders, model)
     for inspected in adapters:
         _refuse(inspected)
@@ -112,6 +115,7 @@ def inspect_adapters(
     source = config.source
     known_as = [config.name, *filter(None, (source.modelscope, source.path))]
     tensors = adapter.base_tensors(base) if base and folders else {}
+    embeddings = vllm_arguments.embeddings_with_adapters(base) if tensors and base else None
     return [
         adapter.inspect(
             name,
@@ -119,6 +123,7 @@ def inspect_adapters(
             base=base,
             tensors=tensors,
             known_as=known_as,
+            embeddings=embeddings,
             max_rank=_max_rank(args, config),
         )
         for name, folder in folders.items()
@@ -197,7 +202,14 @@ def _serve(
     args.host = listener.getsockname()[0]  # a name may have several addresses
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     listener.close()  # the supervisor's copy answers until the API processes take over
-    command.cmd(args)
+    try:
+        command.cmd(args)
+    except Exception:
+        # Of an engine that did not start. vLLM leaves the API processes waiting for it, and Python
+        # would wait for them.
+        for process in multiprocessing.active_children():
+            process.kill()
+        raise
 
 
 async def _serve_here(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from service.errors import WeightsError
-from service.weights import tensor_files
+from service.weights import adapter, tensor_files
 from service.weights.tensor_files import REMEDY, read_json, weight_files
 
 # Architectures whose layers all have the same tensors.
@@ -30,6 +30,9 @@ _UNIFORM = frozenset(
 # Architectures with a separate head unless config.json sets tie_word_embeddings.
 _UNTIED = frozenset({"BaichuanForCausalLM", "BlueLMForCausalLM", "XverseForCausalLM"})
 _LAYER = re.compile(r"\.(\d+)\.")
+_TOKENIZERS = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.*", "tekken.json", "*.gguf")
+# What a Trainer leaves of its own.
+_STATES = {"optimizer.pt", "scheduler.pt", "scaler.pt"}
 
 
 def check(folder: Path) -> None:
@@ -39,8 +42,15 @@ def check(folder: Path) -> None:
     names = {name for file in files for name in tensor_files.read(file)}
     if not files:
         files = weight_files(folder, "*.bin")
-    if not files and not list(folder.glob("*.pt")):
-        raise WeightsError(f"{folder} holds no weights (*.safetensors, *.bin, *.pt); {REMEDY}")
+    if not files and not {file.name for file in folder.glob("*.pt")} - _STATES:
+        raise WeightsError(
+            f"{folder} holds no weights (*.safetensors, *.bin, *.pt); {_where_they_are(folder)}"
+        )
+    if (beside := adapter.weights_in(folder)) in files:
+        raise WeightsError(
+            f"{folder} holds a model and an adapter ({beside.name}); move the adapter's files to a "
+            "folder of their own, and give that with --adapter"
+        )
     config = read_json(folder / "config.json")
     architecture = (config.get("architectures") or [""])[0]
     if not files or architecture not in _UNIFORM or config.get("quantization_config"):
@@ -55,6 +65,24 @@ def check(folder: Path) -> None:
         raise WeightsError(f"{folder} has no weights of the token embedding; {REMEDY}")
     if not tied and not any("lm_head" in name for name in names):
         raise WeightsError(f"{folder} has no weights of the output head (lm_head); {REMEDY}")
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise WeightsError if a folder has no tokenizer: transformers makes an empty one then."""
+    if not any(file for pattern in _TOKENIZERS for file in folder.glob(pattern)):
+        raise WeightsError(
+            f"{folder} has no tokenizer; copy the tokenizer's files from the model that it was "
+            "trained from"
+        )
+
+
+def _where_they_are(folder: Path) -> str:
+    """Say where the weights of a folder without any may be."""
+    if (folder / "zero_to_fp32.py").is_file():
+        return "DeepSpeed keeps them in parts: join them with the zero_to_fp32.py that lies in it"
+    if list(folder.glob("pytorch_model_fsdp*")):
+        return "FSDP keeps them in parts: join them with `accelerate merge-weights`"
+    return REMEDY
 
 
 def _check_json(folder: Path) -> None:
