@@ -83,8 +83,8 @@ def misnumbered(tokenizer: Any, folder: Path) -> str | None:
         if found != int(id):
             return (
                 f"the token {token['content']!r} is {id} in tokenizer_config.json and becomes "
-                f"{found}, because tokenizer.json does not name it; set engine.tokenizer_mode to one "
-                "of the model's own, such as internlm2, or fetch other files"
+                f"{found}, because tokenizer.json does not name it; set engine.tokenizer_mode to "
+                "one of the model's own, such as internlm2, or fetch other files"
             )
     return None
 
