@@ -18,6 +18,8 @@ class DeepseekConfig(LlamaConfig):  # type: ignore[misc]  # transformers is not 
     model_type = "deepseek"  # by it vLLM knows that the attention is not latent
 
     vocab_size: int = 102400
+    bos_token_id: int | None = 100000
+    eos_token_id: int | list[int] | None = 100001
     moe_intermediate_size: int = 1407
     n_routed_experts: int | None = None
     n_shared_experts: int | None = None

@@ -42,7 +42,8 @@ class InternLMConfig(_Config):
             raise ValueError(
                 f"config.json: an InternLM with rotary of type {rotary['type']} is not known here"
             )
-        kwargs.setdefault("rope_theta", float(rotary.get("base", 10000)))
+        if "base" in rotary:
+            kwargs["rope_theta"] = float(rotary["base"])
         super().__post_init__(**kwargs)
 
 

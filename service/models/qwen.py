@@ -29,6 +29,10 @@ class QwenConfig(LlamaConfig):  # type: ignore[misc]  # neither it nor vLLM is t
     vocab_size: int = 151936
     intermediate_size: int = 22016
     max_position_embeddings: int = 8192
+    rms_norm_eps: float = 1e-6
+    # In generation_config.json; Llama's would be two letters.
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
     qkv_bias: bool = True  # vLLM's Llama reads it
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -44,8 +48,9 @@ class QwenConfig(LlamaConfig):  # type: ignore[misc]  # neither it nor vLLM is t
             if kwargs.pop(key, value) != value:
                 raise ValueError(f"a Qwen with {key} other than {value} is not known here")
         self.intermediate_size //= 2
-        self.rms_norm_eps = kwargs.pop("layer_norm_epsilon", 1e-6)
-        kwargs.setdefault("rope_theta", float(kwargs.pop("rotary_emb_base", 10000)))
+        self.rms_norm_eps = kwargs.pop("layer_norm_epsilon", self.rms_norm_eps)
+        if "rotary_emb_base" in kwargs:
+            kwargs["rope_theta"] = float(kwargs.pop("rotary_emb_base"))
         if kwargs.get("use_dynamic_ntk", True) or kwargs.get("use_logn_attn", True):
             exact = kwargs.get("seq_length", self.max_position_embeddings)
             self.max_position_embeddings = min(self.max_position_embeddings, exact)
