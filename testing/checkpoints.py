@@ -134,7 +134,10 @@ def _silence_what_is_no_text(tokenizer: Path, tensors: Tensors) -> None:
     """Give single bytes and control tokens no likelihood, or answers would be mostly those."""
     if not tokenizer.exists():
         return
-    model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    except RuntimeError:  # GLM-4's is a tiktoken file
+        return
     ids = [
         id
         for id in range(len(model))
@@ -436,10 +439,14 @@ def qwen(**changes: Any) -> tuple[dict[str, Any], Tensors]:
         use_dynamic_ntk=True,
         use_flash_attn="auto",
         use_logn_attn=True,
-        vocab_size=VOCABULARY,
+        vocab_size=608,  # 400 tokens and 208 control tokens
     )
     config |= changes
-    llama = _llama_tensors({**LLAMA, "num_hidden_layers": config["num_hidden_layers"]})
+    llama = _llama_tensors({
+            **LLAMA,
+            "num_hidden_layers": config["num_hidden_layers"],
+            "vocab_size": config["vocab_size"],
+        })
     tensors = {
         "transformer.wte.weight": llama["model.embed_tokens.weight"],
         "transformer.ln_f.weight": llama["model.norm.weight"],
@@ -530,7 +537,7 @@ def chatglm3(**changes: Any) -> tuple[dict[str, Any], Tensors]:
         num_layers=LAYERS,
         original_rope=True,
         pad_token_id=0,
-        padded_vocab_size=VOCABULARY,
+        padded_vocab_size=VOCABULARY + 9,
         post_layer_norm=True,
         rmsnorm=True,
         seq_length=1024,
@@ -538,7 +545,11 @@ def chatglm3(**changes: Any) -> tuple[dict[str, Any], Tensors]:
         use_cache=True,
     )
     config |= changes
-    llama = _llama_tensors({**LLAMA, "num_hidden_layers": config["num_layers"]}, kv_heads=2)
+    llama = _llama_tensors({
+            **LLAMA,
+            "num_hidden_layers": config["num_layers"],
+            "vocab_size": config["padded_vocab_size"],
+        }, kv_heads=2)
     tensors = {
         "transformer.embedding.word_embeddings.weight": llama["model.embed_tokens.weight"],
         "transformer.rotary_pos_emb.inv_freq": _random(8),  # a buffer that the files carry
@@ -571,6 +582,7 @@ def glm4(**changes: Any) -> tuple[dict[str, Any], Tensors]:
         architectures=["ChatGLMForConditionalGeneration"],
         layernorm_epsilon=1.5625e-07,
         num_hidden_layers=LAYERS,
+        padded_vocab_size=414,
         rope_ratio=500,
         **changes,
     )

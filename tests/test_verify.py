@@ -29,14 +29,9 @@ def test_equal_is_said_for_people_and_for_machines(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["deepseek_moe", "glm4", "internlm2", "qwen"])
 def test_models_that_transformers_lacks_have_a_reference(name: str, tmp_path: Path) -> None:
     checkpoints.write(name, tmp_path)
-    model = tmp_path / "model.yaml"
-    model.write_text(
-        f"name: {name}\nsource: {{path: {tmp_path}}}\ndtype: float32\n"
-        "engine: {enforce_eager: true, kv_cache_memory_bytes: 64M}\nprompt: {style: completion}\n"
-    )
-    told = warm.run("verify", str(model), "--prompt", "你好")
+    told = verify(name, tmp_path, "--set", "engine.dtype=float32", "--prompt", "你好")
     assert told.returncode == 0, told.stderr[-3000:]
-    assert told.stdout.endswith(f"{name}: equal (float32 engine, float32 reference)\n")
+    assert told.stdout.endswith("equal (float32 engine, float32 reference)\n")
 
 
 def test_a_difference_is_located_and_ends_in_a_status_of_its_own(tmp_path: Path) -> None:
