@@ -155,7 +155,8 @@ class _Run:
             return [figure(c) / theirs[c["round"]] for c in ours if c["round"] in theirs]
 
         def first(cell: Cell) -> float:
-            return _quantile([r["arrivals"][0] for r in self.records(cell)], 0.99)
+            arrivals = [r["arrivals"] for r in self.records(cell) if r.get("arrivals")]
+            return _quantile([times[0] for times in arrivals], 0.99)
 
         busy, vllm = self.busy, NAMES["vllm"]
         starts = self._starts()
@@ -245,7 +246,7 @@ class _Run:
         figure, axes = _axes("concurrent requests", "seconds", "Time to first token, p50 and p99")
 
         def first(cells: list[Cell]) -> list[float]:
-            found = [r["arrivals"][0] for c in cells for r in self.records(c)]
+            found = [r["arrivals"][0] for c in cells for r in self.records(c) if r.get("arrivals")]
             return [_quantile(found, q) for q in (0.5, 0.99)]
 
         self._lines(axes, first, modes=("stream",))
@@ -314,7 +315,7 @@ def _cpu_per_token(cell: Cell) -> float:
 def _quantile(values: Sequence[float], at: float) -> float:
     """The smallest value that at least this share does not exceed."""
     ordered = sorted(values)
-    return ordered[max(0, math.ceil(at * len(ordered)) - 1)]
+    return ordered[max(0, math.ceil(at * len(ordered)) - 1)] if ordered else math.nan
 
 
 def _spread(values: Sequence[float], digits: int) -> str:

@@ -7,8 +7,8 @@ from pydantic import with_config
 from typing_extensions import TypedDict  # pydantic requires this one before Python 3.12
 
 from service.errors import InvalidRequest
-from service.model_config import History as HistoryConfig
-from service.model_config import Prompt
+from service.model_config.schema import History as HistoryConfig
+from service.model_config.schema import Prompt
 
 
 @with_config(extra="allow", strict=True)

@@ -442,11 +442,13 @@ def qwen(**changes: Any) -> tuple[dict[str, Any], Tensors]:
         vocab_size=608,  # 400 tokens and 208 control tokens
     )
     config |= changes
-    llama = _llama_tensors({
+    llama = _llama_tensors(
+        {
             **LLAMA,
             "num_hidden_layers": config["num_hidden_layers"],
             "vocab_size": config["vocab_size"],
-        })
+        }
+    )
     tensors = {
         "transformer.wte.weight": llama["model.embed_tokens.weight"],
         "transformer.ln_f.weight": llama["model.norm.weight"],
@@ -545,11 +547,14 @@ def chatglm3(**changes: Any) -> tuple[dict[str, Any], Tensors]:
         use_cache=True,
     )
     config |= changes
-    llama = _llama_tensors({
+    llama = _llama_tensors(
+        {
             **LLAMA,
             "num_hidden_layers": config["num_layers"],
             "vocab_size": config["padded_vocab_size"],
-        }, kv_heads=2)
+        },
+        kv_heads=2,
+    )
     tensors = {
         "transformer.embedding.word_embeddings.weight": llama["model.embed_tokens.weight"],
         "transformer.rotary_pos_emb.inv_freq": _random(8),  # a buffer that the files carry

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from service import model_config, own_model
 from service.errors import ConfigError, WeightsError
+from service.model_config.schema import AdapterSource
 from service.preflight import reference
 from service.weights import adapter
 from testing import checkpoints
@@ -461,6 +462,6 @@ def test_a_modelscope_adapter_that_cannot_be_fetched_is_named(
         raise WeightsError("no such repository")
 
     monkeypatch.setattr(weights.modelscope, "fetch", fail)
-    source = model_config.AdapterSource(modelscope="me/mine")
+    source = AdapterSource(modelscope="me/mine")
     with pytest.raises(WeightsError, match="adapter my: no such repository"):
         weights.fetch_adapter("my", source)

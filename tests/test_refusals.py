@@ -8,6 +8,7 @@ import json
 import logging
 from argparse import Namespace
 from collections.abc import AsyncGenerator, AsyncIterator
+from types import SimpleNamespace
 from typing import Any, cast
 
 import httpx
@@ -95,6 +96,7 @@ class State:
     traces = False
     engine_dead = False
     model_names = (MODEL,)
+    deployment = SimpleNamespace(model=SimpleNamespace(routes=()))
     body_keys = frozenset({"messages"})
     hidden: frozenset[str] = frozenset()
 

@@ -8,7 +8,7 @@ import torch
 from service.api import sampling
 from service.api.schema import ContractRequest
 from service.errors import PromptTooLong
-from service.model_config import MaxLength
+from service.model_config.schema import MaxLength
 
 NEW = MaxLength()
 WITH_PROMPT = MaxLength(counts="prompt_and_new_tokens", default=384)

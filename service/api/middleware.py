@@ -11,6 +11,7 @@ import re
 import time
 import traceback
 import uuid
+from abc import ABC, abstractmethod
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -49,7 +50,7 @@ _MAX_BODIES = 64
 _MIN_COUNTED_BODY = 65_536  # bytes; smaller bodies are always accepted
 
 
-class _HttpMiddleware:
+class _HttpMiddleware(ABC):
     """Passes a lifespan on, and closes WebSockets, which are not served."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -63,8 +64,9 @@ class _HttpMiddleware:
         else:
             await self.app(scope, receive, send)
 
+    @abstractmethod
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        raise NotImplementedError
+        """Answer an HTTP request, or pass it on to `self.app`."""
 
 
 class Observe(_HttpMiddleware):

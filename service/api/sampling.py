@@ -5,7 +5,7 @@ from typing import Any
 
 from service.api.schema import ContractRequest
 from service.errors import PromptTooLong
-from service.model_config import MaxLength
+from service.model_config.schema import MaxLength
 
 _FIELDS = ("temperature", "top_p", "top_k", "repetition_penalty", "seed", "stop")
 

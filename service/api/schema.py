@@ -9,7 +9,7 @@ from service import prompting
 from service.api.cancellation import MAX_TIMEOUT
 from service.api.request_limits import MAX_STOP
 from service.errors import InvalidRequest, MalformedBody
-from service.model_config import RepetitionPenalty, Temperature, TokenLimit, TopK, TopP
+from service.model_config.schema import RepetitionPenalty, Temperature, TokenLimit, TopK, TopP
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
 

@@ -8,8 +8,34 @@ import base64
 import binascii
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import TokenizersBackend
+from vllm.tokenizers.hf import get_cached_tokenizer
+
+
+class ByteLevelTokenizer(TokenizersBackend):  # type: ignore[misc]  # transformers is untyped
+    """The base of the tokenizers from a tiktoken file. Control tokens in a text stay text."""
+
+    @classmethod
+    def of(
+        cls, tokenizer: Tokenizer, control: Sequence[str], eos: str, truncation_side: str = "left"
+    ) -> Any:
+        """Return vLLM's tokenizer for one that `load` made. `control` are its special tokens."""
+        made = cls(
+            tokenizer_object=tokenizer,
+            eos_token=eos,
+            pad_token="<|endoftext|>",
+            extra_special_tokens=[*control],
+            truncation_side=truncation_side,
+        )
+        return get_cached_tokenizer(made)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the token ids of a text."""
+        ids: list[int] = self.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return ids
 
 
 def load(file: Path, words: str, control: Sequence[str], *, nfc: bool = False) -> Tokenizer:

@@ -9,9 +9,13 @@ Turn = tuple[str, str]  # role and text
 
 
 def turns(
-    conversation: Sequence[Mapping[str, Any]], truncate_to: object, options: Mapping[str, Any]
+    conversation: Sequence[Mapping[str, Any]],
+    truncate_to: object,
+    options: Mapping[str, Any],
+    *,
+    system: bool = True,
 ) -> list[Turn]:
-    """Return the role and text of each message.
+    """Return the role and text of each message. `system`: whether the format has such messages.
 
     `truncate_to` and `options` are the other arguments of `apply_chat_template`, which /v1 takes
     from clients. Raises ValueError for options and messages that these formats do not support: only
@@ -27,6 +31,8 @@ def turns(
         role, content = message["role"], message.get("content")
         if role not in ("system", "user", "assistant") or not isinstance(content, str):
             raise ValueError(f"this model's prompt format has no place for a {role} message")
+        if role == "system" and not system:
+            raise ValueError("this model has no system messages")
         if role == "system" and position:
             raise ValueError("a system message must be the first")
         check_text(content)

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import processors
-from transformers import TokenizersBackend
-from vllm.tokenizers.hf import get_cached_tokenizer
 
 from service.tokenizers import byte_level, glm
 
@@ -28,7 +26,7 @@ _CONTROL = (
 _PREFIX = ("[gMASK]", "<sop>")
 
 
-class Glm4Tokenizer(TokenizersBackend):  # type: ignore[misc]  # transformers is untyped
+class Glm4Tokenizer(byte_level.ByteLevelTokenizer):
     """The `tokenizer_mode` "glm4". `<|user|>` and `<|observation|>` end an answer as eos does."""
 
     @classmethod
@@ -45,14 +43,7 @@ class Glm4Tokenizer(TokenizersBackend):  # type: ignore[misc]  # transformers is
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{' '.join(_PREFIX)} $A", special_tokens=prefix
         )
-        made = cls(
-            tokenizer_object=tokenizer,
-            eos_token="<|endoftext|>",
-            pad_token="<|endoftext|>",
-            extra_special_tokens=[*_CONTROL],
-            truncation_side=kwargs.get("truncation_side", "left"),
-        )
-        return get_cached_tokenizer(made)
+        return cls.of(tokenizer, _CONTROL, "<|endoftext|>", kwargs.get("truncation_side", "left"))
 
     def apply_chat_template(
         self,
@@ -67,12 +58,8 @@ class Glm4Tokenizer(TokenizersBackend):  # type: ignore[misc]  # transformers is
             options,
             prefix=[self.convert_tokens_to_ids(token) for token in _PREFIX],
             token_id=self.convert_tokens_to_ids,
-            encode=self._encode,
+            encode=self.encode_text,
         )
-
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.encode(text, add_special_tokens=False, split_special_tokens=True)
-        return ids
 
 
 def _configured(folder: Path) -> dict[int, str]:

@@ -25,9 +25,7 @@ class InternLMTokenizer(SentencePieceTokenizer):
         **options: Any,
     ) -> list[int]:
         """Return the prompt's token ids. `truncate_to` is in tokens, see `chat.join`."""
-        turns = chat.turns(conversation, truncate_to, options)
-        if turns[0][0] == "system":
-            raise ValueError("this model has no system messages")
+        turns = chat.turns(conversation, truncate_to, options, system=False)
         self.marker_id("<eoh>"), self.marker_id("<eoa>")
         rounds = [_parts(group) for group in chat.rounds_of(turns)]
         return self.joined([], rounds, [("<|Bot|>:", False)], truncate_to)

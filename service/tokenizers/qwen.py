@@ -13,9 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import TokenizersBackend
-from vllm.tokenizers.hf import get_cached_tokenizer
-
 from service.tokenizers import byte_level, chat
 
 _WORDS = (
@@ -26,20 +23,14 @@ _CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" fo
 _SYSTEM = "You are a helpful assistant."
 
 
-class QwenTokenizer(TokenizersBackend):  # type: ignore[misc]  # transformers is untyped
+class QwenTokenizer(byte_level.ByteLevelTokenizer):
     """The `tokenizer_mode` "qwen". `<|im_end|>` is eos; `<|im_start|>` ends an answer too."""
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> Any:
         file = Path(path) / "qwen.tiktoken"
-        made = cls(
-            tokenizer_object=byte_level.load(file, _WORDS, _CONTROL, nfc=True),
-            eos_token="<|im_end|>",
-            pad_token="<|endoftext|>",
-            extra_special_tokens=[*_CONTROL],
-            truncation_side=kwargs.get("truncation_side", "left"),
-        )
-        return get_cached_tokenizer(made)
+        tokenizer = byte_level.load(file, _WORDS, _CONTROL, nfc=True)
+        return cls.of(tokenizer, _CONTROL, "<|im_end|>", kwargs.get("truncation_side", "left"))
 
     def apply_chat_template(
         self,
@@ -50,16 +41,19 @@ class QwenTokenizer(TokenizersBackend):  # type: ignore[misc]  # transformers is
         """Return the prompt's token ids. `truncate_to` is in tokens, see `chat.join`."""
         turns = chat.turns(conversation, truncate_to, options)
         start, end = self.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-        newline = self._encode("\n")
+        newline = self.encode_text("\n")
 
         def ids(role: str, text: str) -> list[int]:
-            return [start, *self._encode(role), *newline, *self._encode(text), end, *newline]
+            return [
+                start,
+                *self.encode_text(role),
+                *newline,
+                *self.encode_text(text),
+                end,
+                *newline,
+            ]
 
         system = ids("system", turns.pop(0)[1] if turns[0][0] == "system" else _SYSTEM)
         rounds = [[id for turn in group for id in ids(*turn)] for group in chat.rounds_of(turns)]
-        answer = [start, *self._encode("assistant"), *newline]
+        answer = [start, *self.encode_text("assistant"), *newline]
         return chat.join(system, rounds, truncate_to, end=answer)
-
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.encode(text, add_special_tokens=False, split_special_tokens=True)
-        return ids

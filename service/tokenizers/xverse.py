@@ -37,9 +37,7 @@ def xverse(tokenizer: Any, eos: int) -> Any:
             **options: Any,
         ) -> list[int]:
             """Return the prompt's token ids. `truncate_to` is in tokens, see `chat.join`."""
-            turns = chat.turns(conversation, truncate_to, options)
-            if turns[0][0] == "system":
-                raise ValueError("this model has no system messages")
+            turns = chat.turns(conversation, truncate_to, options, system=False)
             rounds: list[list[int]] = []
             for group in chat.rounds_of(turns):
                 ids: list[int] = []

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from service.errors import ConfigError, WeightsError
-from service.model_config import AdapterSource, Source
+from service.model_config import Source
+from service.model_config.schema import AdapterSource
 from service.weights import embedded, modelscope
 
 

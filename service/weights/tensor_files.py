@@ -71,7 +71,7 @@ def _safetensors(file: Path) -> dict[str, Tensor]:
     tensors = {}
     try:
         with safe_open(file, "numpy") as f:
-            for name in f.keys():  # noqa: SIM118: it is no dict
+            for name in f.keys():  # it is no dict
                 part = f.get_slice(name)
                 shape, dtype = tuple(part.get_shape()), part.get_dtype()  # such as BF16, BOOL
                 count = math.prod(shape)
