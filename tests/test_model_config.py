@@ -78,6 +78,10 @@ def test_set_overrides_one_value(tmp_path: Path) -> None:
             GOOD + "  max_tokens: 5\nmax_length: {default: 5}",
             "{file}: top level: give sampling.max_tokens or max_length.default, not both",
         ),
+        (
+            GOOD + "prompt: {echo: true}\nanswer: {strip: true}",
+            "{file}: top level: give prompt.echo or answer.strip, not both",
+        ),
     ],
 )
 def test_a_mistake_is_told_with_its_line_and_the_nearest_name(

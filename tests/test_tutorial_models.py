@@ -1,7 +1,7 @@
 """The tutorials' models behind the real server: tiny checkpoints under the catalogue's entries."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import httpx
 import pytest
 import sentencepiece
 from transformers import AutoTokenizer
+from vllm.tokenizers import get_tokenizer
 
 from service.api import engine
 from service.preflight import reference
@@ -28,7 +29,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Tuto
     servers: dict[str, Tutorial] = {}
     waiting: list[Server] = []
     with ExitStack() as stack:
-        for name in ("baichuan2", "bluelm", "openelm"):
+        for name in ("baichuan2", "bluelm", "glm4", "openelm"):
             folder = checkpoints.write(name, tmp_path_factory.mktemp(name))
             arguments = checkpoints.arguments(
                 name, folder, "engine.dtype=float32", "engine.enforce_eager=true"
@@ -44,13 +45,13 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Tuto
         yield servers
 
 
-def greedy(folder: Path, ids: list[int], tokens: int) -> list[int]:
+def greedy(folder: Path, ids: list[int], tokens: int, ends: Sequence[int] = (2,)) -> list[int]:
     """What the reference answers to the prompt `ids`."""
     answer: list[int] = []
     while len(answer) < tokens:
         (rows,) = reference.logits(folder, [ids + answer])
         answer.append(int(rows[-1].argmax()))
-        if answer[-1] == 2:
+        if answer[-1] in ends:
             return answer[:-1]
     return answer
 
@@ -70,6 +71,11 @@ def baichuan2(servers: dict[str, Tutorial]) -> Tutorial:
 @pytest.fixture
 def bluelm(servers: dict[str, Tutorial]) -> Tutorial:
     return servers["bluelm"]
+
+
+@pytest.fixture
+def glm4(servers: dict[str, Tutorial]) -> Tutorial:
+    return servers["glm4"]
 
 
 @pytest.fixture
@@ -164,6 +170,44 @@ def test_bluelm_is_greedy_as_its_checkpoint_is(bluelm: Tutorial) -> None:
     body = {"prompt": "你好", "max_length": 2, "details": True}
     sampling = client.post("/", json=body).json()["details"]["sampling"]
     assert sampling == {"temperature": 0.0, "repetition_penalty": 1.1, "max_tokens": 2}
+
+
+def test_glm4_answers_what_its_reference_answers_without_white_space_around_it(
+    glm4: Tutorial,
+) -> None:
+    folder, client = glm4
+    tokenizer = get_tokenizer(folder, tokenizer_mode="glm4")
+    ids = list(tokenizer.apply_chat_template([{"role": "user", "content": "2"}]))
+    said = tokenizer.decode(greedy(folder, ids, 3, [400, 407, 409]), skip_special_tokens=True)
+    expected = said.strip("\ufffd").strip()
+    assert said.startswith(" ") and expected  # or this would show nothing
+    body = {"prompt": "2", "max_new_tokens": 3, **GREEDY}
+    plain = client.post("/", json=body).json()
+    assert plain["response"] == expected
+    assert plain["history"] == [
+        {"role": "user", "content": "2"},
+        {"role": "assistant", "metadata": "", "content": expected},
+    ]
+    deltas, whole = streamed(client, body)
+    assert ("".join(deltas), whole) == (expected, expected)
+
+
+def test_metadata_of_a_turn_is_in_glm4s_prompt(glm4: Tutorial) -> None:
+    folder, client = glm4
+    tokenizer = get_tokenizer(folder, tokenizer_mode="glm4")
+    for metadata in ("", "browser", "browser " * 1000):
+        history = [
+            {"role": "user", "content": "你好"},
+            {"role": "assistant", "metadata": metadata, "content": "好"},
+        ]
+        body = {"prompt": "谁", "history": history, "details": True, "max_new_tokens": 1, **GREEDY}
+        answer = client.post("/", json=body)
+        assert answer.status_code == (422 if len(metadata) > 1000 else 200)
+        if answer.status_code == 200:
+            turns = [*history, {"role": "user", "content": "谁"}]
+            expected = len(tokenizer.apply_chat_template(turns))
+            assert answer.json()["details"]["prompt_tokens"] == expected
+            assert answer.json()["history"][:2] == history
 
 
 def test_openelm_completes_the_text_and_max_length_counts_it(
