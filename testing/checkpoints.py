@@ -587,7 +587,7 @@ def glm4(**changes: Any) -> tuple[dict[str, Any], Tensors]:
         architectures=["ChatGLMForConditionalGeneration"],
         layernorm_epsilon=1.5625e-07,
         num_hidden_layers=LAYERS,
-        padded_vocab_size=414,
+        padded_vocab_size=VOCABULARY,  # as published, more than there are tokens
         rope_ratio=500,
         **changes,
     )

@@ -92,6 +92,13 @@ def test_a_mistake_is_told_with_its_line_and_the_nearest_name(
     assert str(error.value) == message.format(file=tmp_path / "mine.yaml")
 
 
+@pytest.mark.parametrize("depth", [4_000, 200_000])
+def test_deep_brackets_are_told(tmp_path: Path, depth: int) -> None:
+    for text in ("[" * depth, "[" * depth + "]" * depth):
+        with pytest.raises(ConfigError, match="not valid YAML"):
+            load(tmp_path, f"{GOOD}aliases: {text}")
+
+
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [

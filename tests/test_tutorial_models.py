@@ -9,7 +9,9 @@ from typing import Any
 import httpx
 import pytest
 import sentencepiece
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
+from vllm.plugins import load_general_plugins
 from vllm.tokenizers import get_tokenizer
 
 from service.api import engine
@@ -31,6 +33,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Tuto
     with ExitStack() as stack:
         for name in ("baichuan2", "bluelm", "glm4", "openelm"):
             folder = checkpoints.write(name, tmp_path_factory.mktemp(name))
+            if name == "glm4":
+                begin_with_a_newline(folder)
             arguments = checkpoints.arguments(
                 name, folder, "engine.dtype=float32", "engine.enforce_eager=true"
             )
@@ -43,6 +47,22 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Tuto
         for each in waiting:
             each.wait_until_ready()
         yield servers
+
+
+def glm4_ids(folder: Path, *turns: dict[str, str]) -> list[int]:
+    return list(get_tokenizer(folder, tokenizer_mode="glm4").apply_chat_template(turns))
+
+
+def begin_with_a_newline(folder: Path) -> None:
+    """Make GLM-4's answer to "你好" do so, as the published model's answers do."""
+    load_general_plugins()
+    newline = get_tokenizer(folder, tokenizer_mode="glm4").encode_text("\n")
+    (rows,) = reference.logits(folder, [glm4_ids(folder, {"role": "user", "content": "你好"})])
+    likeliest = int(rows[-1].argmax())
+    weights = load_file(folder / "model.safetensors")
+    head = weights["transformer.output_layer.weight"]
+    head[[*newline, likeliest]] = head[[likeliest, *newline]]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def greedy(folder: Path, ids: list[int], tokens: int, ends: Sequence[int] = (2,)) -> list[int]:
@@ -176,25 +196,27 @@ def test_glm4_answers_what_its_reference_answers_without_white_space_around_it(
     glm4: Tutorial,
 ) -> None:
     folder, client = glm4
-    tokenizer = get_tokenizer(folder, tokenizer_mode="glm4")
-    ids = list(tokenizer.apply_chat_template([{"role": "user", "content": "2"}]))
-    said = tokenizer.decode(greedy(folder, ids, 3, [400, 407, 409]), skip_special_tokens=True)
-    expected = said.strip("\ufffd").strip()
-    assert said.startswith(" ") and expected  # or this would show nothing
-    body = {"prompt": "2", "max_new_tokens": 3, **GREEDY}
+    asked = {"role": "user", "content": "你好"}
+    answer = greedy(folder, glm4_ids(folder, asked), 12, [400, 407, 409])
+    said = get_tokenizer(folder, tokenizer_mode="glm4").decode(answer, skip_special_tokens=True)
+    expected = said.rstrip("\ufffd").strip()
+    assert said.startswith("\n") and expected
+    body = {"prompt": "你好", "max_new_tokens": 12, **GREEDY}
     plain = client.post("/", json=body).json()
     assert plain["response"] == expected
     assert plain["history"] == [
-        {"role": "user", "content": "2"},
+        asked,
         {"role": "assistant", "metadata": "", "content": expected},
     ]
     deltas, whole = streamed(client, body)
     assert ("".join(deltas), whole) == (expected, expected)
+    chat = {"messages": [asked], "max_tokens": 12, **GREEDY}
+    raw = client.post("/v1/chat/completions", json=chat).json()["choices"][0]["message"]["content"]
+    assert raw.startswith("\n")  # as the model writes it
 
 
 def test_metadata_of_a_turn_is_in_glm4s_prompt(glm4: Tutorial) -> None:
     folder, client = glm4
-    tokenizer = get_tokenizer(folder, tokenizer_mode="glm4")
     for metadata in ("", "browser", "browser " * 1000):
         history = [
             {"role": "user", "content": "你好"},
@@ -204,9 +226,8 @@ def test_metadata_of_a_turn_is_in_glm4s_prompt(glm4: Tutorial) -> None:
         answer = client.post("/", json=body)
         assert answer.status_code == (422 if len(metadata) > 1000 else 200)
         if answer.status_code == 200:
-            turns = [*history, {"role": "user", "content": "谁"}]
-            expected = len(tokenizer.apply_chat_template(turns))
-            assert answer.json()["details"]["prompt_tokens"] == expected
+            ids = glm4_ids(folder, *history, {"role": "user", "content": "谁"})
+            assert answer.json()["details"]["prompt_tokens"] == len(ids)
             assert answer.json()["history"][:2] == history
 
 
