@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from vllm.config import ModelConfig
+from vllm.model_executor.models.chatglm import ChatGLMForCausalLM
 from vllm.model_executor.models.deepseek_v2 import DeepseekV2ForCausalLM
 from vllm.model_executor.models.internlm2 import InternLM2ForCausalLM
 from vllm.model_executor.models.llama import LlamaAttention, LlamaForCausalLM, LlamaModel
@@ -26,7 +27,7 @@ from tests.engine import PROMPTS, Answer, ask, engine
 NAMES = list(checkpoints.BUILDERS)
 # The model code is ours, or their tensors are split in a way that is.
 OURS = ["baichuan2", "xverse", "bluelm", "openelm", "internlm", "qwen", "index"]
-# vLLM's model code with our config class, or vLLM's own that the six do not use.
+# And vLLM's model code, with our config class or with its own.
 SPLIT = [*OURS, "internlm2", "internlm3", "deepseek_moe", "chatglm3", "glm4"]
 
 
@@ -200,6 +201,10 @@ MISTAKES: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None] | dict[str, 
     "no shared experts": (
         "deepseek_moe",
         loaded_as(DeepseekV2ForCausalLM, "shared_experts.down_proj", torch.zeros_like),
+    ),
+    "no bias on ChatGLM's q, k and v": (
+        "chatglm3",
+        loaded_as(ChatGLMForCausalLM, "query_key_value.bias", torch.zeros_like),
     ),
     "halves as pairs": ("chatglm3", {"original_rope": False}),
     "no rope_ratio": ("glm4", {"rope_ratio": 1}),
