@@ -159,6 +159,12 @@ def test_a_whole_checkpoint_is_called_whole(name: str, tmp_path: Path) -> None:
         ("qwen2", "layers.2.self_attn.q_proj.weight", "lack 1 tensors of layer 2"),
         ("baichuan2", "lm_head", "the output head"),
         ("xverse", "layers.2.", "tensors of layer 2"),
+        ("internlm2", "output.weight", "the output head"),
+        ("internlm2", "tok_embeddings", "the token embedding"),
+        ("qwen", ".wte.", "the token embedding"),
+        ("chatglm3", "output_layer", "the output head"),
+        ("chatglm3", "layers.2.", "tensors of layer 2"),
+        ("deepseek_moe", "layers.2.mlp.experts.5.up_proj", "lack 1 tensors of layer 2"),
     ],
 )
 def test_what_vllm_would_serve_as_garbage_is_missed(

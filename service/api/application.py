@@ -8,7 +8,7 @@ the same application.
 import argparse
 import copy
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -40,11 +40,19 @@ class Deployment(BaseModel):
     instance: str  # id of this run, to distinguish it from another on the same port
 
 
+class Server(Protocol):
+    """What ends an API process: uvicorn's server, or what stands for it in another host."""
+
+    should_exit: bool
+
+
 class Host:
     """How an API process reports to the process that runs it. This base class drops reports."""
 
     # Whether the service owns this process, so may handle SIGTERM and drain.
     handles_signals = False
+    # Whether to end when the engine stalls: another process answers, and this one only refuses.
+    replaceable = False
 
     def __init__(self) -> None:
         self._progress = 0
@@ -87,8 +95,7 @@ async def build(
     """Return the complete ASGI application for a running engine.
 
     `args` are vLLM's (`vllm_arguments.arguments`) and name the model's files. The caller must put
-    its uvicorn.Server, or an equivalent, into `app.state.server` before the lifespan starts. Raises
-    ServiceError.
+    its `Server` into `app.state.server` before the lifespan starts. Raises ServiceError.
     """
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app

@@ -11,7 +11,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.api import metrics
-from service.api.middleware import HEALTH
+from service.api.keys import HEALTH
 from service.errors import (
     HeadersTooLarge,
     HeadersTooSlow,

@@ -5,11 +5,33 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from starlette.datastructures import Headers
+from starlette.types import Scope
+
 from service import clients
 from service.clients import Client
-from service.errors import ConfigError
+from service.errors import ConfigError, Unauthorized
 
 _logger = logging.getLogger("service")
+
+# Health checks, which need no key.
+HEALTH = frozenset({"/health", "/health/live", "/health/ready", "/ping"})
+
+
+def is_public(method: str, path: str, *, metrics_key: bool) -> bool:
+    """Whether a route needs no key: health checks, and the chat page."""
+    return (
+        path in HEALTH
+        or (path == "/" and method in ("GET", "HEAD"))
+        or (path == "/metrics" and not metrics_key)
+    )
+
+
+def bearer(scope: Scope) -> bytes:
+    """Return the request's API key as raw bytes, or empty bytes."""
+    header = Headers(scope=scope).get("authorization", "")
+    scheme, _, key = header.partition(" ")
+    return key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
 
 
 class Keys:
@@ -20,6 +42,17 @@ class Keys:
         self._file = file
         self._version: tuple[int, int, int] | None = None  # None: read the file at the first reload
         self._refused: tuple[tuple[int, int, int] | None] | None = None  # logged once, read again
+
+    def replace(self, clients: Mapping[str, Client]) -> None:
+        """Let these keys be the valid ones."""
+        self._clients = clients
+
+    def owner(self, scope: Scope) -> Client:
+        """Return the client that sends a request. Raises Unauthorized."""
+        client = self.client(bearer(scope))
+        if client is None:
+            raise Unauthorized("send an API key in the header `Authorization: Bearer <key>`")
+        return client
 
     def client(self, key: bytes) -> Client | None:
         """Return the owner of a key, or None."""

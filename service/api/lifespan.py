@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import uvicorn
 from fastapi import FastAPI
 from starlette.routing import Route
 from vllm.envs import disable_envs_cache, enable_envs_cache
@@ -33,7 +34,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     )
     schemas = app.openapi()["components"]["schemas"].values()
     service.body_keys = {key for schema in schemas for key in schema.get("properties", ())}
-    connection.guard(app.state.server.config, settings, service.max_connections)
+    if isinstance(app.state.server, uvicorn.Server):  # a replica of a cluster has none of its own
+        connection.guard(app.state.server.config, settings, service.max_connections)
     watch = Watch(service, app.state.server)
     watch_task = asyncio.create_task(watch.run())  # from here on our signal handlers are set
     enable_envs_cache()  # vLLM reads environment variables some forty times a request

@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api import metrics, tracing, vllm_errors
+from service.api.keys import HEALTH, is_public
 from service.api.record import RequestRecord
 from service.api.refusal import refusal, refusal_event
 from service.api.routes import ROUTES
@@ -31,14 +32,12 @@ from service.errors import (
     EngineDead,
     Overloaded,
     RequestError,
-    Unauthorized,
 )
 
 _logger = logging.getLogger("service")
 
 REQUEST_ID = "x-request-id"
-# Health checks need no key, and are logged only with --verbose or when they fail.
-HEALTH = frozenset({"/health", "/health/live", "/health/ready", "/ping"})
+# Logged only with --verbose or when they fail.
 _QUIET = HEALTH | {"/metrics"}
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Read at most this much of an error body: vLLM echoes input.
@@ -216,16 +215,10 @@ class ApiKey(_HttpMiddleware):
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         state: ServiceState = scope["app"].state.service
         path = path_of(scope)
-        public = (
-            path in HEALTH
-            or (path == "/" and scope["method"] in ("GET", "HEAD"))  # the chat page
-            or (path == "/metrics" and not state.deployment.settings.metrics_key)
-        )
-        if state.keys and not public and not is_preflight(scope):
-            client = state.keys.client(_bearer(scope))
-            if client is None:
-                raise Unauthorized("send an API key in the header `Authorization: Bearer <key>`")
-            RequestRecord.of(scope).client = client
+        metrics_key = state.deployment.settings.metrics_key
+        public = is_public(scope["method"], path, metrics_key=metrics_key) or is_preflight(scope)
+        if state.keys and not public:
+            RequestRecord.of(scope).client = state.keys.owner(scope)
         await self.app(scope, receive, send)
 
 
@@ -319,13 +312,6 @@ def is_preflight(scope: Scope) -> bool:
     headers = Headers(scope=scope)
     cors = "origin" in headers and "access-control-request-method" in headers
     return cors and scope["method"] == "OPTIONS"
-
-
-def _bearer(scope: Scope) -> bytes:
-    """Return the request's API key as raw bytes, or empty bytes."""
-    header = Headers(scope=scope).get("authorization", "")
-    scheme, _, key = header.partition(" ")
-    return key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
 
 
 def with_cors(app: ASGIApp, scope: Scope) -> ASGIApp:

@@ -8,8 +8,8 @@ import time
 from contextlib import ExitStack, suppress
 
 import psutil
-import uvicorn
 
+from service.api.application import Server
 from service.api.state import ServiceState
 from service.errors import Unavailable
 from service.phase import Phase
@@ -32,7 +32,7 @@ class EngineProgress:
 class Watch:
     """Checks the engine every second, and handles SIGTERM and SIGINT."""
 
-    def __init__(self, service: ServiceState, server: uvicorn.Server) -> None:
+    def __init__(self, service: ServiceState, server: Server) -> None:
         self.engine = service.engine_client
         self.health = service.health
         self.admission = service.admission
@@ -107,7 +107,9 @@ class Watch:
             self.admission.extend(_CHECK_INTERVAL)
         if phase is last_phase:
             return
-        if phase is Phase.STALLED:
+        if phase is Phase.STALLED and self._host.replaceable:
+            self._fail("the engine makes no progress")
+        elif phase is Phase.STALLED:
             _logger.error("the engine makes no progress; what waits for it is answered with 503")
             error = Unavailable("the engine makes no progress", retry_after=10)
             self.admission.close(error)

@@ -2,46 +2,17 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from service.errors import ConfigError
+from service.model_config import document
+from service.model_config.document import KeyPath, Origins
 from service.model_config.schema import ModelConfig
 from service.model_config.spelling import nearest
-
-Path_ = tuple[str | int, ...]
-# Exceptions of PyYAML for invalid text or values, such as `!!int zz`.
-_UNREADABLE = (yaml.YAMLError, ValueError, KeyError, RecursionError)
-
-
-@dataclass(frozen=True)
-class Origins:
-    """Where each value was set, for error messages."""
-
-    file: Path
-    lines: Mapping[Path_, int]
-    overridden: frozenset[Path_]
-
-    def place(self, path: Path_) -> str:
-        """Return where a key or its nearest parent was set: "file.yaml:7", or "--set"."""
-        if any(written[: len(path)] == path for written in self.overridden if path):
-            return "--set"
-        for end in range(len(path), -1, -1):
-            if path[:end] in self.overridden:
-                return "--set"
-            if path[:end] in self.lines:
-                return f"{self.file}:{self.lines[path[:end]]}"
-        return str(self.file)
-
-    def of(self, path: Path_) -> str:
-        """Return place and key for an error: "file.yaml:7: engine.dtype"."""
-        key = ".".join(map(str, path)) or "top level"
-        place = self.place(path)
-        return f"--set {key}" if place == "--set" else f"{place}: {key}"
 
 
 def catalogue() -> dict[str, Path]:
@@ -99,7 +70,12 @@ def load(
         return ModelConfig.model_validate(data), origins
     except ValidationError as e:
         raise ConfigError(
-            "\n".join(_explain(error, origins) for error in e.errors(include_url=False))
+            "\n".join(
+                document.explain(
+                    error, origins, ModelConfig, " (vLLM's arguments are keys of engine)"
+                )
+                for error in e.errors(include_url=False)
+            )
         ) from None
 
 
@@ -115,33 +91,12 @@ def name_of(folder: Path) -> str:
     return re.sub(r"[^\w.-]+|\s+", "-", name).strip("-.")[:64] or "model"
 
 
-def _parse(file: Path) -> tuple[dict[str, Any], dict[Path_, int]]:
+def _parse(file: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     if file.is_dir():
         if not (file / "config.json").is_file():
             raise ConfigError(f"{file}: has no config.json, so it is not a model{_inner(file)}")
         return {"name": name_of(file), "source": {"path": str(file)}}, {}
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        raise ConfigError(f"{file}: not UTF-8 text (byte {e.start})") from None
-    except OSError as e:
-        raise ConfigError(f"{file}: {e.strerror}") from None
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        loader = yaml.SafeLoader("")
-        lines: dict[Path_, int] = {}
-        if isinstance(node, yaml.MappingNode):
-            _record_lines(node, (), lines, file)
-            return loader.construct_document(node), lines
-    except yaml.MarkedYAMLError as e:
-        line = f":{e.problem_mark.line + 1}" if e.problem_mark else ""
-        problem = e.problem or "not valid YAML"
-        if "'\\t'" in problem:
-            problem = "a tab cannot indent YAML; use spaces"
-        raise ConfigError(f"{file}{line}: {problem}") from None
-    except _UNREADABLE as e:
-        raise ConfigError(f"{file}: not valid YAML: {str(e).splitlines()[0][:200]}") from None
-    raise ConfigError(f"{file}: expected keys and values, such as `name: my-model`")
+    return document.read(file, _spell)
 
 
 def _inner(folder: Path) -> str:
@@ -153,27 +108,10 @@ def _inner(folder: Path) -> str:
     return f"; give the folder inside it, such as {newest.parent.name}"
 
 
-def _record_lines(node: yaml.Node, path: Path_, lines: dict[Path_, int], file: Path) -> None:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            where = (*path, _argument(key.value) if path == ("engine",) else str(key.value))
-            line = key.start_mark.line + 1
-            if where in lines:
-                raise ConfigError(
-                    f"{file}:{line}: {'.'.join(map(str, where))} is given twice; "
-                    f"it was first given on line {lines[where]}"
-                )
-            lines[where] = line
-            _record_lines(value, where, lines, file)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            _record_lines(value, (*path, index), lines, file)
-
-
-def _assign(data: dict[str, Any], assignment: str) -> Path_:
+def _assign(data: dict[str, Any], assignment: str) -> KeyPath:
     """Apply one "key.path=value" to `data`; the value is YAML. Returns the key's path."""
     key, equals, text = assignment.partition("=")
-    path: Path_ = tuple(key.strip().split("."))
+    path: KeyPath = tuple(key.strip().split("."))
     if path[0] == "engine" and len(path) > 1:
         path = ("engine", _argument(path[1]), *path[2:])
     if not equals or not all(path):
@@ -182,7 +120,7 @@ def _assign(data: dict[str, Any], assignment: str) -> Path_:
         )
     try:
         value = yaml.safe_load(text)
-    except _UNREADABLE:
+    except document.UNREADABLE:
         raise ConfigError(f"--set {key[:100]}: the value is not valid YAML") from None
     section: Any = data
     for part in path[:-1]:
@@ -193,35 +131,10 @@ def _assign(data: dict[str, Any], assignment: str) -> Path_:
     return path
 
 
+def _spell(path: KeyPath, key: Any) -> Any:
+    return _argument(key) if path == ("engine",) else key
+
+
 def _argument(key: Any) -> Any:
     """Return the name of one of vLLM's arguments, which may be written with dashes."""
     return key.replace("-", "_") if isinstance(key, str) else key
-
-
-def _explain(error: Any, origins: Origins) -> str:
-    path: Path_ = error["loc"]
-    place = origins.of(path)
-    if error["type"] == "extra_forbidden":
-        hint = nearest(str(path[-1]), _keys_at(path[:-1]))
-        vllm = " (vLLM's arguments are keys of engine)" if len(path) == 1 else ""
-        return f"{place}: unknown key{hint}{vllm}"
-    if error["type"] == "missing":
-        return f"{origins.file}: {'.'.join(map(str, path))} is missing"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{place}: {message[0].lower()}{message[1:]}"
-
-
-def _keys_at(path: Path_) -> list[str]:
-    """Return the valid keys of the section at `path`."""
-    model: Any = ModelConfig
-    parts = iter(path)
-    for part in parts:
-        annotation = model.model_fields[part].annotation
-        if getattr(annotation, "__origin__", None) is dict:  # whose keys are names
-            next(parts, None)
-        model = next(
-            t
-            for t in (annotation, *getattr(annotation, "__args__", ()))
-            if isinstance(t, type) and issubclass(t, BaseModel)
-        )
-    return list(model.model_fields)

@@ -1,0 +1,203 @@
+"""The YAML file of `chat-service cluster`: its schema, and the models that it names."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from service import own_model, settings
+from service.errors import ConfigError
+from service.model_config import ModelConfig, Origins, document, nearest
+from service.model_config.schema import Name
+from service.settings import Settings
+
+# What `chat-service cluster` runs without a file.
+DEFAULT: dict[str, Any] = {"models": {"smollm2-135m-instruct": {"replicas": 2}}}
+# The first parts of paths that the front answers itself or sends to the default model.
+_ROUTES = frozenset(
+    "-|detokenize|docs|health|load|metrics|openapi.json|ping|redoc|static|tokenize|v1|v2|version"
+    "".split("|")
+)
+
+_Count = Annotated[int, Field(ge=1, le=10_000)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Replicas(_Section):
+    """One model of the cluster, served under the key's name."""
+
+    model: str | None = Field(
+        None, description="A name of the catalogue, a YAML file, or a folder. Absent: the key."
+    )
+    replicas: _Count | Annotated[list[_Count], Field(min_length=2, max_length=2)] = Field(
+        1, description="How many; `[1, 4]`: from 1 to 4, by load."
+    )
+    gpus: Annotated[float, Field(ge=0, le=64)] | None = Field(
+        None,
+        description="GPUs of each replica; 0.5 lets two share one. Absent: what "
+        "`engine.tensor_parallel_size` and `engine.pipeline_parallel_size` need, or 0 in a cluster "
+        "without GPUs.",
+    )
+    cpus: Annotated[float, Field(gt=0, le=1024)] = Field(
+        1, description="CPU cores of each replica, and threads of an engine on a CPU."
+    )
+    queue: _Count = Field(
+        32,
+        description="With `replicas: [min, max]`: another replica is started above this many "
+        "requests, running or waiting, in each.",
+    )
+    set: dict[str, Any] = Field(
+        default_factory=dict, description="Values over those of the model's YAML, as with `--set`."
+    )
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        if isinstance(self.replicas, list) and self.replicas[0] > self.replicas[1]:
+            raise ValueError("replicas: the first number is the minimum, the second the maximum")
+        return self
+
+
+class ClusterFile(_Section):
+    """What the file may hold."""
+
+    default: str | None = Field(
+        None, description="The model that answers requests without `model`. May be absent with one."
+    )
+    models: Annotated[dict[Name, Replicas], Field(min_length=1)] = Field(
+        description=Replicas.__doc__ or ""
+    )
+    fronts: Annotated[int, Field(ge=1, le=100)] = Field(
+        2, description="Processes that choose a replica by `model`. They need no GPU."
+    )
+    settings: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Settings by their names in small letters, over the SERVICE_ variables.",
+    )
+
+    @model_validator(mode="after")
+    def _default_is_known(self) -> Self:
+        if self.default is None and len(self.models) > 1:
+            raise ValueError("default: name the model that answers requests without `model`")
+        if self.default is not None and self.default not in self.models:
+            raise ValueError(f"default: models has no such key{nearest(self.default, self.models)}")
+        return self
+
+
+@dataclass(frozen=True)
+class ClusterModel:
+    """One model of a cluster, with its whole configuration."""
+
+    config: ModelConfig
+    origins: Origins
+    min_replicas: int
+    max_replicas: int
+    gpus: float | None
+    cpus: float
+    queue: int
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def served_names(self) -> list[str]:
+        """All values of `model` in a request that mean this model or one of its adapters."""
+        return [self.name, *self.config.aliases, *self.config.adapters]
+
+    def gpus_of_replica(self, *, has_gpus: bool) -> float:
+        """Return the GPUs that each replica reserves in a cluster with or without GPUs."""
+        if self.gpus is not None:
+            return self.gpus
+        engine = self.config.engine
+        needed = engine.get("tensor_parallel_size", 1) * engine.get("pipeline_parallel_size", 1)
+        return float(needed) if has_gpus else 0.0
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """All models of a cluster, and the settings of each replica."""
+
+    models: dict[str, ClusterModel]
+    default: str
+    fronts: int
+    settings: Settings
+
+    def owners(self) -> dict[str, str]:
+        """Return served name -> name of its model."""
+        return {served: m.name for m in self.models.values() for served in m.served_names}
+
+
+def load(file: Path | None) -> Cluster:
+    """Read and validate a cluster's file, the models it names, and the environment.
+
+    Raises ConfigError with file, line, key and the nearest valid name.
+    """
+    data, lines = document.read(file) if file else (DEFAULT, {})
+    origins = Origins(file or Path("the default cluster"), lines, frozenset())
+    try:
+        parsed = ClusterFile.model_validate(data)
+    except ValidationError as e:
+        raise ConfigError(
+            "\n".join(
+                document.explain(error, origins, ClusterFile)
+                for error in e.errors(include_url=False)
+            )
+        ) from None
+    models: dict[str, ClusterModel] = {}
+    owner: dict[str, str] = {}
+    for name, section in parsed.models.items():
+        place = origins.of(("models", name))
+        if name in _ROUTES:
+            raise ConfigError(f"{place}: is a route of the service; choose another name")
+        model = _model(name, section, place)
+        for served in model.served_names:
+            if served in owner:
+                raise ConfigError(f"{place}: {owner[served]} is served as {served!r} too")
+            owner[served] = name
+        models[name] = model
+    return Cluster(
+        models=models,
+        default=parsed.default or next(iter(models)),
+        fronts=parsed.fronts,
+        settings=_settings(parsed.settings, origins),
+    )
+
+
+def _model(name: str, section: Replicas, place: str) -> ClusterModel:
+    assignments = [f"{key}={yaml.safe_dump(value)}" for key, value in section.set.items()]
+    try:
+        config, origins = own_model.load(section.model or name, [*assignments, f"name={name}"])
+    except ConfigError as e:
+        raise ConfigError(f"{place}: {e}") from None
+    count = section.replicas
+    least, most = count if isinstance(count, list) else (count, count)
+    return ClusterModel(
+        config=config,
+        origins=origins,
+        min_replicas=least,
+        max_replicas=most,
+        gpus=section.gpus,
+        cpus=section.cpus,
+        queue=section.queue,
+    )
+
+
+def _settings(values: Mapping[str, Any], origins: Origins) -> Settings:
+    for key in values:
+        if key not in Settings.model_fields:
+            hint = nearest(key, Settings.model_fields)
+            raise ConfigError(f"{origins.of(('settings', key))}: unknown setting{hint}")
+    try:
+        return settings.load(**values)
+    except ConfigError as e:  # it calls the values flags
+        for key in values:
+            if str(e).startswith(flag := f"--{key}: "):
+                place = origins.of(("settings", key))
+                raise ConfigError(f"{place}: {str(e).removeprefix(flag)}") from None
+        raise
