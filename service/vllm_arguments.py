@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -13,7 +13,7 @@ from service.errors import ConfigError, WeightsError
 from service.model_config import ModelConfig, Origins, nearest
 from service.settings import Settings
 from service.weights import adapter
-from service.weights.adapter import Adapter
+from service.weights.adapter import Adapter, Limits
 from service.weights.tensor_files import read_json
 
 if TYPE_CHECKING:
@@ -164,18 +164,22 @@ def use_adapters(
     return rows
 
 
-def embeddings_with_adapters(model: Path) -> Collection[str] | None:
-    """Return which of embed_tokens and lm_head an adapter may change in the model of a folder.
+def adapter_limits(model: Path, *, for_gpu: bool = False) -> Limits | None:
+    """Return what adapters can change in the model of a folder, on this machine or on a GPU.
 
     None if vLLM does not know its architecture.
     """
-    from vllm import ModelRegistry
+    from vllm import ModelRegistry, envs
 
     if not (model / "config.json").is_file():
         return None
-    for architecture in read_json(model / "config.json").get("architectures") or ():
+    config = read_json(model / "config.json")
+    # Multi-head latent attention (MLA) reads this matrix once, when it is loaded.
+    absorbed = {"kv_b_proj"} if config.get("kv_lora_rank") and not envs.VLLM_MLA_DISABLE else set()
+    for architecture in config.get("architectures") or ():
         if found := ModelRegistry.models.get(architecture):
-            return getattr(found.load_model_cls(), "embedding_modules", None) or ()
+            tables = getattr(found.load_model_cls(), "embedding_modules", None) or ()
+            return Limits(tables, absorbed, experts=for_gpu or not on_cpu())
     return None
 
 

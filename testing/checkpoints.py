@@ -69,7 +69,7 @@ def write(name: str, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-_TABLES = ("embed_tokens.weight", "token_embeddings.weight")
+_TABLES = ("embed_tokens.weight", "token_embeddings.weight", ".wte.weight")
 
 
 def write_adapter(

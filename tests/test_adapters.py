@@ -59,8 +59,12 @@ BESIDE = (
     "scheduler.pt",
     "training_args.bin",
     "trainer_state.json",
+    "args.json",
+    "README.md",
+    "Modelfile",
+    "latest",
+    "zero_to_fp32.py",
 )
-BESIDE += ("args.json", "README.md", "Modelfile", "latest", "zero_to_fp32.py")
 QUIET = ("engine.dtype=float32", "engine.enforce_eager=true", "engine.max_model_len=512")
 
 
@@ -126,10 +130,12 @@ def http(server: Server) -> Iterator[httpx.Client]:
 
 # vLLM takes no adapter in their table of tokens. In the others it is adapted too, as OpenELM's
 # chapter does.
-NO_TABLE = {"qwen2"}
+NO_TABLE = {"qwen2", "internlm2", "chatglm3", "characterglm", "glm4"}
+# The first is BlueLM; the second has experts.
+NOT_HERE = {"bluelm_32k", "deepseek_moe"}
 
 
-@pytest.mark.parametrize("name", [n for n in checkpoints.BUILDERS if n != "bluelm_32k"])
+@pytest.mark.parametrize("name", [n for n in checkpoints.BUILDERS if n not in NOT_HERE])
 def test_an_adapter_of_all_matrices_acts_as_if_merged(name: str, tmp_path: Path) -> None:
     base = checkpoints.write(name, tmp_path / "base")
     keys: dict[str, Any] = {"rank": 12, "embeddings": name not in NO_TABLE}
@@ -366,12 +372,12 @@ def test_what_does_not_fit_is_told(files: Path, tmp_path: Path, case: str) -> No
     assert problem.startswith("adapter a: ") and message in problem
 
 
-def inspect(folder: Path, base: Path, **options: Any) -> adapter.Adapter:
+def inspect(folder: Path, base: Path, *, for_gpu: bool = False, **options: Any) -> adapter.Adapter:
     """As `server.inspect_adapters` does."""
     load_general_plugins()
     options |= {
         "tensors": adapter.base_tensors(base),
-        "embeddings": vllm_arguments.embeddings_with_adapters(base),
+        "limits": vllm_arguments.adapter_limits(base, for_gpu=for_gpu),
     }
     return adapter.inspect("a", folder, base=base, **options)
 
@@ -391,6 +397,28 @@ def test_a_table_or_a_head_that_vllm_leaves_alone_is_told(files: Path, tmp_path:
     save_file(load_file(file) | head, file)
     (problem,) = inspect(lora, base).problems
     assert "it changes lm_head, which no adapter can change" in problem
+
+
+def test_experts_on_a_cpu_and_what_mla_folds_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = checkpoints.write("deepseek_moe", tmp_path / "experts")
+    lora = checkpoints.write_adapter(tmp_path / "lora", base, modules="self_attn")
+    (problem,) = inspect(lora, base).problems
+    assert "on a CPU vLLM takes no adapter for a model with experts; merge it" in problem
+    assert inspect(lora, base, for_gpu=True).problems == []
+    # As DeepSeek-Coder-V2's chapter trains it, among others.
+    base = tmp_path / "mla"
+    base.mkdir()
+    config = {"architectures": ["DeepseekV2ForCausalLM"], "kv_lora_rank": 16}
+    (base / "config.json").write_text(json.dumps(config))
+    matrix = {"model.layers.0.self_attn.kv_b_proj.weight": torch.ones(64, 16)}
+    save_file(matrix, base / "model.safetensors")
+    lora = checkpoints.write_adapter(tmp_path / "lora-mla", base)
+    (problem,) = inspect(lora, base).problems
+    assert "it changes kv_b_proj, which vLLM folds into other matrices" in problem
+    monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
+    assert inspect(lora, base).problems == []
 
 
 def test_an_adapter_of_another_model_is_told(files: Path, tmp_path: Path) -> None:

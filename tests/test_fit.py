@@ -181,7 +181,7 @@ def test_the_slots_of_adapters_are_those_that_vllm_makes(
         vllm_config = llm.llm_engine.vllm_config
         worker = llm.llm_engine.model_executor.driver_worker.worker
         manager = worker.model_runner.lora_manager._adapter_manager
-        slots = {}
+        slots: dict[int, torch.Tensor] = {}
         for module in manager.modules.values():
             for stacked in module.lora_a_stacked, module.lora_b_stacked:
                 slots |= {id(t): t for t in ([stacked] if torch.is_tensor(stacked) else stacked)}

@@ -41,7 +41,8 @@ def added(id: int, token: str) -> dict[str, Any]:
 
 def saved_by_transformers_5(folder: Path) -> None:
     rope = {"rope_theta": 1e6, "rope_type": "default"}
-    config = {"dtype": "float32", "torch_dtype": None, "rope_theta": None, "rope_parameters": rope}
+    config: dict[str, Any] = {"dtype": "float32", "torch_dtype": None}
+    config |= {"rope_theta": None, "rope_parameters": rope}
     config |= {"layer_types": ["full_attention"] * 3, "transformers_version": "6.0.0"}
     change(folder / "config.json", **config)
     tokenizer: dict[str, Any] = {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers"}

@@ -109,13 +109,21 @@ def fetch_files(
 
 
 def inspect_adapters(
-    args: argparse.Namespace, config: ModelConfig, folders: Mapping[str, Path], base: Path | None
+    args: argparse.Namespace,
+    config: ModelConfig,
+    folders: Mapping[str, Path],
+    base: Path | None,
+    *,
+    for_gpu: bool = False,
 ) -> list[Adapter]:
-    """Inspect the adapters in `folders` beside the files of their base, if these are here."""
+    """Inspect the adapters in `folders` beside the files of their base, if these are here.
+
+    `for_gpu`: they shall be served on a GPU, also if this machine has none.
+    """
     source = config.source
     known_as = [config.name, *filter(None, (source.modelscope, source.path))]
     tensors = adapter.base_tensors(base) if base and folders else {}
-    embeddings = vllm_arguments.embeddings_with_adapters(base) if tensors and base else None
+    limits = vllm_arguments.adapter_limits(base, for_gpu=for_gpu) if tensors and base else None
     return [
         adapter.inspect(
             name,
@@ -123,7 +131,7 @@ def inspect_adapters(
             base=base,
             tensors=tensors,
             known_as=known_as,
-            embeddings=embeddings,
+            limits=limits,
             max_rank=_max_rank(args, config),
         )
         for name, folder in folders.items()

@@ -26,6 +26,9 @@ class IndexConfig(LlamaConfig):  # type: ignore[misc]  # neither it nor vLLM is 
 
 
 class IndexForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
+    # Without lm_head: NormHead would be of the head and an adapter's part of it together.
+    embedding_modules = {"embed_tokens": "input_embeddings"}
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         if self.config.norm_head is None:

@@ -62,7 +62,7 @@ def check(
             if config.tokenizer
             else model
         )
-        adapters = _adapters(args, config, settings, model, rows)
+        adapters = _adapters(args, config, settings, model, rows, for_gpu=memory is not None)
         problems = [problem for adapter in adapters for problem in adapter.problems]
         adapter_warnings = [warning for adapter in adapters for warning in adapter.warnings]
         if model is None or tokenizer is None:
@@ -145,6 +145,8 @@ def _adapters(
     settings: Settings,
     base: Path | None,
     rows: list[tuple[str, object, str]],
+    *,
+    for_gpu: bool,
 ) -> list[Adapter]:
     """Inspect the adapters that are here, and give vLLM those that can be served. Adds rows."""
     folders: dict[str, Path] = {}
@@ -153,7 +155,7 @@ def _adapters(
             folders[name] = folder
         else:
             rows.append((f"adapters.{name}", "not downloaded yet", "`serve` does it"))
-    adapters = server.inspect_adapters(args, config, folders, base)
+    adapters = server.inspect_adapters(args, config, folders, base, for_gpu=for_gpu)
     fitting = [adapter for adapter in adapters if not adapter.problems]
     rows += vllm_arguments.use_adapters(args, config, fitting)
     return adapters

@@ -230,7 +230,8 @@ def _adapters(vllm_config: Any, folder: Path) -> int:
         sides += hidden + other // parts
     if not sides:
         raise WeightsError(f"the memory of adapters is read from the weights; {folder} has none")
-    tables = len(vllm_arguments.embeddings_with_adapters(folder) or ())
+    limits = vllm_arguments.adapter_limits(folder)
+    tables = len(limits.tables) if limits else 0
     sides = sides // parallel.pipeline_parallel_size + tables * (model.get_vocab_size() + hidden)
     size: int = lora.max_loras * lora.max_lora_rank * lora.lora_dtype.itemsize * sides
     return size

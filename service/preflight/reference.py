@@ -339,7 +339,7 @@ class InternLM2(Llama):
     """Source: InternLM's technical report, arXiv:2403.17297, and its modeling_internlm2.py."""
 
     def embed(self, ids: Tensor) -> Tensor:
-        return embedding(ids, self.weights["model.tok_embeddings.weight"])
+        return self.weights.embed("model.tok_embeddings.weight", ids)
 
     def layer(self, index: int, mlp: str = "feed_forward") -> Layer:
         prefix = f"model.layers.{index}"
@@ -393,7 +393,7 @@ class Qwen:
         return _inverse_frequencies(self.rope_theta, self.head_dim)
 
     def embed(self, ids: Tensor) -> Tensor:
-        return embedding(ids, self.weights["transformer.wte.weight"])
+        return self.weights.embed("transformer.wte.weight", ids)
 
     def layer(self, index: int) -> Layer:
         prefix = f"transformer.h.{index}"
@@ -481,7 +481,7 @@ class ChatGLM:
         return _inverse_frequencies(theta, self.head_dim // 2)
 
     def embed(self, ids: Tensor) -> Tensor:
-        return embedding(ids, self.weights["transformer.embedding.word_embeddings.weight"])
+        return self.weights.embed("transformer.embedding.word_embeddings.weight", ids)
 
     def layer(self, index: int) -> Layer:
         prefix = f"transformer.encoder.layers.{index}"

@@ -53,6 +53,15 @@ class Adapter:
     warnings: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What adapters can change in a base, as vLLM runs it on this machine."""
+
+    tables: Collection[str]  # of embed_tokens and lm_head
+    absorbed: Collection[str] = ()  # matrices that it folds into others when it loads them
+    experts: bool = True  # a model that has some
+
+
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter, and no whole model beside it."""
     if not (folder / CONFIG).is_file():
@@ -100,14 +109,14 @@ def inspect(
     base: Path | None = None,
     tensors: Mapping[str, Tensor] | None = None,
     known_as: Collection[str] = (),
-    embeddings: Collection[str] | None = None,
+    limits: Limits | None = None,
     max_rank: int | None = None,
 ) -> Adapter:
     """Say what is wrong with the adapter in `folder`.
 
     `base` is the folder of the model that it shall change, `tensors` its `base_tensors`, `known_as`
-    its names, `embeddings` those of embed_tokens and lm_head in which vLLM takes an adapter, and
-    `max_rank` the limit that the user has set. Without them less is checked.
+    its names, `limits` vLLM's for it, and `max_rank` the limit that the user has set. Without them
+    less is checked.
     """
     try:
         config = _read_config(folder)
@@ -127,7 +136,8 @@ def inspect(
             found.append(problem)
         elif tensors and not found:
             problems, unsure = _of_modules(weights, matrices, tensors)
-            problems = problems or _of_embeddings(matrices, embeddings)
+            if limits:
+                problems = problems or _of_limits(matrices, tensors, limits)
             found += problems
             warnings += unsure
     warnings += _of_name(str(config.get("base_model_name_or_path") or ""), known_as)
@@ -280,16 +290,20 @@ def _of_modules(
     return [], []
 
 
-def _of_embeddings(
-    matrices: Mapping[str, re.Match[str]], embeddings: Collection[str] | None
+def _of_limits(
+    matrices: Mapping[str, re.Match[str]], base: Collection[str], limits: Limits
 ) -> list[str]:
-    """vLLM takes adapters in a table or a head only where the model's class says so."""
-    if embeddings is None:
-        return []
+    if not limits.experts and any(".experts." in name for name in base):
+        return [f"on a CPU vLLM takes no adapter for a model with experts; {_MERGE}"]
     for match in matrices.values():
         module = match[1].removeprefix(_PREFIX)
-        kind = "embed_tokens" if match[3] else "lm_head" if _last(module) in _HEADS else None
-        if kind and not _LAYER.match(module) and kind not in embeddings:
+        if _last(module) in limits.absorbed:
+            return [
+                f"it changes {_last(module)}, which vLLM folds into other matrices, without the "
+                f"change; {_MERGE}, or set VLLM_MLA_DISABLE=1 in the environment"
+            ]
+        table = "embed_tokens" if match[3] else "lm_head" if _last(module) in _HEADS else None
+        if table and not _LAYER.match(module) and table not in limits.tables:
             return [
                 f"it changes {_last(module)}, which no adapter can change in this architecture "
                 f"here; {_MERGE}"
