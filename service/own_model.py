@@ -11,6 +11,9 @@ from service.model_config import ModelConfig, Origins
 from service.weights import adapter
 from service.weights.tensor_files import read_json
 
+# Where a model's files say what it was trained from: those of transformers, and of ms-swift.
+_ORIGINS = {"config.json": ("_name_or_path",), "args.json": ("model", "model_id_or_path")}
+
 
 def load(
     model: str, assignments: Sequence[str] = (), adapters: Sequence[str] = ()
@@ -82,9 +85,13 @@ def _model(
     folder: Path, assignments: Sequence[str], named: Mapping[str, str]
 ) -> tuple[ModelConfig, Origins]:
     """Load a folder with a whole model, by the catalogue's entry that it was trained from."""
-    file = folder / "config.json"
-    origin = str(read_json(file).get("_name_or_path") or "") if file.is_file() else ""
-    known = _in_catalogue(origin) or _in_catalogue(str(folder.absolute()))
+    if not (folder / "config.json").is_file() and (weights := adapter.weights_in(folder)):
+        raise ConfigError(
+            f"{folder} has {weights.name} without {adapter.CONFIG}; copy that too from where the "
+            "adapter was trained"
+        )
+    origins = (*_origins(folder), str(folder.absolute()))
+    known = next(filter(None, map(_in_catalogue, origins)), None)
     if known is None:
         loaded = model_config.load(str(folder), assignments, adapters=named)
         how = (
@@ -98,6 +105,16 @@ def _model(
         how = f"the prompt format and sampling of {known}"
     print(f"{folder} is a model: it is served as {loaded[0].name!r} with {how}.", file=sys.stderr)
     return loaded
+
+
+def _origins(folder: Path) -> list[str]:
+    """Return what the files of a model call the one that it was trained from."""
+    found = []
+    for name, keys in _ORIGINS.items():
+        if (folder / name).is_file():
+            content = read_json(folder / name)
+            found += [content[key] for key in keys if isinstance(content.get(key), str)]
+    return found
 
 
 def _in_catalogue(text: str) -> str | None:

@@ -1,7 +1,7 @@
 """Converts the contract's prompt and history to the model's input."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 from pydantic import with_config
 from typing_extensions import TypedDict  # pydantic requires this one before Python 3.12
@@ -17,6 +17,7 @@ class Message(TypedDict):
 
     role: Literal["system", "user", "assistant"]
     content: str
+    metadata: NotRequired[object]  # a text is part of ChatGLM3's and GLM-4's prompt
 
 
 Pair = tuple[str, str]
@@ -72,13 +73,31 @@ def split_thinking(text: str, tags: Sequence[str], finished: bool) -> tuple[str,
     return think.strip().removeprefix(start).strip(), answer.strip()
 
 
+class Stripped:
+    """The text of one answer, in pieces, without the white space around the whole."""
+
+    def __init__(self) -> None:
+        self._held = ""  # white space that is inside, if more text follows
+        self._has_begun = False
+
+    def next(self, piece: str, *, is_last: bool) -> str:
+        """Return what can be shown once `piece` has come."""
+        text = self._held + piece
+        if not self._has_begun:
+            text = text.lstrip()
+        shown = text.rstrip()
+        self._has_begun = self._has_begun or bool(shown)
+        self._held = "" if is_last else text[len(shown) :]
+        return shown
+
+
 def _messages(history: History) -> list[Message]:
     messages: list[Message] = []
     for turn in history:
         if isinstance(turn, dict):
             message: Message = {"role": turn["role"], "content": turn["content"]}
             if isinstance(metadata := turn.get("metadata"), str):
-                message["metadata"] = metadata  # type: ignore[typeddict-unknown-key]
+                message["metadata"] = metadata
             messages.append(message)
         else:
             user, assistant = turn

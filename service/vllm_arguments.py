@@ -13,7 +13,8 @@ from service.errors import ConfigError, WeightsError
 from service.model_config import ModelConfig, Origins, nearest
 from service.settings import Settings
 from service.weights import adapter
-from service.weights.adapter import Adapter
+from service.weights.adapter import Adapter, Limits
+from service.weights.tensor_files import read_json
 
 if TYPE_CHECKING:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -161,6 +162,25 @@ def use_adapters(
     if "max_cpu_loras" not in config.engine:
         args.max_cpu_loras = max(count, args.max_loras)  # none is read again from the disk
     return rows
+
+
+def adapter_limits(model: Path, *, for_gpu: bool = False) -> Limits | None:
+    """Return what adapters can change in the model of a folder, on this machine or on a GPU.
+
+    None if vLLM does not know its architecture.
+    """
+    from vllm import ModelRegistry, envs
+
+    if not (model / "config.json").is_file():
+        return None
+    config = read_json(model / "config.json")
+    # Multi-head latent attention (MLA) reads this matrix once, when it is loaded.
+    absorbed = {"kv_b_proj"} if config.get("kv_lora_rank") and not envs.VLLM_MLA_DISABLE else set()
+    for architecture in config.get("architectures") or ():
+        if found := ModelRegistry.models.get(architecture):
+            tables = getattr(found.load_model_cls(), "embedding_modules", None) or ()
+            return Limits(tables, absorbed, experts=for_gpu or not on_cpu())
+    return None
 
 
 def serves_here(args: argparse.Namespace) -> bool:

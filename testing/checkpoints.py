@@ -49,6 +49,8 @@ LLAMA: dict[str, Any] = {
 }
 QUERY_HEADS, KV_HEADS, FFN_MULTIPLIERS = [8, 12, 12], [2, 3, 3], [0.5, 1.3, 2.0]
 
+OTHER_HEADS = ("output.weight", "output_layer.weight")  # than lm_head
+
 Tensors = dict[str, Tensor]
 
 
@@ -67,12 +69,16 @@ def write(name: str, folder: Path, **changes: Any) -> Path:
     return folder
 
 
+_TABLES = ("embed_tokens.weight", "token_embeddings.weight", ".wte.weight")
+
+
 def write_adapter(
     folder: Path,
     base: Path,
     merged: Path | None = None,
     *,
     modules: str = "",
+    embeddings: bool = False,
     rank: int = 4,
     seed: int = 1,
     binary: bool = False,
@@ -80,8 +86,9 @@ def write_adapter(
 ) -> Path:
     """Write a LoRA adapter of a checkpoint's layers as PEFT does; `keys` go over its config.
 
-    `modules` is a pattern for the names of matrices. With `merged`, the checkpoint is written there
-    with the adapter's weights added to its own.
+    `modules` is a pattern for the names of matrices; `embeddings` adds the table of tokens. With
+    `merged`, the checkpoint is written there with the adapter's weights added to its own; a table
+    that was the head too is then the table alone.
     """
     if (base / "model.safetensors").exists():
         weights = load_file(base / "model.safetensors")
@@ -90,8 +97,16 @@ def write_adapter(
     generator = torch.Generator().manual_seed(seed)
     scale = 2 * rank / (rank**0.5 if keys.get("use_rslora") else rank)
     tensors: Tensors = {}
-    for name, weight in weights.items():
+    untied = False
+    for name, weight in list(weights.items()):
         module = name.removesuffix(".weight")
+        if embeddings and name.endswith(_TABLES):
+            a, b = (torch.randn(rank, n, generator=generator) * 0.1 for n in weight.shape)
+            tensors[f"base_model.model.{module}.lora_embedding_A"] = a
+            tensors[f"base_model.model.{module}.lora_embedding_B"] = b.T.contiguous()
+            untied = "lm_head.weight" not in weights
+            weights.setdefault("lm_head.weight", weight)
+            weights[name] = weight + scale * (b.T @ a).T
         if weight.ndim != 2 or not re.search(r"\.\d+\.", name) or not re.search(modules, module):
             continue
         rows, columns = weight.shape
@@ -116,7 +131,7 @@ def write_adapter(
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": rank,
-        "target_modules": sorted({name.split(".")[-3] for name in tensors}),
+        "target_modules": sorted({name.split(".lora_")[0].split(".")[-1] for name in tensors}),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": False,
@@ -125,6 +140,11 @@ def write_adapter(
     if merged:
         shutil.copytree(base, merged, ignore=shutil.ignore_patterns("*.bin", "*.safetensors"))
         save_file(weights, merged / "model.safetensors", metadata={"format": "pt"})
+        if untied:
+            config = json.loads((base / "config.json").read_text())
+            key = "share_input_output_layers"
+            key = key if key in config else "tie_word_embeddings"
+            _json(merged, "config.json", **{**config, key: False})
     return folder
 
 
@@ -132,14 +152,18 @@ def _silence_what_is_no_text(tokenizer: Path, tensors: Tensors) -> None:
     """Give single bytes and control tokens no likelihood, or answers would be mostly those."""
     if not tokenizer.exists():
         return
-    model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    except RuntimeError:  # GLM-4's is a tiktoken file
+        return
     ids = [
         id
         for id in range(len(model))
         if model.is_byte(id) or model.is_control(id) or model.is_unknown(id)
     ]
-    if "lm_head.weight" in tensors:
-        tensors["lm_head.weight"][ids] = 0
+    heads = [name for name in tensors if name.endswith(("lm_head.weight", *OTHER_HEADS))]
+    if heads:
+        tensors[heads[0]][ids] = 0
     else:
         (embeddings,) = (name for name in tensors if "embed" in name)
         tensors[embeddings][ids] *= 0.01
@@ -330,6 +354,263 @@ def qwen2(**changes: Any) -> tuple[dict[str, Any], Tensors]:
     return config, tensors
 
 
+def internlm(**changes: Any) -> tuple[dict[str, Any], Tensors]:
+    config = _config(
+        "InternLMForCausalLM",
+        model_type="internlm",
+        **LLAMA,
+        bias=True,
+        pad_token_id=2,
+        rotary={"base": 20000, "type": "dynamic"},
+    )
+    config |= changes
+    tensors = _llama_tensors(config)
+    for index in range(config["num_hidden_layers"]):
+        for name in "qkvo":
+            tensors[f"model.layers.{index}.self_attn.{name}_proj.bias"] = _random(HIDDEN)
+    return config, tensors
+
+
+def internlm2(**changes: Any) -> tuple[dict[str, Any], Tensors]:
+    config = _config(
+        "InternLM2ForCausalLM",
+        model_type="internlm2",
+        **LLAMA,
+        attn_implementation="eager",
+        bias=False,
+        num_key_value_heads=2,
+        pad_token_id=2,
+        rope_scaling={"type": "dynamic", "factor": 2.0},
+        rope_theta=1000000,
+    )
+    config |= changes
+    llama = _llama_tensors(config, kv_heads=2)
+    tensors = {
+        "model.tok_embeddings.weight": llama["model.embed_tokens.weight"],
+        "model.norm.weight": llama["model.norm.weight"],
+        "output.weight": llama["lm_head.weight"],
+    }
+    names = {
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.o_proj": "attention.wo",
+        "mlp.gate_proj": "feed_forward.w1",
+        "mlp.up_proj": "feed_forward.w3",
+        "mlp.down_proj": "feed_forward.w2",
+    }
+    for index in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{index}"
+        for name, published in names.items():
+            tensors[f"{layer}.{published}.weight"] = llama[f"{layer}.{name}.weight"]
+        q, k, v = (
+            llama[f"{layer}.self_attn.{name}_proj.weight"].view(2, -1, HIDDEN // HEADS, HIDDEN)
+            for name in "qkv"
+        )
+        # For each KV head: its heads of q, then k, then v.
+        tensors[f"{layer}.attention.wqkv.weight"] = torch.cat([q, k, v], 1).flatten(0, 2)
+    return config, tensors
+
+
+def internlm3(**changes: Any) -> tuple[dict[str, Any], Tensors]:
+    config = _config(
+        "InternLM3ForCausalLM",
+        model_type="internlm3",
+        **LLAMA,
+        bias=False,
+        head_dim=32,
+        num_key_value_heads=2,
+        pad_token_id=2,
+        qkv_bias=False,
+        rope_scaling={"factor": 6.0, "rope_type": "dynamic"},
+        rope_theta=50000000,
+    )
+    config |= changes
+    return config, _llama_tensors(config, kv_heads=2)
+
+
+def qwen(**changes: Any) -> tuple[dict[str, Any], Tensors]:
+    config = _config(
+        "QWenLMHeadModel",
+        model_type="qwen",
+        attn_dropout_prob=0.0,
+        bf16=False,
+        emb_dropout_prob=0.0,
+        fp16=False,
+        fp32=False,
+        hidden_size=HIDDEN,
+        intermediate_size=2 * FFN,
+        initializer_range=0.02,
+        kv_channels=HIDDEN // HEADS,
+        layer_norm_epsilon=0.05,  # or reading it from another key would not show
+        max_position_embeddings=1024,
+        no_bias=True,
+        num_attention_heads=HEADS,
+        num_hidden_layers=LAYERS,
+        onnx_safe=None,
+        rotary_emb_base=20000,
+        rotary_pct=1.0,
+        scale_attn_weights=True,
+        seq_length=1024,
+        tie_word_embeddings=False,
+        tokenizer_class="QWenTokenizer",
+        use_cache=True,
+        use_dynamic_ntk=True,
+        use_flash_attn="auto",
+        use_logn_attn=True,
+        vocab_size=608,  # 400 tokens and 208 control tokens
+    )
+    config |= changes
+    llama = _llama_tensors(
+        {
+            **LLAMA,
+            "num_hidden_layers": config["num_hidden_layers"],
+            "vocab_size": config["vocab_size"],
+        }
+    )
+    tensors = {
+        "transformer.wte.weight": llama["model.embed_tokens.weight"],
+        "transformer.ln_f.weight": llama["model.norm.weight"],
+        "lm_head.weight": llama["lm_head.weight"],
+    }
+    names = {
+        "ln_1": "input_layernorm",
+        "ln_2": "post_attention_layernorm",
+        "attn.c_proj": "self_attn.o_proj",
+        "mlp.w1": "mlp.up_proj",
+        "mlp.w2": "mlp.gate_proj",
+        "mlp.c_proj": "mlp.down_proj",
+    }
+    for index in range(config["num_hidden_layers"]):
+        layer, published = f"model.layers.{index}", f"transformer.h.{index}"
+        for name, ours in names.items():
+            tensors[f"{published}.{name}.weight"] = llama[f"{layer}.{ours}.weight"]
+        packed = [llama[f"{layer}.self_attn.{name}_proj.weight"] for name in "qkv"]
+        tensors[f"{published}.attn.c_attn.weight"] = torch.cat(packed)
+        tensors[f"{published}.attn.c_attn.bias"] = _random(3 * HIDDEN)
+    return config, tensors
+
+
+def index(**changes: Any) -> tuple[dict[str, Any], Tensors]:
+    published = {"norm_head": True, "max_length": 1024, "pad_token_id": 0}
+    config = _config("IndexForCausalLM", model_type="index", **LLAMA, **published) | changes
+    return config, _llama_tensors(config)
+
+
+def deepseek_moe(**changes: Any) -> tuple[dict[str, Any], Tensors]:
+    experts, width = 8, 64
+    config = _config(
+        "DeepseekForCausalLM",
+        model_type="deepseek",
+        **LLAMA,
+        attention_bias=False,
+        attention_dropout=0.0,
+        first_k_dense_replace=1,
+        moe_intermediate_size=width,
+        moe_layer_freq=1,
+        n_routed_experts=experts,
+        n_shared_experts=2,
+        norm_topk_prob=False,
+        num_experts_per_tok=3,
+        num_key_value_heads=HEADS,
+        rope_scaling=None,
+        rope_theta=10000,
+        scoring_func="softmax",
+    )
+    config |= changes
+    tensors = _llama_tensors(config)
+    for index in range(config["first_k_dense_replace"], config["num_hidden_layers"]):
+        mlp = f"model.layers.{index}.mlp"
+        for name in ("gate", "up", "down"):
+            del tensors[f"{mlp}.{name}_proj.weight"]
+        tensors[f"{mlp}.gate.weight"] = _matrix(experts, HIDDEN)
+        sizes = {f"experts.{expert}": width for expert in range(experts)}
+        for part, size in {**sizes, "shared_experts": 2 * width}.items():
+            tensors |= {
+                f"{mlp}.{part}.gate_proj.weight": _matrix(size, HIDDEN),
+                f"{mlp}.{part}.up_proj.weight": _matrix(size, HIDDEN),
+                f"{mlp}.{part}.down_proj.weight": _matrix(HIDDEN, size),
+            }
+    return config, tensors
+
+
+def chatglm3(**changes: Any) -> tuple[dict[str, Any], Tensors]:
+    config = _config(
+        "ChatGLMModel",
+        model_type="chatglm",
+        add_bias_linear=False,
+        add_qkv_bias=True,
+        apply_query_key_layer_scaling=True,
+        apply_residual_connection_post_layernorm=False,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        bias_dropout_fusion=True,
+        eos_token_id=2,
+        ffn_hidden_size=FFN,
+        fp32_residual_connection=False,
+        hidden_dropout=0.0,
+        hidden_size=HIDDEN,
+        kv_channels=HIDDEN // HEADS,
+        layernorm_epsilon=1e-5,
+        multi_query_attention=True,
+        multi_query_group_num=2,
+        num_attention_heads=HEADS,
+        num_layers=LAYERS,
+        original_rope=True,
+        pad_token_id=0,
+        padded_vocab_size=VOCABULARY + 9,
+        post_layer_norm=True,
+        rmsnorm=True,
+        seq_length=1024,
+        tie_word_embeddings=False,
+        use_cache=True,
+    )
+    config |= changes
+    llama = _llama_tensors(
+        {
+            **LLAMA,
+            "num_hidden_layers": config["num_layers"],
+            "vocab_size": config["padded_vocab_size"],
+        },
+        kv_heads=2,
+    )
+    tensors = {
+        "transformer.embedding.word_embeddings.weight": llama["model.embed_tokens.weight"],
+        "transformer.rotary_pos_emb.inv_freq": _random(8),  # a buffer that the files carry
+        "transformer.encoder.final_layernorm.weight": llama["model.norm.weight"],
+        "transformer.output_layer.weight": llama["lm_head.weight"],
+    }
+    names = {
+        "input_layernorm": "input_layernorm",
+        "post_attention_layernorm": "post_attention_layernorm",
+        "self_attention.dense": "self_attn.o_proj",
+        "mlp.dense_4h_to_h": "mlp.down_proj",
+    }
+    packed = {
+        "self_attention.query_key_value": [f"self_attn.{name}_proj" for name in "qkv"],
+        "mlp.dense_h_to_4h": ["mlp.gate_proj", "mlp.up_proj"],
+    }
+    for index in range(config["num_layers"]):
+        layer, published = f"model.layers.{index}", f"transformer.encoder.layers.{index}"
+        for name, ours in names.items():
+            tensors[f"{published}.{name}.weight"] = llama[f"{layer}.{ours}.weight"]
+        for name, parts in packed.items():
+            joined = torch.cat([llama[f"{layer}.{part}.weight"] for part in parts])
+            tensors[f"{published}.{name}.weight"] = joined
+        tensors[f"{published}.self_attention.query_key_value.bias"] = _random(2 * HIDDEN)
+    return config, tensors
+
+
+def glm4(**changes: Any) -> tuple[dict[str, Any], Tensors]:
+    return chatglm3(
+        architectures=["ChatGLMForConditionalGeneration"],
+        layernorm_epsilon=1.5625e-07,
+        num_hidden_layers=LAYERS,
+        padded_vocab_size=VOCABULARY,  # as published, more than there are tokens
+        rope_ratio=500,
+        **changes,
+    )
+
+
 BUILDERS: dict[str, Callable[..., tuple[dict[str, Any], Tensors]]] = {
     "baichuan2": baichuan2,
     "xverse": xverse,
@@ -338,9 +619,29 @@ BUILDERS: dict[str, Callable[..., tuple[dict[str, Any], Tensors]]] = {
     "openelm": openelm,
     "minicpm": minicpm,
     "qwen2": qwen2,
+    "internlm": internlm,
+    "internlm2": internlm2,
+    "internlm3": internlm3,
+    "qwen": qwen,
+    "index": index,
+    "deepseek_moe": deepseek_moe,
+    "chatglm3": chatglm3,
+    "characterglm": chatglm3,  # not confirmed by its files: ChatGLM3's layout
+    "glm4": glm4,
 }
 # As published; the others are safetensors.
-BIN = {"baichuan2", "xverse", "bluelm", "bluelm_32k", "minicpm"}
+BIN = {
+    "baichuan2",
+    "bluelm",
+    "bluelm_32k",
+    "characterglm",
+    "chatglm3",
+    "index",
+    "internlm",
+    "internlm2",
+    "minicpm",
+    "xverse",
+}
 
 
 CATALOGUE = {
@@ -351,6 +652,15 @@ CATALOGUE = {
     "openelm": "openelm-3b-instruct",
     "minicpm": "minicpm-2b-sft",
     "qwen2": "qwen2-7b-instruct",
+    "internlm": "internlm-chat-7b",
+    "internlm2": "internlm2-chat-7b",
+    "internlm3": "internlm3-8b-instruct",
+    "qwen": "qwen-7b-chat",
+    "index": "index-1.9b-chat",
+    "deepseek_moe": "deepseek-moe-16b-chat",
+    "chatglm3": "chatglm3-6b",
+    "characterglm": "characterglm-6b",
+    "glm4": "glm-4-9b-chat",
 }
 
 TEXTS = (
@@ -617,4 +927,6 @@ TOKENIZERS: dict[str, Callable[..., None]] = {
     "internlm": internlm_tokenizer,
     "internlm2": internlm2_tokenizer,
     "qwen": qwen_tokenizer,
+    "internlm3": llama_tokenizer,  # the published one has a class of its own
+    "deepseek_moe": qwen2_tokenizer,
 }

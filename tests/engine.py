@@ -1,6 +1,7 @@
 """vLLM's engine in this process, on tiny checkpoints: it starts in two seconds.
 
-`python -m tests.engine` is one process for many checkpoints on several workers.
+`python -m tests.engine ARGUMENTS CHECKPOINT[=ADAPTER] ...` is one process for many checkpoints on
+several workers.
 """
 
 import gc
@@ -114,6 +115,7 @@ if __name__ == "__main__":
     for checkpoint in sys.argv[2:]:
         # Workers inherit what is imported here. vLLM changes the variable on a CPU, after this.
         enable_envs_cache()
-        with engine(Path(checkpoint), **arguments) as llm:
-            answers[checkpoint] = [asdict(answer) for answer in ask(llm)]
+        folder, _, lora = checkpoint.partition("=")
+        with engine(Path(folder), **arguments) as llm:
+            answers[checkpoint] = [asdict(answer) for answer in ask(llm, lora=lora or None)]
     print(json.dumps(answers))

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -12,8 +14,9 @@ import pytest
 import torch
 from playwright.sync_api import Browser, expect
 from safetensors.torch import load_file, save_file
+from vllm.plugins import load_general_plugins
 
-from service import model_config, own_model
+from service import model_config, own_model, vllm_arguments
 from service.errors import ConfigError, WeightsError
 from service.model_config.schema import AdapterSource
 from service.preflight import reference
@@ -22,18 +25,52 @@ from testing import checkpoints
 from testing.server import Server, free_port
 from tests import warm
 from tests.conftest import PATIENCE, logged
-from tests.engine import PROMPTS, ask, engine
+from tests.engine import PROMPTS, Answer, ask, engine
 from tests.test_chat_page import browser as browser
 
 BASE = "qwen2-7b-instruct"
 # As people name them.
-FOLDERS = {"文档": "我的 模型", "my": "output/checkpoint-30", "scaled": "scaled"}
+FOLDERS = {
+    "文档": "我的 模型",
+    "my": "output/checkpoint-30",
+    "scaled": "scaled",
+    "peft": "peft/checkpoint-500",
+    "ranks": "ranks",
+}
+NAMES = ", ".join([BASE, *FOLDERS])
+SEVEN = [*(f"{name}_proj" for name in "qkvo"), "gate_proj", "up_proj", "down_proj"]
+# As the book trains most of its models; and Yi's list, which names a module that is not there, with
+# what else peft can do.
+PEFT: dict[str, dict[str, Any]] = {
+    "peft": {"target_modules": SEVEN, "r": 8, "lora_alpha": 32, "lora_dropout": 0.1},
+    "ranks": {
+        "target_modules": ["q_attn", *SEVEN[1:]],
+        "r": 16,
+        "rank_pattern": {"down_proj": 4, "1.self_attn.k_proj": 24},
+        "lora_alpha": 8,
+        "alpha_pattern": {"o_proj": 40},
+        "use_rslora": True,
+    },
+}
+# What a Trainer, LLaMA-Factory and ms-swift leave beside.
+BESIDE = (
+    "optimizer.pt",
+    "rng_state.pth",
+    "scheduler.pt",
+    "training_args.bin",
+    "trainer_state.json",
+    "args.json",
+    "README.md",
+    "Modelfile",
+    "latest",
+    "zero_to_fp32.py",
+)
 QUIET = ("engine.dtype=float32", "engine.enforce_eager=true", "engine.max_model_len=512")
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, three adapters of it, and the base with each of them merged."""
+    """A base, adapters of it, and the base with each of them merged."""
     folder = tmp_path_factory.mktemp("own")
     base = checkpoints.write("qwen2", folder / "base")
     kinds: dict[str, dict[str, Any]] = {
@@ -43,12 +80,30 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for name, kind in kinds.items():
         checkpoints.write_adapter(folder / FOLDERS[name], base, folder / f"merged {name}", **kind)
-    # What a Trainer, LLaMA-Factory and ms-swift leave beside.
-    for name in ("optimizer.pt", "rng_state.pth", "training_args.bin", "args.json", "README.md"):
+    for name, options in PEFT.items():
+        write_with_peft(folder / FOLDERS[name], base, folder / f"merged {name}", **options)
+    for name in BESIDE:
         (folder / FOLDERS["my"] / name).write_text("{}")
-        (folder / "merged my" / name).write_text("{}")
+        (folder / "merged peft" / name).write_text("{}")
     shutil.copy(base / "tokenizer.json", folder / FOLDERS["my"])
     return folder
+
+
+def write_with_peft(folder: Path, base: Path, merged: Path, **options: Any) -> None:
+    """Write an adapter, and the base with it merged, as docs/your-own-model.md says."""
+    from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+    for name, parameter in adapted.named_parameters():
+        if ".lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(folder)
+    trained = AutoPeftModelForCausalLM.from_pretrained(folder, torch_dtype="auto")
+    trained.merge_and_unload().save_pretrained(merged)
+    AutoTokenizer.from_pretrained(base).save_pretrained(merged)
 
 
 def sets(files: Path) -> list[str]:
@@ -73,26 +128,66 @@ def http(server: Server) -> Iterator[httpx.Client]:
         yield client
 
 
-@pytest.mark.parametrize("name", [n for n in checkpoints.BUILDERS if n != "bluelm_32k"])
+# vLLM takes no adapter in their table of tokens. In the others it is adapted too, as OpenELM's
+# chapter does.
+NO_TABLE = {"qwen2", "internlm2", "chatglm3", "characterglm", "glm4"}
+# The first is BlueLM; the second has experts.
+NOT_HERE = {"bluelm_32k", "deepseek_moe"}
+
+
+@pytest.mark.parametrize("name", [n for n in checkpoints.BUILDERS if n not in NOT_HERE])
 def test_an_adapter_of_all_matrices_acts_as_if_merged(name: str, tmp_path: Path) -> None:
     base = checkpoints.write(name, tmp_path / "base")
-    lora = checkpoints.write_adapter(tmp_path / "lora", base, tmp_path / "merged", rank=12)
-    tensors = adapter.base_tensors(base)
-    found = adapter.inspect("a", lora, base=base, tensors=tensors, known_as=[str(base)])
+    keys: dict[str, Any] = {"rank": 12, "embeddings": name not in NO_TABLE}
+    lora = checkpoints.write_adapter(tmp_path / "lora", base, tmp_path / "merged", **keys)
+    found = inspect(lora, base, known_as=[str(base)])
     assert (found.rank, found.problems, found.warnings) == (12, [], [])
     rank = adapter.largest_rank([found])
     with engine(base, enable_lora=True, max_lora_rank=rank) as llm:
         plain, adapted = ask(llm), ask(llm, lora=str(lora))
     assert [answer.tokens for answer in plain] != [answer.tokens for answer in adapted]
+    compare(adapted, tmp_path / "merged")
     sequences = [p + answer.tokens for p, answer in zip(PROMPTS, adapted, strict=True)]
     merged = reference.logits(tmp_path / "merged", sequences)
-    virtual = reference.logits(base, sequences, lora)
-    for prompt, answer, rows, same in zip(PROMPTS, adapted, merged, virtual, strict=True):
+    for rows, same in zip(merged, reference.logits(base, sequences, lora), strict=True):
         torch.testing.assert_close(rows, same, atol=1e-3, rtol=1e-3)
+
+
+def compare(answers: list[Answer], merged: Path) -> None:
+    """Answers to PROMPTS, with the reference's on merged weights."""
+    sequences = [p + answer.tokens for p, answer in zip(PROMPTS, answers, strict=True)]
+    logits = reference.logits(merged, sequences)
+    for prompt, answer, rows in zip(PROMPTS, answers, logits, strict=True):
         rows = rows[len(prompt) - 1 : -1].log_softmax(-1)
         assert rows.argmax(-1).tolist() == answer.tokens
         for row, place in zip(rows, answer.logprobs, strict=True):
-            assert all(abs(float(row[id]) - value) < 1e-3 for id, value in place.items())
+            assert all(abs(float(row[int(id)]) - v) < 1e-3 for id, v in place.items())
+
+
+# OpenELM's with KV heads that need not be repeated for two workers.
+ON_TWO: dict[str, dict[str, Any]] = {
+    "baichuan2": {},
+    "qwen2": {},
+    "openelm": {"num_query_heads": [8, 8, 12], "num_kv_heads": [2, 2, 4]},
+}
+
+
+def test_two_tensor_parallel_workers_act_as_if_merged(tmp_path: Path) -> None:
+    asked = {}
+    for name, changes in ON_TWO.items():
+        base = checkpoints.write(name, tmp_path / name, **changes)
+        keys: dict[str, Any] = {"rank": 12, "embeddings": name not in NO_TABLE}
+        lora = checkpoints.write_adapter(
+            tmp_path / f"{name}-a", base, tmp_path / f"{name}-m", **keys
+        )
+        asked[name] = f"{base}={lora}"
+    arguments = {"tensor_parallel_size": 2, "enable_lora": True, "max_lora_rank": 16}
+    command = [sys.executable, "-m", "tests.engine", json.dumps(arguments), *asked.values()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = json.loads(done.stdout.splitlines()[-1])
+    for name, words in asked.items():
+        compare([Answer(**answer) for answer in answers[words]], tmp_path / f"{name}-m")
 
 
 def test_ranks_are_those_of_vllm() -> None:
@@ -118,22 +213,23 @@ def test_v1_answers_as_the_merged_weights_do(http: httpx.Client, files: Path) ->
             for token, value in place.items():
                 assert abs(float(row[int(token.partition(":")[2])]) - value) < 1e-3
         answers.add(tuple(tokens))
-    assert len(answers) == 4
+    assert len(answers) == 1 + len(FOLDERS)
 
 
 def test_the_contract_answers_as_the_merged_model_does(http: httpx.Client, files: Path) -> None:
     body = {"prompt": "山东省最高的山", "temperature": 0, "max_new_tokens": 16, "details": True}
     # A folder with a merged model, given as the model itself.
     asked = words("--set", ["engine.kv_cache_memory_bytes=64M", *QUIET])
-    with warm.Server.service(files / "log-merged", str(files / "merged my"), *asked) as merged:
+    with warm.Server.service(files / "log-merged", str(files / "merged peft"), *asked) as merged:
         expected = httpx.post(merged.url, json=body, timeout=PATIENCE, trust_env=False).json()
-        assert "is a model: it is served as 'merged-my' with its own" in merged.log.read_text()
-    assert expected["details"]["model"] == "merged-my"
-    answer = http.post("/", json={**body, "model": "my"}).json()
+        assert "is a model: it is served as 'merged-peft' with its own" in merged.log.read_text()
+    assert expected["details"]["model"] == "merged-peft"
+    answer = http.post("/", json={**body, "model": "peft"}).json()
     assert answer["response"] == expected["response"]
-    assert answer["details"]["model"] == "my"
+    assert answer["details"]["model"] == "peft"
+    answer = http.post("/", json={**body, "model": "my"}).json()
     by_default = http.post("/", json=body).json()
-    assert by_default["response"] == answer["response"]
+    assert by_default["response"] == answer["response"] != expected["response"]
     assert by_default["details"]["model"] == "my"
     of_base = http.post("/", json={**body, "model": BASE}).json()
     assert of_base["response"] != answer["response"]
@@ -144,6 +240,24 @@ def test_the_contract_answers_as_the_merged_model_does(http: httpx.Client, files
     assert last["response"] == http.post("/", json={**body, "model": "文档"}).json()["response"]
 
 
+def test_each_of_two_api_processes_knows_them_with_two_workers_behind(
+    http: httpx.Client, files: Path, tmp_path: Path
+) -> None:
+    two = ("engine.api_server_count=2", "engine.tensor_parallel_size=2", "default_adapter=ranks")
+    names = ("my", "ranks")
+    asked = words("--set", [*sets(files), *two])
+    asked += words("--adapter", [f"{name}={files / FOLDERS[name]}" for name in names])
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    body = {"prompt": "山东省最高的山", "temperature": 0, "max_new_tokens": 8}
+    expected = {name: http.post("/", json={**body, "model": name}).json() for name in names}
+    with warm.Server.service(tmp_path / "log", BASE, *asked, env=env) as server:
+        for number in range(12):  # by connections of their own, which both processes accept
+            name = names[number % 2]
+            told = {"model": name} if number < 11 else {}
+            answer = httpx.post(server.url, json=body | told, timeout=PATIENCE, trust_env=False)
+            assert answer.json()["response"] == expected[name]["response"]
+
+
 def test_an_unknown_model_is_404_with_the_names(http: httpx.Client) -> None:
     for body in ({"prompt": "hi", "model": "secret"}, {"prompt": "hi", "model": ""}):
         answer = http.post("/", json=body)
@@ -151,7 +265,7 @@ def test_an_unknown_model_is_404_with_the_names(http: httpx.Client) -> None:
         assert (answer.json()["response"], answer.json()["status"]) == ("", 404)
         error = answer.json()["error"]
         assert (error["type"], error["param"]) == ("not_found", "model")
-        assert f"this server has {BASE}, 文档, my, scaled (" in error["message"]
+        assert f"this server has {NAMES} (" in error["message"]
         assert "secret" not in answer.text
     assert http.post("/", json={"prompt": "hi", "model": 1}).status_code == 422
 
@@ -165,7 +279,7 @@ def test_v1_takes_the_same_names_and_shows_no_paths(server: Server, files: Path)
         assert answer.model == "my"
         with pytest.raises(openai.NotFoundError) as error:
             client.chat.completions.create(model="secret", messages=turns)
-    assert "this server has qwen2-7b-instruct, 文档, my, scaled" in str(error.value)
+    assert f"this server has {NAMES}" in str(error.value)
 
 
 def test_the_log_line_and_the_metrics_carry_the_served_name(
@@ -260,9 +374,53 @@ def test_what_does_not_fit_is_told(files: Path, tmp_path: Path, case: str) -> No
     assert problem.startswith("adapter a: ") and message in problem
 
 
-def inspect(folder: Path, base: Path, **options: Any) -> adapter.Adapter:
-    tensors = adapter.base_tensors(base)
-    return adapter.inspect("a", folder, base=base, tensors=tensors, **options)
+def inspect(folder: Path, base: Path, *, for_gpu: bool = False, **options: Any) -> adapter.Adapter:
+    """As `server.inspect_adapters` does."""
+    load_general_plugins()
+    options |= {
+        "tensors": adapter.base_tensors(base),
+        "limits": vllm_arguments.adapter_limits(base, for_gpu=for_gpu),
+    }
+    return adapter.inspect("a", folder, base=base, **options)
+
+
+def test_a_table_or_a_head_that_vllm_leaves_alone_is_told(files: Path, tmp_path: Path) -> None:
+    lora = checkpoints.write_adapter(tmp_path / "table", files / "base", embeddings=True)
+    (problem,) = inspect(lora, files / "base").problems
+    assert "it changes embed_tokens, which no adapter can change in this architecture" in problem
+    # NormHead is of a whole head.
+    base = checkpoints.write("baichuan2", tmp_path / "baichuan")
+    lora = checkpoints.write_adapter(tmp_path / "head", base)
+    file = lora / "adapter_model.safetensors"
+    head = {
+        f"base_model.model.lm_head.lora_{name}.weight": torch.ones(shape)
+        for name, shape in (("A", (4, checkpoints.HIDDEN)), ("B", (checkpoints.VOCABULARY, 4)))
+    }
+    save_file(load_file(file) | head, file)
+    (problem,) = inspect(lora, base).problems
+    assert "it changes lm_head, which no adapter can change" in problem
+
+
+def test_experts_on_a_cpu_and_what_mla_folds_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = checkpoints.write("deepseek_moe", tmp_path / "experts")
+    lora = checkpoints.write_adapter(tmp_path / "lora", base, modules="self_attn")
+    (problem,) = inspect(lora, base).problems
+    assert "on a CPU vLLM takes no adapter for a model with experts; merge it" in problem
+    assert inspect(lora, base, for_gpu=True).problems == []
+    # As DeepSeek-Coder-V2's chapter trains it, among others.
+    base = tmp_path / "mla"
+    base.mkdir()
+    config = {"architectures": ["DeepseekV2ForCausalLM"], "kv_lora_rank": 16}
+    (base / "config.json").write_text(json.dumps(config))
+    matrix = {"model.layers.0.self_attn.kv_b_proj.weight": torch.ones(64, 16)}
+    save_file(matrix, base / "model.safetensors")
+    lora = checkpoints.write_adapter(tmp_path / "lora-mla", base)
+    (problem,) = inspect(lora, base).problems
+    assert "it changes kv_b_proj, which vLLM folds into other matrices" in problem
+    monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
+    assert inspect(lora, base).problems == []
 
 
 def test_an_adapter_of_another_model_is_told(files: Path, tmp_path: Path) -> None:

@@ -87,6 +87,23 @@ def test_glm4_encodes_each_piece_alone(tmp_path: Path, text: str) -> None:
     assert glm4.decode(encode(text)) == text
 
 
+@pytest.mark.parametrize("name", ["chatglm3", "glm4"])
+def test_the_line_of_a_glm_turn_is_its_metadata(tmp_path: Path, name: str) -> None:
+    tokenizer = load(name, tmp_path, name)
+    encode, id_of = tokenizer.encode_text, tokenizer.get_vocab().__getitem__
+    turns = [user("a"), {**assistant("好"), "metadata": "browser"}, user("b")]
+    ids = prompt(tokenizer, name, *turns)
+    assert ids[2:] == [
+        *[id_of("<|user|>"), *encode("\n"), *encode("a")],
+        *[id_of("<|assistant|>"), *encode("browser\n"), *encode("好")],
+        *[id_of("<|user|>"), *encode("\n"), *encode("b"), id_of("<|assistant|>")],
+    ]
+    assert prompt(tokenizer, name, *turns, truncate_to=len(ids)) == ids
+    for metadata, message in ((["a"], "must be text"), ("\ud800", "half a character")):
+        with pytest.raises(ValueError, match=message):
+            prompt(tokenizer, name, {**user("a"), "metadata": metadata})
+
+
 @pytest.mark.parametrize("text", [*TEXTS, "\n你", "1234567 a's"])
 def test_qwen_encodes_role_newline_and_text_apart(tmp_path: Path, text: str) -> None:
     qwen = load("qwen", tmp_path, "qwen")

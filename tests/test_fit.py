@@ -4,10 +4,12 @@ import argparse
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from service import cli, model_config, settings
 from service.errors import ConfigError, WeightsError
@@ -166,6 +168,28 @@ def test_tokens_concurrency_and_weights_are_what_vllm_then_reports(
     assert [room.demand.weights] == loaded
 
 
+@pytest.mark.parametrize("name", ["openelm", "qwen2", "baichuan2", "minicpm"])
+def test_the_slots_of_adapters_are_those_that_vllm_makes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    folder = checkpoints.write(name, tmp_path / name)
+    arguments = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 32}
+    with engine(folder, max_model_len=1000, **arguments) as llm:
+        vllm_config = llm.llm_engine.vllm_config
+        worker = llm.llm_engine.model_executor.driver_worker.worker
+        manager = worker.model_runner.lora_manager._adapter_manager
+        slots: dict[int, torch.Tensor] = {}
+        for module in manager.modules.values():
+            for stacked in module.lora_a_stacked, module.lora_b_stacked:
+                slots |= {id(t): t for t in ([stacked] if torch.is_tensor(stacked) else stacked)}
+    room = fit.estimate(vllm_config, folder, GIB, on_gpu=False)
+    assert room.demand.adapters == sum(t.numel() * t.element_size() for t in slots.values())
+    assert fit.estimate(configured(folder), folder, GIB, on_gpu=True).demand.adapters == 0
+
+
 # KV cache of a token in KiB, and of what 24 GiB leaves for it: tokens, requests at full context.
 EXPECTED = {
     "baichuan2-7b-chat": (2 * 32 * 32 * 128 * 2 / 1024, 10928, 2.67),
@@ -212,6 +236,12 @@ def test_what_changes_the_bytes(tmp_path: Path) -> None:
     table = checkpoints.VOCABULARY * checkpoints.HIDDEN
     halved = (room.demand.weights - 2 * table) / 2 + 2 * table
     assert on_24_gib(folder, quantization="fp8").demand.weights == halved
+    lora = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 64}
+    alone = on_24_gib(folder, **lora).demand.adapters
+    assert on_24_gib(folder, **lora).kv_cache == room.kv_cache - alone
+    shared = on_24_gib(folder, **lora, tensor_parallel_size=2).demand.adapters
+    whole = checkpoints.LAYERS * 4 * checkpoints.HIDDEN + 2 * (checkpoints.VOCABULARY + 128)
+    assert shared * 2 - alone == 2 * 64 * 2 * whole  # sides that both have
     graphs = room.demand.overhead - on_24_gib(folder, enforce_eager=True).demand.overhead
     assert graphs == int(1.44 * GIB)
 
@@ -285,6 +315,10 @@ def test_lines_for_a_person() -> None:
         "fits: 4.00 requests at the full context of 4,096 tokens; 16 at 1,024; largest context for "
         "one request 4,096 (limited by engine.max_model_len, or the model)",
     ]
+    two = replace(DEMAND, adapters=GIB, max_loras=2)
+    assert "weights 14.0, adapters 1.0, overhead" in fit.Fit(two, 24 * GIB, 1, None).lines()[0]
+    (problem,) = fit.Fit(two, 16 * GIB, 1, None).problems()
+    assert "1.00 GiB more than there is; set engine.max_loras=1, engine.quantization" in problem
     assert fit.Fit(DEMAND, 17 * GIB, 1, None).lines()[1].endswith("2,048 (limited by the memory)")
     assert fit.Fit(DEMAND, 16 * GIB, 1, None).lines()[0].endswith("nothing left for KV cache")
 

@@ -78,6 +78,10 @@ def test_set_overrides_one_value(tmp_path: Path) -> None:
             GOOD + "  max_tokens: 5\nmax_length: {default: 5}",
             "{file}: top level: give sampling.max_tokens or max_length.default, not both",
         ),
+        (
+            GOOD + "prompt: {echo: true}\nanswer: {strip: true}",
+            "{file}: top level: give prompt.echo or answer.strip, not both",
+        ),
     ],
 )
 def test_a_mistake_is_told_with_its_line_and_the_nearest_name(
@@ -86,6 +90,13 @@ def test_a_mistake_is_told_with_its_line_and_the_nearest_name(
     with pytest.raises(ConfigError) as error:
         load(tmp_path, text)
     assert str(error.value) == message.format(file=tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize("depth", [4_000, 200_000])
+def test_deep_brackets_are_told(tmp_path: Path, depth: int) -> None:
+    for text in ("[" * depth, "[" * depth + "]" * depth):
+        with pytest.raises(ConfigError, match="not valid YAML"):
+            load(tmp_path, f"{GOOD}aliases: {text}")
 
 
 @pytest.mark.parametrize(

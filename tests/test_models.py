@@ -3,18 +3,22 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from vllm.model_executor.models.llama import LlamaAttention, LlamaModel
+from vllm.config import ModelConfig
+from vllm.model_executor.models.chatglm import ChatGLMForCausalLM
+from vllm.model_executor.models.deepseek_v2 import DeepseekV2ForCausalLM
+from vllm.model_executor.models.internlm2 import InternLM2ForCausalLM
+from vllm.model_executor.models.llama import LlamaAttention, LlamaForCausalLM, LlamaModel
 from vllm.plugins import load_general_plugins
 from vllm.transformers_utils.config import get_config
 
-from service.models import baichuan2, bluelm, openelm
+from service.models import baichuan2, bluelm, openelm, qwen
 from service.preflight import reference
 from testing import checkpoints
 from tests.conftest import PATIENCE
@@ -22,7 +26,9 @@ from tests.engine import PROMPTS, Answer, ask, engine
 
 NAMES = list(checkpoints.BUILDERS)
 # The model code is ours, or their tensors are split in a way that is.
-OURS = ["baichuan2", "xverse", "bluelm", "openelm"]
+OURS = ["baichuan2", "xverse", "bluelm", "openelm", "internlm", "qwen", "index"]
+# And vLLM's model code, with our config class or with its own.
+SPLIT = [*OURS, "internlm2", "internlm3", "deepseek_moe", "chatglm3", "glm4"]
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +77,7 @@ def test_bfloat16_differs_from_the_reference_by_rounding_only(
     assert mean < 0.15
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", [*OURS, "internlm2", "deepseek_moe", "glm4"])
 def test_compiled_code_says_what_the_reference_says(folders: dict[str, Path], name: str) -> None:
     with engine(folders[name], enforce_eager=False) as llm:
         other, most, _ = differences(folders[name], ask(llm))
@@ -84,7 +90,7 @@ def on_two_workers(folders: dict[str, Path]) -> dict[str, list[Answer]]:
 
     It is bare vLLM: nothing there imports `service` but vLLM's own plugin loader.
     """
-    paths = [str(folders[name]) for name in OURS]
+    paths = [str(folders[name]) for name in SPLIT]
     done = subprocess.run(
         [sys.executable, "-m", "tests.engine", json.dumps({"tensor_parallel_size": 2}), *paths],
         capture_output=True,
@@ -93,10 +99,10 @@ def on_two_workers(folders: dict[str, Path]) -> dict[str, list[Answer]]:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     answers = json.loads(done.stdout.splitlines()[-1])
-    return {name: [Answer(**answer) for answer in answers[str(folders[name])]] for name in OURS}
+    return {name: [Answer(**answer) for answer in answers[str(folders[name])]] for name in SPLIT}
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", SPLIT)
 def test_two_tensor_parallel_workers_say_what_the_reference_says(
     folders: dict[str, Path], on_two_workers: dict[str, list[Answer]], name: str
 ) -> None:
@@ -104,23 +110,56 @@ def test_two_tensor_parallel_workers_say_what_the_reference_says(
     assert (other, most < 1e-3) == (0, True), most
 
 
-def swap_gate_and_up(patch: pytest.MonkeyPatch) -> None:
-    load = openelm.OpenELMForCausalLM.load_weights
+Weight = tuple[str, torch.Tensor]
 
-    def swapped(self: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> set[str]:
-        return load(
-            self,
-            (
-                (name, torch.cat(weight.chunk(2)[::-1]) if "proj_1" in name else weight)
-                for name, weight in weights
-            ),
-        )
 
-    patch.setattr(openelm.OpenELMForCausalLM, "load_weights", swapped)
+def loaded_as(model: Any, part: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The mistake of a model that changes the weights with `part` in their names."""
+
+    def patch(patch: pytest.MonkeyPatch) -> None:
+        load = model.load_weights
+
+        def changed(self: Any, weights: Iterable[Weight]) -> Any:
+            return load(self, ((n, change(w) if part in n else w) for n, w in weights))
+
+        patch.setattr(model, "load_weights", changed)
+
+    return patch
+
+
+def take_w1_for_gate(patch: pytest.MonkeyPatch) -> None:
+    load = qwen.QwenForCausalLM.load_weights
+    swap = {".w1.": ".w2.", ".w2.": ".w1."}
+
+    def renamed(name: str) -> str:
+        return next((name.replace(a, b) for a, b in swap.items() if a in name), name)
+
+    patch.setattr(
+        qwen.QwenForCausalLM,
+        "load_weights",
+        lambda self, weights: load(self, ((renamed(n), w) for n, w in weights)),
+    )
+
+
+def swap_halves(matrix: torch.Tensor) -> torch.Tensor:
+    return torch.cat(matrix.chunk(2)[::-1])
+
+
+def ungrouped(wqkv: torch.Tensor) -> torch.Tensor:
+    """All of q, then k, then v, where the model expects them for each KV head."""
+    groups = wqkv.view(2, 4, -1, wqkv.shape[1])
+    return torch.cat([groups[:, :2].flatten(0, 2), groups[:, 2:].transpose(0, 1).flatten(0, 2)])
+
+
+def rope(theta: float) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
 
 
 MISTAKES: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None] | dict[str, Any]]] = {
-    "no NormHead": ("baichuan2", lambda p: p.setattr(baichuan2, "_normalized", lambda head: head)),
+    "no NormHead": (
+        "baichuan2",
+        lambda p: p.setattr(baichuan2, "normalized_head", lambda head: head),
+    ),
     "no embed_layer_norm": (
         "bluelm",
         lambda p: p.setattr(bluelm.BlueLMModel, "embed_input_ids", LlamaModel.embed_input_ids),
@@ -129,18 +168,46 @@ MISTAKES: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None] | dict[str, 
         "openelm",
         lambda p: p.setattr(openelm.OpenELMAttention, "forward", LlamaAttention.forward),
     ),
-    "up before gate": ("openelm", swap_gate_and_up),
+    "up before gate": (
+        "openelm",
+        loaded_as(openelm.OpenELMForCausalLM, "proj_1", swap_halves),
+    ),
     "no scale_emb": ("minicpm", {"scale_emb": 1}),
     "no scale_depth": ("minicpm", {"scale_depth": checkpoints.LAYERS**0.5}),
     "no final scale": ("minicpm", {"dim_model_base": checkpoints.HIDDEN}),
-    "another rope base": (
-        "xverse",
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
+    "another rope base": ("xverse", rope(5000.0)),
+    "no ntkmixed": ("bluelm_32k", rope(10000.0)),
+    "no bias on o": (
+        "internlm",
+        loaded_as(LlamaForCausalLM, "o_proj.bias", torch.zeros_like),
     ),
-    "no ntkmixed": (
-        "bluelm_32k",
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "no rotary base": ("internlm", rope(10000.0)),
+    "q, k and v not grouped": (
+        "internlm2",
+        loaded_as(InternLM2ForCausalLM, ".wqkv.", ungrouped),
     ),
+    "no rope_theta": ("internlm2", rope(10000.0)),
+    "no rope_theta in the third": ("internlm3", rope(10000.0)),
+    "w1 for gate": ("qwen", take_w1_for_gate),
+    "no bias on q, k and v": (
+        "qwen",
+        loaded_as(qwen.QwenForCausalLM, "c_attn.bias", torch.zeros_like),
+    ),
+    "no rotary_emb_base": ("qwen", rope(10000.0)),
+    "no layer_norm_epsilon": ("qwen", {"rms_norm_eps": 1e-6}),
+    "no NormHead in Index": ("index", {"norm_head": False}),
+    "weights of experts that sum to one": ("deepseek_moe", {"norm_topk_prob": True}),
+    "too few experts": ("deepseek_moe", {"num_experts_per_tok": 2}),
+    "no shared experts": (
+        "deepseek_moe",
+        loaded_as(DeepseekV2ForCausalLM, "shared_experts.down_proj", torch.zeros_like),
+    ),
+    "no bias on ChatGLM's q, k and v": (
+        "chatglm3",
+        loaded_as(ChatGLMForCausalLM, "query_key_value.bias", torch.zeros_like),
+    ),
+    "halves as pairs": ("chatglm3", {"original_rope": False}),
+    "no rope_ratio": ("glm4", {"rope_ratio": 1}),
 }
 
 
@@ -170,9 +237,51 @@ def test_the_comparison_shows_a_mistake_in_a_model(
             "transformer.layers.1",
             {"attn.qkv_proj": (576, 128), "ffn.proj_1": (384, 128)},
         ),
+        (
+            "qwen",
+            "transformer.h.1",
+            {
+                "attn.c_attn": (384, 128),
+                "attn.c_proj": (128, 128),
+                "mlp.w1": (192, 128),
+                "mlp.w2": (192, 128),
+                "mlp.c_proj": (128, 192),
+            },
+        ),
+        (
+            "internlm",
+            "model.layers.1",
+            {"self_attn.q_proj": (128, 128), "self_attn.o_proj": (128, 128)},
+        ),
+        (
+            "internlm2",
+            "model.layers.1",
+            {
+                "attention.wqkv": (256, 128),
+                "attention.wo": (128, 128),
+                "feed_forward.w1": (192, 128),
+                "feed_forward.w2": (128, 192),
+                "feed_forward.w3": (192, 128),
+            },
+        ),
+        (
+            "index",
+            "model.layers.1",
+            {"self_attn.v_proj": (128, 128), "mlp.gate_proj": (192, 128)},
+        ),
+        (
+            "chatglm3",
+            "transformer.encoder.layers.1",
+            {
+                "self_attention.query_key_value": (256, 128),
+                "self_attention.dense": (128, 128),
+                "mlp.dense_h_to_4h": (384, 128),
+                "mlp.dense_4h_to_h": (128, 192),
+            },
+        ),
     ],
 )
-def test_an_adapter_for_matrices_that_are_fused_on_disk_acts_as_if_merged(
+def test_an_adapter_for_the_published_modules_acts_as_if_merged(
     folders: dict[str, Path],
     tmp_path: Path,
     name: str,
@@ -218,6 +327,13 @@ def test_an_adapter_for_matrices_that_are_fused_on_disk_acts_as_if_merged(
         ("baichuan2", {"vocab_size": 64000}, "Baichuan 1 (vocab_size 64000)"),
         ("openelm", {"num_query_heads": [8, 12]}, "num_query_heads must have one entry for each"),
         ("openelm", {"ffn_with_glu": False}, "ffn_with_glu other than True"),
+        ("internlm", {"rotary": {"type": "linear"}}, "rotary of type linear"),
+        ("internlm2", {"bias": True}, "with bias was never published"),
+        ("internlm3", {"bias": True}, "with bias was never published"),
+        ("qwen", {"visual": {"heads": 16}}, "this is a Qwen-VL"),
+        ("qwen", {"n_embd": 128}, "fetch a later revision, such as v1.1.4"),
+        ("qwen", {"no_bias": False}, "no_bias other than True"),
+        ("deepseek_moe", {"scoring_func": "sigmoid"}, "scoring_func sigmoid"),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(
@@ -229,6 +345,32 @@ def test_what_is_not_served_is_refused_by_name(
     with pytest.raises(ValueError) as error:
         get_config(tmp_path, trust_remote_code=False)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "length"),
+    [
+        ("internlm", {}, 1024),
+        ("internlm2", {}, 1024),
+        ("internlm2", {"rope_scaling": {"type": "linear", "factor": 2.0}}, 2048),
+        ("internlm3", {}, 1024),
+        ("qwen", {"seq_length": 256}, 256),
+        ("qwen", {"seq_length": 256, "use_dynamic_ntk": False}, 256),
+        ("chatglm3", {"seq_length": 512}, 512),
+    ],
+)
+def test_a_text_is_as_long_as_the_model_is_exact(
+    tmp_path: Path, name: str, config: dict[str, Any], length: int
+) -> None:
+    load_general_plugins()
+    checkpoints.write(name, tmp_path, **config)
+    assert ModelConfig(str(tmp_path), skip_tokenizer_init=True).max_model_len == length
+
+
+def test_an_index_that_does_not_say_whether_it_has_a_norm_head_is_refused(tmp_path: Path) -> None:
+    checkpoints.write("index", tmp_path, norm_head=None)
+    with pytest.raises(Exception, match="norm_head"), engine(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize(

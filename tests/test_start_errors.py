@@ -99,7 +99,10 @@ def test_each_cause_ends_in_one_line(tmp_path: Path) -> None:
             "engine.max_model_len to 1152 or less, or raise engine.kv_cache_memory_bytes",
         ),
         (
-            [embedded, "engine.kv_cache_memory_bytes=900G", "engine.enforce_eager=true"],
+            [
+                *(embedded, "engine.kv_cache_memory_bytes=900G", "engine.enforce_eager=true"),
+                "engine.api_server_count=2",
+            ],
             "900.0 GiB for the KV cache are not free: lower engine.kv_cache_memory_bytes",
         ),
         (
@@ -156,6 +159,12 @@ def test_a_whole_checkpoint_is_called_whole(name: str, tmp_path: Path) -> None:
         ("qwen2", "layers.2.self_attn.q_proj.weight", "lack 1 tensors of layer 2"),
         ("baichuan2", "lm_head", "the output head"),
         ("xverse", "layers.2.", "tensors of layer 2"),
+        ("internlm2", "output.weight", "the output head"),
+        ("internlm2", "tok_embeddings", "the token embedding"),
+        ("qwen", ".wte.", "the token embedding"),
+        ("chatglm3", "output_layer", "the output head"),
+        ("chatglm3", "layers.2.", "tensors of layer 2"),
+        ("deepseek_moe", "layers.2.mlp.experts.5.up_proj", "lack 1 tensors of layer 2"),
     ],
 )
 def test_what_vllm_would_serve_as_garbage_is_missed(

@@ -1,7 +1,7 @@
 """The tutorials' models behind the real server: tiny checkpoints under the catalogue's entries."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,10 @@ from typing import Any
 import httpx
 import pytest
 import sentencepiece
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
+from vllm.plugins import load_general_plugins
+from vllm.tokenizers import get_tokenizer
 
 from service.api import engine
 from service.preflight import reference
@@ -28,8 +31,10 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Tuto
     servers: dict[str, Tutorial] = {}
     waiting: list[Server] = []
     with ExitStack() as stack:
-        for name in ("baichuan2", "bluelm", "openelm"):
+        for name in ("baichuan2", "bluelm", "glm4", "openelm"):
             folder = checkpoints.write(name, tmp_path_factory.mktemp(name))
+            if name == "glm4":
+                begin_with_a_newline(folder)
             arguments = checkpoints.arguments(
                 name, folder, "engine.dtype=float32", "engine.enforce_eager=true"
             )
@@ -44,13 +49,29 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Tuto
         yield servers
 
 
-def greedy(folder: Path, ids: list[int], tokens: int) -> list[int]:
+def glm4_ids(folder: Path, *turns: dict[str, str]) -> list[int]:
+    return list(get_tokenizer(folder, tokenizer_mode="glm4").apply_chat_template(turns))
+
+
+def begin_with_a_newline(folder: Path) -> None:
+    """Make GLM-4's answer to "你好" do so, as the published model's answers do."""
+    load_general_plugins()
+    newline = get_tokenizer(folder, tokenizer_mode="glm4").encode_text("\n")
+    (rows,) = reference.logits(folder, [glm4_ids(folder, {"role": "user", "content": "你好"})])
+    likeliest = int(rows[-1].argmax())
+    weights = load_file(folder / "model.safetensors")
+    head = weights["transformer.output_layer.weight"]
+    head[[*newline, likeliest]] = head[[likeliest, *newline]]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def greedy(folder: Path, ids: list[int], tokens: int, ends: Sequence[int] = (2,)) -> list[int]:
     """What the reference answers to the prompt `ids`."""
     answer: list[int] = []
     while len(answer) < tokens:
         (rows,) = reference.logits(folder, [ids + answer])
         answer.append(int(rows[-1].argmax()))
-        if answer[-1] == 2:
+        if answer[-1] in ends:
             return answer[:-1]
     return answer
 
@@ -70,6 +91,11 @@ def baichuan2(servers: dict[str, Tutorial]) -> Tutorial:
 @pytest.fixture
 def bluelm(servers: dict[str, Tutorial]) -> Tutorial:
     return servers["bluelm"]
+
+
+@pytest.fixture
+def glm4(servers: dict[str, Tutorial]) -> Tutorial:
+    return servers["glm4"]
 
 
 @pytest.fixture
@@ -164,6 +190,45 @@ def test_bluelm_is_greedy_as_its_checkpoint_is(bluelm: Tutorial) -> None:
     body = {"prompt": "你好", "max_length": 2, "details": True}
     sampling = client.post("/", json=body).json()["details"]["sampling"]
     assert sampling == {"temperature": 0.0, "repetition_penalty": 1.1, "max_tokens": 2}
+
+
+def test_glm4_answers_what_its_reference_answers_without_white_space_around_it(
+    glm4: Tutorial,
+) -> None:
+    folder, client = glm4
+    asked = {"role": "user", "content": "你好"}
+    answer = greedy(folder, glm4_ids(folder, asked), 12, [400, 407, 409])
+    said = get_tokenizer(folder, tokenizer_mode="glm4").decode(answer, skip_special_tokens=True)
+    expected = said.rstrip("\ufffd").strip()
+    assert said.startswith("\n") and expected
+    body = {"prompt": "你好", "max_new_tokens": 12, **GREEDY}
+    plain = client.post("/", json=body).json()
+    assert plain["response"] == expected
+    assert plain["history"] == [
+        asked,
+        {"role": "assistant", "metadata": "", "content": expected},
+    ]
+    deltas, whole = streamed(client, body)
+    assert ("".join(deltas), whole) == (expected, expected)
+    chat = {"messages": [asked], "max_tokens": 12, **GREEDY}
+    raw = client.post("/v1/chat/completions", json=chat).json()["choices"][0]["message"]["content"]
+    assert raw.startswith("\n")  # as the model writes it
+
+
+def test_metadata_of_a_turn_is_in_glm4s_prompt(glm4: Tutorial) -> None:
+    folder, client = glm4
+    for metadata in ("", "browser", "browser " * 1000):
+        history = [
+            {"role": "user", "content": "你好"},
+            {"role": "assistant", "metadata": metadata, "content": "好"},
+        ]
+        body = {"prompt": "谁", "history": history, "details": True, "max_new_tokens": 1, **GREEDY}
+        answer = client.post("/", json=body)
+        assert answer.status_code == (422 if len(metadata) > 1000 else 200)
+        if answer.status_code == 200:
+            ids = glm4_ids(folder, *history, {"role": "user", "content": "谁"})
+            assert answer.json()["details"]["prompt_tokens"] == len(ids)
+            assert answer.json()["history"][:2] == history
 
 
 def test_openelm_completes_the_text_and_max_length_counts_it(

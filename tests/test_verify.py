@@ -4,6 +4,8 @@ import json
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from testing import checkpoints
 from tests import warm
 
@@ -22,6 +24,14 @@ def test_equal_is_said_for_people_and_for_machines(tmp_path: Path) -> None:
     assert "   prompt     '<reserved_106>你好<reserved_107>'\n" in told.stdout
     assert "\nan answer ends at: 2 '</s>'\n" in told.stdout
     assert told.stdout.endswith("baichuan2-7b-chat: equal (float32 engine, float32 reference)\n")
+
+
+@pytest.mark.parametrize("name", ["deepseek_moe", "glm4", "internlm2", "qwen"])
+def test_models_that_transformers_lacks_have_a_reference(name: str, tmp_path: Path) -> None:
+    checkpoints.write(name, tmp_path)
+    told = verify(name, tmp_path, "--set", "engine.dtype=float32", "--prompt", "你好")
+    assert told.returncode == 0, told.stderr[-3000:]
+    assert told.stdout.endswith("equal (float32 engine, float32 reference)\n")
 
 
 def test_a_difference_is_located_and_ends_in_a_status_of_its_own(tmp_path: Path) -> None:

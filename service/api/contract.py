@@ -112,6 +112,7 @@ class Contract:
             record.id,
             stream=bool(request.stream),
             echo=self.config.prompt.echo,
+            strip=self.config.answer.strip,
             cache_salt=record.client.name if self.settings.cache_per_key else None,
             trace_headers=record.trace_headers,
             adapter=adapter,

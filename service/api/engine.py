@@ -29,7 +29,7 @@ from service.errors import (
     Unavailable,
 )
 from service.models import vllm_private
-from service.prompting import Message
+from service.prompting import Message, Stripped
 
 _logger = logging.getLogger("service")
 
@@ -62,6 +62,11 @@ def _control_tokens(tokenizer: Any) -> set[str]:
     """Return the strings that the tokenizer turns into special tokens."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     return {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+
+
+def _characters(message: Message) -> int:
+    """Return about how many characters a turn has in the prompt."""
+    return len(message["content"]) + len(str(message.get("metadata", ""))) + 16
 
 
 class Engine:
@@ -149,7 +154,7 @@ class Engine:
             (rendered,) = renderer.render_cmpl([{"prompt": prompt}], params)
             return rendered
         params = renderer.default_chat_tok_params
-        if sum(len(message["content"]) + 16 for message in prompt) > _INLINE_CHARACTERS:
+        if sum(map(_characters, prompt)) > _INLINE_CHARACTERS:
             _, (rendered,) = await renderer.render_chat_async([prompt], self._chat, params)
             return rendered
         if (text := self._template(prompt)) is not None:
@@ -177,13 +182,15 @@ class Engine:
         *,
         stream: bool,
         echo: bool,
+        strip: bool = False,
         cache_salt: str | None,
         trace_headers: dict[str, str] | None = None,
         adapter: LoRARequest | None = None,
     ) -> AsyncGenerator[Chunk, None]:
         """Yield chunks as they come, or without `stream` one with the whole text.
 
-        With `echo`, the first chunk begins with the prompt's text. Only requests with the same
+        With `echo`, the first chunk begins with the prompt's text; with `strip`, the whole text has
+        no white space around it. Only requests with the same
         `cache_salt` share prefix cache entries. Closing or cancelling it aborts the request. Raises
         RequestError.
         """
@@ -191,6 +198,7 @@ class Engine:
         # vLLM must decode at each step only for a stream or stop strings.
         stepwise = stream or "stop" in params
         echoed = self._text(token_ids) if echo else ""
+        stripped = Stripped() if strip else None
         answer: list[int] = []
         started = False
         try:
@@ -224,6 +232,8 @@ class Engine:
                     elif not started and (text or reason):
                         started = True
                         text = echoed + text if echo else self._first_text(answer, text)
+                    if stripped is not None:
+                        text = stripped.next(text, is_last=bool(reason))
                     yield Chunk(text, len(answer), reason, len(echoed))
         except RequestError:
             raise

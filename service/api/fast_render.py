@@ -45,7 +45,7 @@ def chat_template(renderer: Any, chat: ChatParams) -> Callable[[list[Message]], 
 
     It returns None where the caller must use vLLM's renderer. That one searches each message for
     images and tools, and the template for its options, which takes longer than the template itself.
-    It also edits some system messages.
+    It also edits some system messages, and drops other keys of a turn.
     """
     tokenizer = renderer.get_tokenizer()
     control = control_pattern(tokenizer)
@@ -53,7 +53,7 @@ def chat_template(renderer: Any, chat: ChatParams) -> Callable[[list[Message]], 
     del variables["tokenize"]
 
     def render(messages: list[Message]) -> str | None:
-        if any(message["role"] == "system" for message in messages):
+        if any(message["role"] == "system" or "metadata" in message for message in messages):
             return None
         if control.search("\0".join(message["content"] for message in messages)):
             return None

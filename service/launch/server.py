@@ -6,6 +6,7 @@ seconds and reads the environment that the supervisor prepares.
 
 import argparse
 import functools
+import multiprocessing
 import os
 import socket
 import sys
@@ -106,6 +107,8 @@ def fetch_files(
     if config.tokenizer:
         tokenizer = weights.fetch(config.tokenizer, settings.cache_dir, weights=False)
     vllm_arguments.use_files(args, model, tokenizer)
+    if not args.skip_tokenizer_init:
+        checkpoint.check_tokenizer(tokenizer)
     adapters = inspect_adapters(args, config, folders, model)
     for inspected in adapters:
         _refuse(inspected)
@@ -119,12 +122,21 @@ def fetch_files(
 
 
 def inspect_adapters(
-    args: argparse.Namespace, config: ModelConfig, folders: Mapping[str, Path], base: Path | None
+    args: argparse.Namespace,
+    config: ModelConfig,
+    folders: Mapping[str, Path],
+    base: Path | None,
+    *,
+    for_gpu: bool = False,
 ) -> list[Adapter]:
-    """Inspect the adapters in `folders` beside the files of their base, if these are here."""
+    """Inspect the adapters in `folders` beside the files of their base, if these are here.
+
+    `for_gpu`: they shall be served on a GPU, also if this machine has none.
+    """
     source = config.source
     known_as = [config.name, *filter(None, (source.modelscope, source.path))]
     tensors = adapter.base_tensors(base) if base and folders else {}
+    limits = vllm_arguments.adapter_limits(base, for_gpu=for_gpu) if tensors and base else None
     return [
         adapter.inspect(
             name,
@@ -132,6 +144,7 @@ def inspect_adapters(
             base=base,
             tensors=tensors,
             known_as=known_as,
+            limits=limits,
             max_rank=_max_rank(args, config),
         )
         for name, folder in folders.items()
@@ -210,7 +223,14 @@ def _serve(
     args.host = listener.getsockname()[0]  # a name may have several addresses
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     listener.close()  # the supervisor's copy answers until the API processes take over
-    command.cmd(args)
+    try:
+        command.cmd(args)
+    except Exception:
+        # Of an engine that did not start. vLLM leaves the API processes waiting for it, and Python
+        # would wait for them.
+        for process in multiprocessing.active_children():
+            process.kill()
+        raise
 
 
 async def _serve_here(

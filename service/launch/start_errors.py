@@ -96,6 +96,16 @@ _ADVICE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
             _OTHER_FILES,
         ),
         (
+            r"data did not match any variant of untagged enum",
+            "tokenizer.json is damaged, or newer than this version of tokenizers reads: copy the "
+            "tokenizer's files from the model that it was trained from",
+        ),
+        (
+            r"Unknown quantization method: (\w+)",
+            r"config.json says that \1 has quantised the weights, which vLLM cannot read here: "
+            r"take the 16-bit model (an adapter is merged into that one too)",
+        ),
+        (
             r"^JSONDecodeError",
             "a JSON file of the model or its tokenizer is damaged: fetch it again",
         ),
@@ -108,6 +118,11 @@ _ADVICE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
             r"World size \((\d+)\) is larger than the number of available GPUs \((\d+)\)",
             r"\1 GPUs are wanted and there are \2: lower engine.tensor_parallel_size or "
             r"engine.pipeline_parallel_size",
+        ),
+        (
+            r"Not enough allowed NUMA nodes to bind threads",
+            "this processor has fewer memory nodes than engine.tensor_parallel_size: lower it, or "
+            "set VLLM_CPU_OMP_THREADS_BIND=nobind in the environment",
         ),
         (
             r"No common block size for (\d+) \((.*?)\)",

@@ -82,11 +82,11 @@ def load(
 def name_of(folder: Path) -> str:
     """Return the name under which a folder is served: its own, without what a name cannot have.
 
-    A Trainer's checkpoint-500 is called after the folder around it too.
+    A Trainer's checkpoint-500 is called after the folder around it too, as ms-swift's merged one.
     """
     folder = folder.expanduser().absolute()
     name = folder.name
-    if re.fullmatch(r"checkpoint-\d+", name):
+    if re.fullmatch(r"checkpoint-\d+(-merged)?", name):
         name = f"{folder.parent.name}-{name}"
     return re.sub(r"[^\w.-]+|\s+", "-", name).strip("-.")[:64] or "model"
 

@@ -118,6 +118,11 @@ class Answer(_Section):
         description="The tags around a model's reasoning. The answer then has the keys `think` and "
         "`answer` too. A missing opening tag is accepted.",
     )
+    strip: bool = Field(
+        False,
+        description="Whether the answer is without the white space around it, for models that "
+        "begin theirs with a newline. On /v1 the text is as the model writes it.",
+    )
 
 
 class About(_Section):
@@ -213,6 +218,12 @@ class ModelConfig(_Section):
     def _fits_completion(self) -> Self:
         if self.prompt.style == "completion" and self.prompt.system is not None:
             raise ValueError("prompt.system: a completion model has no system prompt")
+        return self
+
+    @model_validator(mode="after")
+    def _echoes_whole_answers(self) -> Self:
+        if self.prompt.echo and self.answer.strip:
+            raise ValueError("give prompt.echo or answer.strip, not both")
         return self
 
     @field_validator("adapters")

@@ -13,8 +13,12 @@ def register() -> None:
 
     from service.models.baichuan2 import Baichuan2Config, Baichuan2ForCausalLM
     from service.models.bluelm import BlueLMConfig, BlueLMForCausalLM
+    from service.models.deepseek_moe import DeepseekConfig
+    from service.models.index import IndexConfig, IndexForCausalLM
+    from service.models.internlm import InternLM2Config, InternLM3Config, InternLMConfig
     from service.models.minicpm import MiniCPMConfig
     from service.models.openelm import OpenELMConfig, OpenELMForCausalLM
+    from service.models.qwen import QwenConfig, QwenForCausalLM
     from service.models.vllm_private import (
         assume_model_type,
         compile_nothing_for_requests,
@@ -30,14 +34,29 @@ def register() -> None:
     architectures = {
         "BaichuanForCausalLM": Baichuan2ForCausalLM,
         "BlueLMForCausalLM": BlueLMForCausalLM,
+        "IndexForCausalLM": IndexForCausalLM,
+        "InternLMForCausalLM": LlamaForCausalLM,
         "OpenELMForCausalLM": OpenELMForCausalLM,
+        "QWenLMHeadModel": QwenForCausalLM,
         "XverseForCausalLM": LlamaForCausalLM,
     }
     known = ModelRegistry.get_supported_archs()
     for architecture, model in architectures.items():
         if architecture not in known:
             ModelRegistry.register_model(architecture, model)
-    for config in (Baichuan2Config, BlueLMConfig, MiniCPMConfig, OpenELMConfig, XverseConfig):
+    for config in (
+        Baichuan2Config,
+        BlueLMConfig,
+        DeepseekConfig,
+        IndexConfig,
+        InternLM2Config,
+        InternLM3Config,
+        InternLMConfig,
+        MiniCPMConfig,
+        OpenELMConfig,
+        QwenConfig,
+        XverseConfig,
+    ):
         AutoConfig.register(config.model_type, config, exist_ok=True)
     assume_model_type("MiniCPMForCausalLM", MiniCPMConfig.model_type)
     register_tokenizers()

@@ -58,18 +58,20 @@ class Baichuan2ForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         "qkv_proj": ["qkv_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
+    # Without lm_head: NormHead would be of the head and an adapter's part of it together.
+    embedding_modules = {"embed_tokens": "input_embeddings"}
 
     def _init_model(self, **kwargs: object) -> Baichuan2Model:
         return Baichuan2Model(**kwargs)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         loaded: set[str] = AutoWeightsLoader(self).load_weights(
-            (name, _normalized(weight) if name == "lm_head.weight" else weight)
+            (name, normalized_head(weight) if name == "lm_head.weight" else weight)
             for name, weight in weights
         )
         return loaded
 
 
-def _normalized(head: torch.Tensor) -> torch.Tensor:
+def normalized_head(head: torch.Tensor) -> torch.Tensor:
     """Apply NormHead once, in float32; the published code does it in the stored dtype."""
     return normalize(head.float()).to(head.dtype)

@@ -19,6 +19,7 @@ from service.model_config import ModelConfig, Origins, catalogue
 from service.preflight import chat_template, fit
 from service.prompting import Message
 from service.settings import Settings
+from service.weights import checkpoint
 from service.weights.adapter import Adapter
 
 
@@ -61,7 +62,7 @@ def check(
             if config.tokenizer
             else model
         )
-        adapters = _adapters(args, config, settings, model, rows)
+        adapters = _adapters(args, config, settings, model, rows, for_gpu=memory is not None)
         problems = [problem for adapter in adapters for problem in adapter.problems]
         adapter_warnings = [warning for adapter in adapters for warning in adapter.warnings]
         if model is None or tokenizer is None:
@@ -81,6 +82,10 @@ def check(
             )
         rows.append(("files", str(model), "this machine"))
         vllm_arguments.use_files(args, model, tokenizer)
+        if found := _of_files(args, model, tokenizer):
+            return CheckReport(
+                rows, ["fit and template: not checked"], [*problems, found], adapter_warnings
+            )
         warnings = adapter_warnings
         warnings += _float_type(args, config, rows) if memory is None else []
         with server.explained(settings, folder):
@@ -96,6 +101,11 @@ def check(
             try:
                 fit_result = fit.estimate(vllm_config, model, memory, on_gpu=on_gpu)
                 lines = fit_result.lines()
+                if slots := fit_result.demand.max_loras:
+                    size = f"{fit_result.demand.adapters / fit.GIB:.2f} GiB on each GPU"
+                    size = size if on_gpu else size.partition(" on")[0]
+                    origin = f"engine.max_loras {slots} x engine.max_lora_rank {args.max_lora_rank}"
+                    rows.append(("memory of adapters", size, origin))
                 problems += fit_result.problems(concurrent, context)
             except WeightsError as e:
                 if must_fit:
@@ -117,12 +127,26 @@ def check(
     )
 
 
+def _of_files(args: argparse.Namespace, model: Path, tokenizer: Path) -> str | None:
+    """Return why `serve` would refuse these files, or None."""
+    try:
+        if not args.skip_tokenizer_init:
+            checkpoint.check_tokenizer(tokenizer)
+        if args.load_format == "auto":
+            checkpoint.check(model)
+    except WeightsError as e:
+        return str(e)
+    return None
+
+
 def _adapters(
     args: argparse.Namespace,
     config: ModelConfig,
     settings: Settings,
     base: Path | None,
     rows: list[tuple[str, object, str]],
+    *,
+    for_gpu: bool,
 ) -> list[Adapter]:
     """Inspect the adapters that are here, and give vLLM those that can be served. Adds rows."""
     folders: dict[str, Path] = {}
@@ -131,7 +155,7 @@ def _adapters(
             folders[name] = folder
         else:
             rows.append((f"adapters.{name}", "not downloaded yet", "`serve` does it"))
-    adapters = server.inspect_adapters(args, config, folders, base)
+    adapters = server.inspect_adapters(args, config, folders, base, for_gpu=for_gpu)
     fitting = [adapter for adapter in adapters if not adapter.problems]
     rows += vllm_arguments.use_adapters(args, config, fitting)
     return adapters

@@ -4,12 +4,16 @@ Blocks, tokens and concurrency are computed as in vLLM (vllm/v1/core/kv_cache_ut
 only a run can measure are estimated, for a GPU from public logs. No weights are loaded.
 """
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from service import vllm_arguments
 from service.errors import WeightsError
 from service.weights import tensor_files
+from service.weights.adapter import base_tensors
 
 GIB = 2**30
 
@@ -42,6 +46,12 @@ class Demand:
     max_num_seqs: int  # max requests at once
     gpus: int
     on_gpu: bool = True
+    adapters: int = 0  # vLLM's slots for LoRA adapters
+    max_loras: int = 0  # their number
+
+    @property
+    def beside_the_cache(self) -> int:
+        return self.weights + self.adapters + self.overhead
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ class Fit:
         if self.fixed_kv_cache is not None:
             return self.fixed_kv_cache
         demand = self.demand
-        return int(self.memory * self.utilization) - demand.weights - demand.overhead
+        return int(self.memory * self.utilization) - demand.beside_the_cache
 
     @property
     def blocks(self) -> int:
@@ -87,8 +97,9 @@ class Fit:
         if self.fixed_kv_cache is None:
             memory += f" x {self.utilization:g} = {self.memory * self.utilization / GIB:.1f} GiB"
         key = "" if self.fixed_kv_cache is None else " (engine.kv_cache_memory_bytes)"
+        adapters = f"adapters {demand.adapters / GIB:.1f}, " if demand.adapters else ""
         head = (
-            f"memory: {memory}: weights {demand.weights / GIB:.1f}, overhead about "
+            f"memory: {memory}: weights {demand.weights / GIB:.1f}, {adapters}overhead about "
             f"{demand.overhead / GIB:.1f}, "
         )
         if not self.blocks:
@@ -113,7 +124,9 @@ class Fit:
         smaller = "a larger engine.tensor_parallel_size"
         if demand.on_gpu:
             smaller = f"engine.quantization=fp8, or {smaller}"
-        used = demand.weights + demand.overhead + (self.fixed_kv_cache or 0)
+        if demand.max_loras > 1:
+            smaller = f"engine.max_loras=1, {smaller}"
+        used = demand.beside_the_cache + (self.fixed_kv_cache or 0)
         limit = (
             self.memory if self.fixed_kv_cache is not None else int(self.memory * self.utilization)
         )
@@ -194,7 +207,49 @@ def _demand(vllm_config: Any, folder: Path, *, on_gpu: bool) -> Demand:
         max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
         gpus=parallel.world_size,
         on_gpu=on_gpu,
+        adapters=_adapters(vllm_config, folder),
+        max_loras=vllm_config.lora_config.max_loras if vllm_config.lora_config else 0,
     )
+
+
+def _adapters(vllm_config: Any, folder: Path) -> int:
+    """Return the bytes of vLLM's slots for adapters on one GPU.
+
+    There are max_loras of them, each of max_lora_rank for every matrix that an adapter may change,
+    whatever the adapters change. Where a matrix has the model's hidden size on one side, tensor
+    parallelism divides the other. Raises WeightsError without the weights.
+    """
+    lora, model = vllm_config.lora_config, vllm_config.model_config
+    if lora is None:
+        return 0
+    parallel, hidden = vllm_config.parallel_config, model.get_hidden_size()
+    sides = 0
+    for rows, columns in _matrices(folder, model.hf_config):
+        other = rows + columns - hidden
+        parts = parallel.tensor_parallel_size if hidden in (rows, columns) else 1
+        sides += hidden + other // parts
+    if not sides:
+        raise WeightsError(f"the memory of adapters is read from the weights; {folder} has none")
+    limits = vllm_arguments.adapter_limits(folder)
+    tables = len(limits.tables) if limits else 0
+    sides = sides // parallel.pipeline_parallel_size + tables * (model.get_vocab_size() + hidden)
+    size: int = lora.max_loras * lora.max_lora_rank * lora.lora_dtype.itemsize * sides
+    return size
+
+
+def _matrices(folder: Path, hf_config: Any) -> Iterator[tuple[int, ...]]:
+    """Yield the sizes of all matrices inside of layers."""
+    quantization = getattr(hf_config, "quantization_config", None) or {}
+    for name, tensor in base_tensors(folder).items():
+        module, _, kind = name.rpartition(".")
+        if len(tensor.shape) != 2 or not re.search(r"\.\d+\.", module):
+            continue
+        if kind == "weight":
+            yield tensor.shape
+        elif kind == "qweight":  # its integers hold several values: in GPTQ of a column
+            values, (rows, columns) = 32 // quantization.get("bits", 4), tensor.shape
+            by_column = quantization.get("quant_method") != "awq"
+            yield (rows * values, columns) if by_column else (rows, columns * values)
 
 
 def _kv_heads(vllm_config: Any) -> list[int]:

@@ -8,8 +8,8 @@ memory at a time.
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,6 +43,11 @@ class Weights:
         delta = self._adapter.delta(name) if self._adapter else None
         return tensor.float() if delta is None else tensor.float() + delta
 
+    def embed(self, name: str, ids: Tensor) -> Tensor:
+        """Look up tokens. An adapter of the table leaves a head alone that is the same tensor."""
+        delta = self._adapter.table_delta(name) if self._adapter else None
+        return embedding(ids, self[name] if delta is None else self[name] + delta)
+
 
 class Lora:
     """What a LoRA adapter adds to the matrices of its base (arXiv:2106.09685, and PEFT's keys)."""
@@ -62,15 +67,35 @@ class Lora:
         a, b = (self._tensors.get(f"base_model.model.{module}.lora_{m}.weight") for m in "AB")
         if a is None or b is None:
             return None
+        return self._scale(module) * b.float() @ a.float()
+
+    def table_delta(self, name: str) -> Tensor | None:
+        """Return what is added to the embeddings of tokens `name`, or None."""
+        module = name.removesuffix(".weight")
+        a, b = (self._tensors.get(f"base_model.model.{module}.lora_embedding_{m}") for m in "AB")
+        if a is None or b is None:
+            return None
+        return self._scale(module) * (b.float() @ a.float()).T
+
+    def _scale(self, module: str) -> float:
         alpha = self._of(module, "alpha_pattern", self._config["lora_alpha"])
         rank = self._of(module, "rank_pattern", self._config["r"])
-        scale = alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
-        return scale * b.float() @ a.float()
+        return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
 
     def _of(self, module: str, key: str, default: float) -> float:
         patterns: dict[str, float] = self._config.get(key) or {}
         found = (v for p, v in patterns.items() if re.fullmatch(rf"(.*\.)?({p})", module))
         return next(found, default)
+
+
+@dataclass
+class Experts:
+    """Feed-forwards of which each token passes some, weighted, beside the layer's own."""
+
+    router: Tensor  # [experts, hidden]
+    per_token: int
+    is_normalized: bool  # whether a token's weights sum to one
+    matrices: Callable[[int], tuple[Tensor, Tensor, Tensor]]  # gate, up and down of one
 
 
 @dataclass
@@ -90,6 +115,11 @@ class Layer:
     mlp_norm: Tensor
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
+    o_bias: Tensor | None = None
+    experts: Experts | None = None
 
 
 class Architecture(Protocol):
@@ -99,11 +129,12 @@ class Architecture(Protocol):
     head_dim: int
     rms_norm_eps: float
     residual_scale: float
+    is_interleaved: bool  # whether a rotated pair is two neighbours
 
     def __init__(self, config: dict[str, Any], weights: Weights) -> None: ...
 
     def inverse_frequencies(self) -> Tensor:
-        """Return the radians per position of each rotated pair, [head_dim / 2]."""
+        """Return the radians per position of each rotated pair, [at most head_dim / 2]."""
         ...
 
     def embed(self, ids: Tensor) -> Tensor: ...
@@ -118,6 +149,7 @@ class Llama:
     """Llama; XVERSE is the same. The other classes override their differences."""
 
     residual_scale = 1.0
+    is_interleaved = False
     tied_by_default = False
 
     def __init__(self, config: dict[str, Any], weights: Weights) -> None:
@@ -126,23 +158,34 @@ class Llama:
         self.layers: int = config["num_hidden_layers"]
         self.heads: int = config["num_attention_heads"]
         self.kv_heads: int = config.get("num_key_value_heads") or self.heads
-        self.head_dim: int = config["hidden_size"] // self.heads
+        self.head_dim: int = config.get("head_dim") or config["hidden_size"] // self.heads
         self.rms_norm_eps: float = config.get("rms_norm_eps", 1e-6)
         self.rope_theta: float = config.get("rope_theta", 10000.0)
 
     def inverse_frequencies(self) -> Tensor:
+        scaling = self.config.get("rope_scaling") or {}
+        # "dynamic" changes nothing up to max_position_embeddings, and the engine stops there.
+        if scaling and (kind := scaling.get("rope_type", scaling.get("type"))) != "dynamic":
+            raise ValueError(f"rope_scaling of type {kind} is not known to the reference")
         return _inverse_frequencies(self.rope_theta, self.head_dim)
 
     def embed(self, ids: Tensor) -> Tensor:
-        return embedding(ids, self.weights["model.embed_tokens.weight"])
+        return self.weights.embed("model.embed_tokens.weight", ids)
 
     def qkv(self, prefix: str) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (self.weights[f"{prefix}.{name}_proj.weight"] for name in "qkv")
         return q, k, v
 
-    def layer(self, index: int) -> Layer:
+    def feed_forward(self, prefix: str) -> tuple[Tensor, Tensor, Tensor]:
+        gate, up, down = (
+            self.weights[f"{prefix}.{name}_proj.weight"] for name in ("gate", "up", "down")
+        )
+        return gate, up, down
+
+    def layer(self, index: int, mlp: str = "mlp") -> Layer:
         prefix = f"model.layers.{index}"
         q, k, v = self.qkv(f"{prefix}.self_attn")
+        gate, up, down = self.feed_forward(f"{prefix}.{mlp}")
         return Layer(
             self.heads,
             self.kv_heads,
@@ -150,9 +193,9 @@ class Llama:
             k,
             v,
             self.weights[f"{prefix}.self_attn.o_proj.weight"],
-            self.weights[f"{prefix}.mlp.gate_proj.weight"],
-            self.weights[f"{prefix}.mlp.up_proj.weight"],
-            self.weights[f"{prefix}.mlp.down_proj.weight"],
+            gate,
+            up,
+            down,
             self.weights[f"{prefix}.input_layernorm.weight"],
             self.weights[f"{prefix}.post_attention_layernorm.weight"],
         )
@@ -184,7 +227,7 @@ class BlueLM(Llama):
         self.kv_heads = self.heads
 
     def inverse_frequencies(self) -> Tensor:
-        frequencies = super().inverse_frequencies()
+        frequencies = _inverse_frequencies(self.rope_theta, self.head_dim)
         scaling = self.config.get("rope_scaling")
         if not scaling:
             return frequencies
@@ -224,6 +267,7 @@ class OpenELM:
     """Source: apple's modeling_openelm.py and apple/corenet's general_gpt.py."""
 
     residual_scale = 1.0
+    is_interleaved = False
     rms_norm_eps = 1e-6
 
     def __init__(self, config: dict[str, Any], weights: Weights) -> None:
@@ -236,7 +280,7 @@ class OpenELM:
         return _inverse_frequencies(self.config["rope_freq_constant"], self.head_dim)
 
     def embed(self, ids: Tensor) -> Tensor:
-        return embedding(ids, self.weights["transformer.token_embeddings.weight"])
+        return self.weights.embed("transformer.token_embeddings.weight", ids)
 
     def layer(self, index: int) -> Layer:
         prefix = f"transformer.layers.{index}"
@@ -265,15 +309,225 @@ class OpenELM:
         return self.weights["transformer.norm.weight"]
 
     def head(self) -> Tensor:
-        return self.weights["transformer.token_embeddings.weight"]
+        tied = self.config.get("share_input_output_layers", True)
+        return self.weights["transformer.token_embeddings.weight" if tied else "lm_head.weight"]
+
+
+class InternLM(Llama):
+    """Source: modeling_internlm.py in InternLM/lmdeploy."""
+
+    biased = "qkvo"
+
+    def __init__(self, config: dict[str, Any], weights: Weights) -> None:
+        super().__init__(config, weights)
+        rotary = config.get("rotary") or {}
+        self.rope_theta = rotary.get("base", self.rope_theta)
+        self.is_biased: bool = config.get("bias", True)
+
+    def layer(self, index: int, mlp: str = "mlp") -> Layer:
+        layer = super().layer(index, mlp)
+        if not self.is_biased:
+            return layer
+        prefix = f"model.layers.{index}.self_attn"
+        biases: dict[str, Any] = {
+            f"{name}_bias": self.weights[f"{prefix}.{name}_proj.bias"] for name in self.biased
+        }
+        return replace(layer, **biases)
+
+
+class InternLM2(Llama):
+    """Source: InternLM's technical report, arXiv:2403.17297, and its modeling_internlm2.py."""
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.weights.embed("model.tok_embeddings.weight", ids)
+
+    def layer(self, index: int, mlp: str = "feed_forward") -> Layer:
+        prefix = f"model.layers.{index}"
+        # For each KV head: the heads of q that share it, then k, then v.
+        grouped = self.weights[f"{prefix}.attention.wqkv.weight"]
+        grouped = grouped.view(self.kv_heads, -1, self.head_dim, grouped.shape[1])
+        return Layer(
+            self.heads,
+            self.kv_heads,
+            grouped[:, :-2].flatten(0, 2),
+            grouped[:, -2].flatten(0, 1),
+            grouped[:, -1].flatten(0, 1),
+            self.weights[f"{prefix}.attention.wo.weight"],
+            self.weights[f"{prefix}.{mlp}.w1.weight"],
+            self.weights[f"{prefix}.{mlp}.w3.weight"],
+            self.weights[f"{prefix}.{mlp}.w2.weight"],
+            self.weights[f"{prefix}.attention_norm.weight"],
+            self.weights[f"{prefix}.ffn_norm.weight"],
+        )
+
+    def head(self) -> Tensor:
+        tied = self.config.get("tie_word_embeddings", False)
+        return self.weights["model.tok_embeddings.weight" if tied else "output.weight"]
+
+
+class InternLM3(InternLM):
+    """Source: modeling_internlm3.py; Llama but for its optional biases."""
+
+    biased = "qkv"
+
+    def __init__(self, config: dict[str, Any], weights: Weights) -> None:
+        super().__init__(config, weights)
+        self.is_biased = config.get("qkv_bias", False)
+
+
+class Qwen:
+    """Source: Alibaba's modeling_qwen.py, for texts of at most seq_length tokens."""
+
+    residual_scale = 1.0
+    is_interleaved = False
+
+    def __init__(self, config: dict[str, Any], weights: Weights) -> None:
+        self.weights = weights
+        self.layers: int = config["num_hidden_layers"]
+        self.heads: int = config["num_attention_heads"]
+        self.head_dim: int = config["kv_channels"]
+        self.rms_norm_eps: float = config["layer_norm_epsilon"]
+        self.rope_theta: float = config["rotary_emb_base"]
+
+    def inverse_frequencies(self) -> Tensor:
+        return _inverse_frequencies(self.rope_theta, self.head_dim)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.weights.embed("transformer.wte.weight", ids)
+
+    def layer(self, index: int) -> Layer:
+        prefix = f"transformer.h.{index}"
+        q, k, v = self.weights[f"{prefix}.attn.c_attn.weight"].chunk(3)
+        q_bias, k_bias, v_bias = self.weights[f"{prefix}.attn.c_attn.bias"].chunk(3)
+        return Layer(
+            self.heads,
+            self.heads,
+            q,
+            k,
+            v,
+            self.weights[f"{prefix}.attn.c_proj.weight"],
+            self.weights[f"{prefix}.mlp.w2.weight"],
+            self.weights[f"{prefix}.mlp.w1.weight"],
+            self.weights[f"{prefix}.mlp.c_proj.weight"],
+            self.weights[f"{prefix}.ln_1.weight"],
+            self.weights[f"{prefix}.ln_2.weight"],
+            q_bias=q_bias,
+            k_bias=k_bias,
+            v_bias=v_bias,
+        )
+
+    def final_norm(self) -> Tensor:
+        return self.weights["transformer.ln_f.weight"]
+
+    def head(self) -> Tensor:
+        return self.weights["lm_head.weight"]
+
+
+class Index(Llama):
+    """Source: PaddlePaddle/PaddleFormers' modeling of `index`."""
+
+    def head(self) -> Tensor:
+        head = super().head()
+        return normalize(head, dim=1) if self.config["norm_head"] else head
+
+
+class DeepSeekMoE(Llama):
+    """Source: arXiv:2401.06066 and deepseek-ai's modeling_deepseek.py."""
+
+    def layer(self, index: int, mlp: str = "mlp") -> Layer:
+        if index < self.config["first_k_dense_replace"]:
+            return super().layer(index)
+        prefix = f"model.layers.{index}.mlp"
+        experts = Experts(
+            self.weights[f"{prefix}.gate.weight"],
+            self.config["num_experts_per_tok"],
+            self.config["norm_topk_prob"],
+            lambda expert: self.feed_forward(f"{prefix}.experts.{expert}"),
+        )
+        return replace(super().layer(index, "mlp.shared_experts"), experts=experts)
+
+
+class ChatGLM:
+    """ChatGLM2, ChatGLM3 and GLM-4. Source: THUDM's modeling_chatglm.py.
+
+    Half of each head is rotated, and neighbours are a pair.
+    """
+
+    residual_scale = 1.0
+    is_interleaved = True
+
+    def __init__(self, config: dict[str, Any], weights: Weights) -> None:
+        for key, value in {
+            "rmsnorm": True,
+            "post_layer_norm": True,
+            "original_rope": True,
+            "add_bias_linear": False,
+            "apply_residual_connection_post_layernorm": False,
+        }.items():
+            if config[key] != value:
+                raise ValueError(f"a ChatGLM with {key} other than {value} is not known here")
+        self.config = config
+        self.weights = weights
+        self.layers: int = config["num_layers"]
+        self.heads: int = config["num_attention_heads"]
+        self.head_dim: int = config["kv_channels"]
+        self.kv_heads: int = (
+            config["multi_query_group_num"] if config["multi_query_attention"] else self.heads
+        )
+        self.rms_norm_eps: float = config["layernorm_epsilon"]
+
+    def inverse_frequencies(self) -> Tensor:
+        theta = 10000.0 * (self.config.get("rope_ratio") or 1)
+        return _inverse_frequencies(theta, self.head_dim // 2)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.weights.embed("transformer.embedding.word_embeddings.weight", ids)
+
+    def layer(self, index: int) -> Layer:
+        prefix = f"transformer.encoder.layers.{index}"
+        sizes = [heads * self.head_dim for heads in (self.heads, self.kv_heads, self.kv_heads)]
+        packed = f"{prefix}.self_attention.query_key_value"
+        q, k, v = torch.split(self.weights[f"{packed}.weight"], sizes)
+        gate, up = self.weights[f"{prefix}.mlp.dense_h_to_4h.weight"].chunk(2)
+        layer = Layer(
+            self.heads,
+            self.kv_heads,
+            q,
+            k,
+            v,
+            self.weights[f"{prefix}.self_attention.dense.weight"],
+            gate,
+            up,
+            self.weights[f"{prefix}.mlp.dense_4h_to_h.weight"],
+            self.weights[f"{prefix}.input_layernorm.weight"],
+            self.weights[f"{prefix}.post_attention_layernorm.weight"],
+        )
+        if self.config["add_qkv_bias"]:
+            bias = self.weights[f"{packed}.bias"]
+            layer.q_bias, layer.k_bias, layer.v_bias = torch.split(bias, sizes)
+        return layer
+
+    def final_norm(self) -> Tensor:
+        return self.weights["transformer.encoder.final_layernorm.weight"]
+
+    def head(self) -> Tensor:
+        return self.weights["transformer.output_layer.weight"]
 
 
 # Architecture in config.json -> class.
 ARCHITECTURES: dict[str, type[Architecture]] = {
     "BaichuanForCausalLM": Baichuan2,
     "BlueLMForCausalLM": BlueLM,
+    "ChatGLMForConditionalGeneration": ChatGLM,
+    "ChatGLMModel": ChatGLM,
+    "DeepseekForCausalLM": DeepSeekMoE,
+    "IndexForCausalLM": Index,
+    "InternLM2ForCausalLM": InternLM2,
+    "InternLM3ForCausalLM": InternLM3,
+    "InternLMForCausalLM": InternLM,
     "MiniCPMForCausalLM": MiniCPM,
     "OpenELMForCausalLM": OpenELM,
+    "QWenLMHeadModel": Qwen,
     "XverseForCausalLM": Llama,
 }
 
@@ -323,19 +577,20 @@ def _rms_norm(model: Architecture, x: Tensor, weight: Tensor) -> Tensor:
 
 def _attention(model: Architecture, layer: Layer, x: Tensor, frequencies: Tensor) -> Tensor:
     tokens = len(x)
-    q = linear(x, layer.q).view(tokens, layer.query_heads, -1)
-    k = linear(x, layer.k).view(tokens, layer.kv_heads, -1)
-    v = linear(x, layer.v).view(tokens, layer.kv_heads, -1)
+    q = linear(x, layer.q, layer.q_bias).view(tokens, layer.query_heads, -1)
+    k = linear(x, layer.k, layer.k_bias).view(tokens, layer.kv_heads, -1)
+    v = linear(x, layer.v, layer.v_bias).view(tokens, layer.kv_heads, -1)
     if layer.q_norm is not None and layer.k_norm is not None:
         q, k = _rms_norm(model, q, layer.q_norm), _rms_norm(model, k, layer.k_norm)
     angles = torch.outer(torch.arange(tokens).float(), frequencies)[:, None]
-    q, k = _rotate(q, angles), _rotate(k, angles)
+    rotate = _rotate_neighbours if model.is_interleaved else _rotate
+    q, k = rotate(q, angles), rotate(k, angles)
     group = layer.query_heads // layer.kv_heads
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(model.head_dim)
     scores += torch.full((tokens, tokens), -torch.inf).triu(1)
     mixed = torch.einsum("hqk,khd->qhd", softmax(scores, -1), v)
-    return linear(mixed.flatten(1), layer.o)
+    return linear(mixed.flatten(1), layer.o, layer.o_bias)
 
 
 def _rotate(x: Tensor, angles: Tensor) -> Tensor:
@@ -345,8 +600,33 @@ def _rotate(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
+def _rotate_neighbours(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate the pairs (2i, 2i + 1) at the start of each head; the rest stays as it is."""
+    rotated = 2 * angles.shape[-1]
+    first, second = x[..., :rotated:2], x[..., 1:rotated:2]
+    cos, sin = angles.cos(), angles.sin()
+    pairs = torch.stack([first * cos - second * sin, second * cos + first * sin], -1)
+    return torch.cat([pairs.flatten(-2), x[..., rotated:]], -1)
+
+
 def _mlp(layer: Layer, x: Tensor) -> Tensor:
-    return linear(silu(linear(x, layer.gate)) * linear(x, layer.up), layer.down)
+    y = _feed_forward(x, layer.gate, layer.up, layer.down)
+    return y + _routed(layer.experts, x) if layer.experts else y
+
+
+def _routed(experts: Experts, x: Tensor) -> Tensor:
+    weights, chosen = softmax(linear(x, experts.router), -1).topk(experts.per_token)
+    if experts.is_normalized:
+        weights = weights / weights.sum(-1, keepdim=True)
+    y = torch.zeros_like(x)
+    for expert in set(chosen.flatten().tolist()):
+        token, place = (chosen == expert).nonzero(as_tuple=True)
+        y[token] += weights[token, place, None] * _feed_forward(x[token], *experts.matrices(expert))
+    return y
+
+
+def _feed_forward(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return linear(silu(linear(x, gate)) * linear(x, up), down)
 
 
 def _transformers_logits(
@@ -360,8 +640,19 @@ def _transformers_logits(
         folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     ).eval()
     with torch.inference_mode():
-        for name, parameter in model.named_parameters() if adapter else ():
-            if adapter and (delta := adapter.delta(name)) is not None:
-                parameter += delta
+        if adapter:
+            _merge(model, adapter)
         for ids in sequences:
             yield model(torch.tensor([list(ids)])).logits[0]
+
+
+def _merge(model: Any, adapter: Lora) -> None:
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and head.weight is table.weight:
+        head.weight = torch.nn.Parameter(head.weight.clone())
+    for name, parameter in model.named_parameters():
+        delta = adapter.delta(name)
+        if delta is None:
+            delta = adapter.table_delta(name)
+        if delta is not None:
+            parameter += delta

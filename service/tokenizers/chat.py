@@ -3,9 +3,10 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 Turn = tuple[str, str]  # role and text
+T = TypeVar("T")
 
 
 def turns(
@@ -68,9 +69,12 @@ def join(
     return [*system, *kept, *end][-limit:]
 
 
-def rounds_of(turns: Sequence[Turn]) -> list[list[Turn]]:
-    """Group turns: each group begins with a user's turn; turns before the first are a group too."""
-    groups: list[list[Turn]] = []
+def rounds_of(turns: Sequence[tuple[str, T]]) -> list[list[tuple[str, T]]]:
+    """Group turns by their role, the first of each pair.
+
+    Each group begins with a user's turn; turns before the first are a group too.
+    """
+    groups: list[list[tuple[str, T]]] = []
     for turn in turns:
         if turn[0] == "user" or not groups:
             groups.append([])

@@ -3,8 +3,9 @@
     [gMASK] sop  system \\n text  user \\n text  assistant \\n text  user \\n text  assistant
 
 Each piece is encoded alone (source: build_single_message of both tokenization_chatglm.py). The line
-holds the name of a tool; it is empty in all turns here. The model writes its own line first, so an
-answer begins with a newline, which the published chat() strips.
+is a message's `metadata`, the name of a tool, and empty where it has none. The model writes its own
+line first, so an answer begins with a newline; the published chat() strips it, as `answer.strip` of
+the YAML does.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,12 +27,18 @@ def prompt(
 ) -> list[int]:
     """Return the prompt's token ids. `truncate_to` is in tokens, see `chat.join`."""
     turns = chat.turns(conversation, truncate_to, options)
-    line = encode("\n")
-
-    def ids(turn: chat.Turn) -> list[int]:
-        role, text = turn
-        return [token_id(ROLES[role]), *line, *encode(text)]
-
-    system = ids(turns.pop(0)) if turns[0][0] == "system" else []
-    rounds = [[id for turn in group for id in ids(turn)] for group in chat.rounds_of(turns)]
+    encoded = [
+        (role, [token_id(ROLES[role]), *encode(_line(message)), *encode(text)])
+        for (role, text), message in zip(turns, conversation, strict=True)
+    ]
+    system = encoded.pop(0)[1] if encoded[0][0] == "system" else []
+    rounds = [[id for _, ids in group for id in ids] for group in chat.rounds_of(encoded)]
     return chat.join([*prefix, *system], rounds, truncate_to, end=[token_id(ROLES["assistant"])])
+
+
+def _line(message: Mapping[str, Any]) -> str:
+    metadata = message.get("metadata") or ""
+    if not isinstance(metadata, str):
+        raise ValueError("the metadata of a message must be text")
+    chat.check_text(metadata)
+    return f"{metadata}\n"

@@ -18,3 +18,12 @@ class TokenIdsRenderer(DeepseekV32Renderer):  # type: ignore[misc]  # vLLM is no
         super().__init__(config, copy.copy(tokenizer))
         if self.tokenizer is not None:
             maybe_make_thread_pool(self.tokenizer, config.model_config.renderer_num_workers + 1)
+
+    def _apply_chat_template(
+        self, conversation: list[Any], messages: list[Any], **options: Any
+    ) -> list[int]:
+        # vLLM makes one turn of each message, without the keys that OpenAI's messages lack.
+        for turn, message in zip(conversation, messages, strict=True):
+            if "metadata" in message:
+                turn["metadata"] = message["metadata"]
+        return list(self.get_tokenizer().apply_chat_template(conversation, **options))

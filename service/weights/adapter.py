@@ -21,6 +21,7 @@ _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the order of
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _MERGE = "merge it into its base, and serve the folder which that gives"
 
+_REQUIRED = ("r", "lora_alpha", "target_modules")
 # Key of adapter_config.json -> what it means. vLLM takes none of these.
 _UNSUPPORTED = {
     "use_dora": "it was trained with DoRA",
@@ -37,6 +38,7 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
 _PREFIX = "base_model.model."
 _LORA = re.compile(r"(.+)\.(?:lora_([AB])\.weight|lora_embedding_([AB]))")
 _LAYER = re.compile(r".*?\.(?=\d+\.)")  # what comes before the number of a layer
+_HEADS = ("lm_head", "output_layer", "output")
 _FOUR_BITS = re.compile(r"[-_.](?:unsloth[-_])?(?:bnb[-_]?4bit|4bit|gptq.*|awq.*|int4.*)$")
 
 
@@ -51,6 +53,15 @@ class Adapter:
     warnings: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What adapters can change in a base, as vLLM runs it on this machine."""
+
+    tables: Collection[str]  # of embed_tokens and lm_head
+    absorbed: Collection[str] = ()  # matrices that it folds into others when it loads them
+    experts: bool = True  # a model that has some
+
+
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter, and no whole model beside it."""
     if not (folder / CONFIG).is_file():
@@ -58,6 +69,11 @@ def is_adapter(folder: Path) -> bool:
     others = {file.name for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern)}
     others -= {*_WEIGHTS, "training_args.bin", "optimizer.bin", "scheduler.bin"}
     return not (others and (folder / "config.json").is_file())
+
+
+def weights_in(folder: Path) -> Path | None:
+    """Return the file with an adapter's weights that vLLM would load."""
+    return next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
 
 
 def base_of(folder: Path) -> str:
@@ -93,12 +109,14 @@ def inspect(
     base: Path | None = None,
     tensors: Mapping[str, Tensor] | None = None,
     known_as: Collection[str] = (),
+    limits: Limits | None = None,
     max_rank: int | None = None,
 ) -> Adapter:
     """Say what is wrong with the adapter in `folder`.
 
     `base` is the folder of the model that it shall change, `tensors` its `base_tensors`, `known_as`
-    its names, and `max_rank` the limit that the user has set. Without them less is checked.
+    its names, `limits` vLLM's for it, and `max_rank` the limit that the user has set. Without them
+    less is checked.
     """
     try:
         config = _read_config(folder)
@@ -107,6 +125,8 @@ def inspect(
         return Adapter(name, folder, problems=[f"adapter {name}: {e}"])
     matrices = {tensor: m for tensor in weights if (m := _LORA.fullmatch(tensor))}
     rank = max((_rank(weights[t], m) for t, m in matrices.items()), default=0)
+    if matrices:  # vLLM compares both with its limit
+        rank = max(rank, *_declared_ranks(config))
     found = [*_of_config(config), *_of_names(weights, matrices)]
     if not found:
         found += _of_rank(rank, max_rank)
@@ -116,6 +136,8 @@ def inspect(
             found.append(problem)
         elif tensors and not found:
             problems, unsure = _of_modules(weights, matrices, tensors)
+            if limits:
+                problems = problems or _of_limits(matrices, tensors, limits)
             found += problems
             warnings += unsure
     warnings += _of_name(str(config.get("base_model_name_or_path") or ""), known_as)
@@ -143,15 +165,16 @@ def _advice(folder: Path) -> str:
     """Say what to do with a folder that is no adapter."""
     if (folder / "config.json").is_file():
         return f"it is a whole model: serve it itself, with `chat-service serve {folder}`"
+    if weights_in(folder):
+        return "copy it too from where the adapter was trained"
     if inner := sorted(folder.glob(f"*/{CONFIG}"), key=lambda file: file.stat().st_mtime):
         return f"give the folder inside it, such as {inner[-1].parent.name}"
     return "give the folder that save_pretrained, or your training, wrote"
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    for name in _WEIGHTS:
-        if (folder / name).is_file():
-            return tensor_files.read(folder / name)
+    if file := weights_in(folder):
+        return tensor_files.read(file)
     raise WeightsError(
         f"{folder} has no {' or '.join(_WEIGHTS)}; copy it from where the adapter was trained"
     )
@@ -162,6 +185,8 @@ def _of_config(config: Mapping[str, Any]) -> list[str]:
     if kind != "LORA":
         kind = str(kind)[:40]
         return [f"it is of the kind {kind}, and vLLM takes LoRA alone; train it as LoRA"]
+    if missing := [key for key in _REQUIRED if config.get(key) is None]:
+        return [f"its {CONFIG} has no {' and no '.join(missing)}; copy it again"]
     found = [f"{text}; {_MERGE}" for key, text in _UNSUPPORTED.items() if config.get(key)]
     if (bias := config.get("bias", "none")) != "none":
         found.append(f"it has biases (bias: {str(bias)[:40]}); {_MERGE}")
@@ -208,6 +233,12 @@ def _rank(tensor: Tensor, match: re.Match[str]) -> int:
     if len(tensor.shape) != 2:
         return 0
     return tensor.shape[0] if "A" in match.groups() else tensor.shape[1]
+
+
+def _declared_ranks(config: Mapping[str, Any]) -> list[int]:
+    pattern = config.get("rank_pattern")
+    ranks = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
+    return [0, *(rank for rank in ranks if isinstance(rank, int))]
 
 
 def _of_base(base: Path) -> str | None:
@@ -257,6 +288,27 @@ def _of_modules(
             "compare an answer with the base's"
         ]
     return [], []
+
+
+def _of_limits(
+    matrices: Mapping[str, re.Match[str]], base: Collection[str], limits: Limits
+) -> list[str]:
+    if not limits.experts and any(".experts." in name for name in base):
+        return [f"on a CPU vLLM takes no adapter for a model with experts; {_MERGE}"]
+    for match in matrices.values():
+        module = match[1].removeprefix(_PREFIX)
+        if _last(module) in limits.absorbed:
+            return [
+                f"it changes {_last(module)}, which vLLM folds into other matrices, without the "
+                f"change; {_MERGE}, or set VLLM_MLA_DISABLE=1 in the environment"
+            ]
+        table = "embed_tokens" if match[3] else "lm_head" if _last(module) in _HEADS else None
+        if table and not _LAYER.match(module) and table not in limits.tables:
+            return [
+                f"it changes {_last(module)}, which no adapter can change in this architecture "
+                f"here; {_MERGE}"
+            ]
+    return []
 
 
 def _of_shape(

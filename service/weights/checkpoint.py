@@ -10,26 +10,54 @@ from pathlib import Path
 from typing import Any
 
 from service.errors import WeightsError
-from service.weights import tensor_files
+from service.weights import adapter, tensor_files
 from service.weights.tensor_files import REMEDY, read_json, weight_files
 
-# Architectures whose layers all have the same tensors.
+# Architectures whose layers all have the same tensors, but for dense layers before those with
+# experts.
 _UNIFORM = frozenset(
     {
         "BaichuanForCausalLM",
         "BlueLMForCausalLM",
+        "ChatGLMForConditionalGeneration",
+        "ChatGLMModel",
+        "DeepseekForCausalLM",
+        "IndexForCausalLM",
+        "InternLM2ForCausalLM",
+        "InternLM3ForCausalLM",
+        "InternLMForCausalLM",
         "LlamaForCausalLM",
         "MiniCPMForCausalLM",
         "MistralForCausalLM",
         "OpenELMForCausalLM",
+        "QWenLMHeadModel",
         "Qwen2ForCausalLM",
         "Qwen3ForCausalLM",
         "XverseForCausalLM",
     }
 )
 # Architectures with a separate head unless config.json sets tie_word_embeddings.
-_UNTIED = frozenset({"BaichuanForCausalLM", "BlueLMForCausalLM", "XverseForCausalLM"})
+_UNTIED = frozenset(
+    {
+        "BaichuanForCausalLM",
+        "BlueLMForCausalLM",
+        "ChatGLMForConditionalGeneration",
+        "ChatGLMModel",
+        "DeepseekForCausalLM",
+        "IndexForCausalLM",
+        "InternLM2ForCausalLM",
+        "InternLM3ForCausalLM",
+        "InternLMForCausalLM",
+        "QWenLMHeadModel",
+        "XverseForCausalLM",
+    }
+)
+_EMBEDDING = re.compile(r"embed|\.wte\.")
+_HEAD = re.compile(r"lm_head|^output\.|\.output_layer\.")
 _LAYER = re.compile(r"\.(\d+)\.")
+_TOKENIZERS = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.*", "tekken.json", "*.gguf")
+# What a Trainer leaves of its own.
+_STATES = {"optimizer.pt", "scheduler.pt", "scaler.pt"}
 
 
 def check(folder: Path) -> None:
@@ -39,8 +67,15 @@ def check(folder: Path) -> None:
     names = {name for file in files for name in tensor_files.read(file)}
     if not files:
         files = weight_files(folder, "*.bin")
-    if not files and not list(folder.glob("*.pt")):
-        raise WeightsError(f"{folder} holds no weights (*.safetensors, *.bin, *.pt); {REMEDY}")
+    if not files and not {file.name for file in folder.glob("*.pt")} - _STATES:
+        raise WeightsError(
+            f"{folder} holds no weights (*.safetensors, *.bin, *.pt); {_where_they_are(folder)}"
+        )
+    if (beside := adapter.weights_in(folder)) in files:
+        raise WeightsError(
+            f"{folder} holds a model and an adapter ({beside.name}); move the adapter's files to a "
+            "folder of their own, and give that with --adapter"
+        )
     config = read_json(folder / "config.json")
     architecture = (config.get("architectures") or [""])[0]
     if not files or architecture not in _UNIFORM or config.get("quantization_config"):
@@ -51,10 +86,28 @@ def check(folder: Path) -> None:
         return
     _check_layers(names, config)
     tied = config.get("tie_word_embeddings", architecture not in _UNTIED)
-    if not any("embed" in name for name in names):
+    if not any(_EMBEDDING.search(name) for name in names):
         raise WeightsError(f"{folder} has no weights of the token embedding; {REMEDY}")
-    if not tied and not any("lm_head" in name for name in names):
+    if not tied and not any(_HEAD.search(name) for name in names):
         raise WeightsError(f"{folder} has no weights of the output head (lm_head); {REMEDY}")
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise WeightsError if a folder has no tokenizer: transformers makes an empty one then."""
+    if not any(file for pattern in _TOKENIZERS for file in folder.glob(pattern)):
+        raise WeightsError(
+            f"{folder} has no tokenizer; copy the tokenizer's files from the model that it was "
+            "trained from"
+        )
+
+
+def _where_they_are(folder: Path) -> str:
+    """Say where the weights of a folder without any may be."""
+    if (folder / "zero_to_fp32.py").is_file():
+        return "DeepSpeed keeps them in parts: join them with the zero_to_fp32.py that lies in it"
+    if list(folder.glob("pytorch_model_fsdp*")):
+        return "FSDP keeps them in parts: join them with `accelerate merge-weights`"
+    return REMEDY
 
 
 def _check_json(folder: Path) -> None:
@@ -68,11 +121,12 @@ def _check_layers(names: set[str], config: dict[str, Any]) -> None:
     for name in names:
         if match := _LAYER.search(name):
             layers[int(match[1])].add(name[: match.start()] + "." + name[match.end() :])
-    all_tensors = set().union(*layers.values())
-    layer_count = (
-        config.get("num_hidden_layers") or config.get("num_transformer_layers") or len(layers)
-    )
+    keys = ("num_hidden_layers", "num_transformer_layers", "num_layers")
+    layer_count = next((config[key] for key in keys if config.get(key)), len(layers))
+    dense = config.get("first_k_dense_replace") or 0
     for number in range(layer_count):
+        alike = range(dense) if number < dense else range(dense, layer_count)
+        all_tensors = set().union(*(layers[index] for index in alike))
         if missing := sorted(all_tensors - layers[number]):
             raise WeightsError(
                 f"the weights lack {len(missing)} tensors of layer {number}, among them "
