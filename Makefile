@@ -85,7 +85,7 @@ $(INSTALLED): requirements/$(EXTRA).txt pyproject.toml | $(BIN)/uv
 
 $(TESTED): $(INSTALLED) requirements/test.txt
 	$(UV) install --quiet -c requirements/test.txt -e '.[test]'
-	touch $@
+	touch $@ $(CLUSTERED) # the extra `test` has `cluster`
 
 $(BENCHED): $(INSTALLED) requirements/bench.txt
 	$(UV) install --quiet -c requirements/bench.txt -e '.[bench]'

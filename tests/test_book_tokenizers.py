@@ -40,7 +40,7 @@ def options(name: str) -> dict[str, Any]:
     return {"session_meta": META} if name == "characterglm" else {}
 
 
-def prompt(tokenizer: Any, name: str, *turns: dict[str, str], **more: Any) -> list[int]:
+def prompt(tokenizer: Any, name: str, *turns: dict[str, Any], **more: Any) -> list[int]:
     return list(tokenizer.apply_chat_template(turns, **options(name), **more))
 
 
@@ -91,7 +91,7 @@ def test_glm4_encodes_each_piece_alone(tmp_path: Path, text: str) -> None:
 def test_the_line_of_a_glm_turn_is_its_metadata(tmp_path: Path, name: str) -> None:
     tokenizer = load(name, tmp_path, name)
     encode, id_of = tokenizer.encode_text, tokenizer.get_vocab().__getitem__
-    turns = [user("a"), {**assistant("好"), "metadata": "browser"}, user("b")]
+    turns: list[dict[str, Any]] = [user("a"), {**assistant("好"), "metadata": "browser"}, user("b")]
     ids = prompt(tokenizer, name, *turns)
     assert ids[2:] == [
         *[id_of("<|user|>"), *encode("\n"), *encode("a")],
