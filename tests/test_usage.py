@@ -334,8 +334,9 @@ def test_what_is_no_prometheus_is_told_in_one_line(server: Server, tmp_path: Pat
     nobody = f"http://127.0.0.1:{free_port()}"
     with running({"scrape_configs": []}, tmp_path) as empty:
         deadline = time.monotonic() + PATIENCE
-        while not httpx.get(f"{empty}/-/ready", trust_env=False).is_success:
+        while "has nothing of" not in warm.run("usage", "--prometheus", empty).stderr:
             assert time.monotonic() < deadline
+            time.sleep(0.2)
         for words, message in (
             (
                 ("--prometheus", empty),
