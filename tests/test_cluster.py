@@ -193,6 +193,21 @@ def test_keys_are_asked_for_everywhere(cluster: ClusterUnderTest) -> None:
             assert client.get(path).status_code == 200, path
 
 
+def test_an_answer_ends_when_its_client_leaves(cluster: ClusterUnderTest) -> None:
+    def running() -> float:
+        text = client.get("/metrics").text
+        samples = re.findall(r'^service_running_sequences\{model="a".* (\S+)$', text, re.M)
+        return sum(map(float, samples))
+
+    body = {"prompt": "Tell me a story.", "max_new_tokens": 1500, "stream": True}
+    with cluster.client() as client:
+        for path in ("/", "/a/"):
+            with client.stream("POST", path, json=body) as response:
+                next(response.iter_lines())
+                assert running() == 1
+            wait(lambda: running() == 0, 30)  # 1,500 tokens take minutes
+
+
 def test_a_changed_key_file_holds_everywhere_within_seconds(cluster: ClusterUnderTest) -> None:
     def status(path: str) -> int:
         with cluster.client("key-of-carl") as client:
@@ -309,6 +324,14 @@ def test_a_mistake_in_the_file_changes_nothing(cluster: ClusterUnderTest) -> Non
     assert result.returncode == 1
     assert "--set engine.dtyp: vLLM has no such argument; did you mean 'dtype'?" in result.stderr
     assert "nothing was changed" in result.stderr
+
+
+def test_keys_are_not_switched_off_by_an_update(cluster: ClusterUnderTest) -> None:
+    content = {**cluster.content, "settings": {"port": cluster.content["settings"]["port"]}}
+    cluster.write(content)
+    result = cluster.command(str(cluster.file))
+    assert result.returncode == 2
+    assert "keys cannot be switched on or off while the cluster runs" in result.stderr
 
 
 def test_an_update_refuses_and_cuts_nothing(cluster: ClusterUnderTest) -> None:

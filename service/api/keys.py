@@ -18,13 +18,21 @@ _logger = logging.getLogger("service")
 HEALTH = frozenset({"/health", "/health/live", "/health/ready", "/ping"})
 
 
-def is_public(method: str, path: str, *, metrics_key: bool) -> bool:
-    """Whether a route needs no key: health checks, and the chat page."""
+def is_public(scope: Scope, path: str, *, metrics_key: bool) -> bool:
+    """Whether a request needs no key: health checks, the chat page, and preflights."""
     return (
         path in HEALTH
-        or (path == "/" and method in ("GET", "HEAD"))
+        or (path == "/" and scope["method"] in ("GET", "HEAD"))
         or (path == "/metrics" and not metrics_key)
+        or is_preflight(scope)
     )
+
+
+def is_preflight(scope: Scope) -> bool:
+    """Whether this is a CORS preflight request. It has no key; vLLM's CORS layer answers it."""
+    headers = Headers(scope=scope)
+    cors = "origin" in headers and "access-control-request-method" in headers
+    return cors and scope["method"] == "OPTIONS"
 
 
 def bearer(scope: Scope) -> bytes:

@@ -6,10 +6,8 @@ vLLM builds the classes without arguments (`--middleware`), so they read setting
 
 import json
 import logging
-import re
 import time
 import traceback
-import uuid
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -21,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.api import metrics, tracing, vllm_errors
 from service.api.bodies import has_body
 from service.api.keys import HEALTH, is_public
-from service.api.record import RequestRecord
+from service.api.record import REQUEST_ID, RequestRecord, request_id
 from service.api.refusal import refusal, refusal_event
 from service.api.routes import ROUTES, generates
 from service.api.state import ServiceState
@@ -33,10 +31,8 @@ from service.errors import (
 
 _logger = logging.getLogger("service")
 
-REQUEST_ID = "x-request-id"
 # Logged only with --verbose or when they fail.
 _QUIET = HEALTH | {"/metrics"}
-_SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Read at most this much of an error body: vLLM echoes input.
 _MAX_ERROR_BYTES = 65_536
 # The beginnings of vLLM's error events. Its other events are named, or their JSON begins with `id`.
@@ -66,7 +62,7 @@ class Observe(_HttpMiddleware):
     """The outermost middleware: gives each request an id, counts it, times it, and logs it once."""
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        record = RequestRecord(_request_id(scope))
+        record = RequestRecord(request_id(scope))
         record.attach(scope)
         state: ServiceState = scope["app"].state.service
         if scope["method"] == "POST" and path_of(scope) in state.deployment.model.routes:
@@ -213,7 +209,7 @@ class ApiKey(_HttpMiddleware):
         state: ServiceState = scope["app"].state.service
         path = path_of(scope)
         metrics_key = state.deployment.settings.metrics_key
-        public = is_public(scope["method"], path, metrics_key=metrics_key) or is_preflight(scope)
+        public = is_public(scope, path, metrics_key=metrics_key)
         if state.keys and not public:
             RequestRecord.of(scope).client = state.keys.owner(scope)
         await self.app(scope, receive, send)
@@ -250,13 +246,6 @@ def is_form(scope: Scope) -> bool:
     return Headers(scope=scope).get("content-type", "").lower().startswith("multipart/form-data")
 
 
-def is_preflight(scope: Scope) -> bool:
-    """Whether this is a CORS preflight request. It has no key; vLLM's CORS layer answers it."""
-    headers = Headers(scope=scope)
-    cors = "origin" in headers and "access-control-request-method" in headers
-    return cors and scope["method"] == "OPTIONS"
-
-
 def with_cors(app: ASGIApp, scope: Scope) -> ASGIApp:
     """Add CORS headers for cross-origin requests, as vLLM's arguments allow."""
     if "origin" not in Headers(scope=scope):
@@ -271,16 +260,6 @@ def path_of(scope: Scope) -> str:
     """Return the request's path without the root path of a proxy in front of us."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("app_root_path", scope.get("root_path", "")))
-
-
-def _request_id(scope: Scope) -> str:
-    """Return the client's X-Request-Id if it is safe, else a new id, also set for vLLM."""
-    headers = MutableHeaders(scope=scope)
-    request_id = headers.get(REQUEST_ID, "")
-    if _SAFE_ID.fullmatch(request_id):
-        return request_id
-    headers[REQUEST_ID] = uuid.uuid4().hex
-    return headers[REQUEST_ID]
 
 
 def _route(scope: Scope) -> str:

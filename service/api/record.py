@@ -1,10 +1,13 @@
 """The data of one HTTP request for its log line, span and metrics."""
 
 import logging
+import re
+import uuid
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from starlette.datastructures import MutableHeaders
 from starlette.types import Scope
 
 from service.api import metrics
@@ -13,6 +16,8 @@ from service.clients import ANYONE, Client
 _logger = logging.getLogger("service")
 
 _SCOPE_KEY = "chat_service.record"
+REQUEST_ID = "x-request-id"
+_SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _current: ContextVar["RequestRecord | None"] = ContextVar("record", default=None)
 
 
@@ -94,3 +99,12 @@ def note_sequence(prompt_tokens: int, statistics: Any) -> None:
     """Note a sequence that the request of this task gives to the engine."""
     if record := _current.get():
         record.sequences.append((prompt_tokens, statistics))
+
+
+def request_id(scope: Scope) -> str:
+    """Return the client's X-Request-Id if it is safe, else a new id, also set for vLLM."""
+    headers = MutableHeaders(scope=scope)
+    if _SAFE_ID.fullmatch(given := headers.get(REQUEST_ID, "")):
+        return given
+    headers[REQUEST_ID] = uuid.uuid4().hex
+    return headers[REQUEST_ID]

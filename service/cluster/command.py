@@ -1,5 +1,6 @@
 """`chat-service cluster`: starts or joins a Ray cluster, and applies a file to it."""
 
+import dataclasses
 import logging
 import os
 import pickle
@@ -22,6 +23,7 @@ from service.cluster import config, environment
 from service.cluster.config import Cluster
 from service.errors import ConfigError, LaunchError, ServiceError
 from service.launch import environment as launch_environment
+from service.launch.listener import listener_of, warn_if_open
 
 if TYPE_CHECKING:
     from ray.serve.schema import ApplicationStatusOverview
@@ -41,6 +43,7 @@ def run(file: Path | None) -> None:
     """
     launch_environment.check()
     cluster = config.load(file)
+    os.environ.pop("SERVICE_API_KEY", None)  # Ray's processes need only its hash
     state = _State(cluster.settings.cache_dir)
     with state.owner() as owns:
         if not owns:
@@ -48,12 +51,13 @@ def run(file: Path | None) -> None:
                 _update(cluster, state)
             return
         state.forget()
+        _warn(cluster)
         with _connected(state, starts=True):
             stop = _Stop()  # over Ray's own handlers
             try:
-                _start(cluster, state, stop)
-                print(_ready_message(cluster), flush=True)
-                _watch(state, stop)
+                if _start(cluster, state, stop):
+                    print(_ready_message(cluster), flush=True)
+                    _watch(state, stop)
             finally:
                 _end(cluster)
 
@@ -221,28 +225,29 @@ def _check_environment() -> None:
         )
 
 
-def _start(cluster: Cluster, state: _State, stop: _Stop) -> None:
+def _start(cluster: Cluster, state: _State, stop: _Stop) -> bool:
+    """Apply the cluster, and wait until it runs. Returns whether it does, or was stopped before.
+
+    Raises LaunchError.
+    """
     from ray import serve
 
-    _warn(cluster)
     http = {"host": cluster.settings.host, "port": cluster.settings.port}
     serve.start(proxy_location="EveryNode", http_options=http)
     _apply(cluster, surge=())
     reason = _wait(cluster, stop)
     if reason is not None:
         raise LaunchError(reason)
+    if stop.requested:
+        return False
     state.applied = cluster
+    return True
 
 
 def _warn(cluster: Cluster) -> None:
-    """Say what can be reached from other machines."""
-    host = cluster.settings.host
-    if host not in ("127.0.0.1", "::1", "localhost") and cluster.settings.clients() is None:
-        print(
-            f"WARNING: {host} can be reached from other machines, and no API key is set: whoever "
-            "reaches it may use it. Set SERVICE_API_KEY_FILE, or listen on 127.0.0.1.",
-            file=sys.stderr,
-        )
+    """Say what can be reached from other machines. Raises LaunchError if the port is used."""
+    with listener_of(cluster.settings) as listener:  # HAProxy's words for a used port are long
+        warn_if_open(listener, cluster.settings, keyed=cluster.clients is not None)
     ports = " and ".join(
         os.environ.get(f"RAY_SERVE_HAPROXY_{name}_PORT", default)
         for name, default in (("METRICS", "9101"), ("STATS", "8404"))
@@ -265,6 +270,11 @@ def _update(cluster: Cluster, state: _State) -> None:
     for name in ("host", "port"):
         if getattr(before.settings, name) != getattr(cluster.settings, name):
             raise ConfigError(f"settings.{name}: cannot change while the cluster runs; restart it")
+    if (before.clients is None) != (cluster.clients is None):
+        raise ConfigError(
+            "keys cannot be switched on or off while the cluster runs; set SERVICE_API_KEY or its "
+            "file as the first command had it, or restart it"
+        )
     refused = [reason for reason in (_refused(cluster),) if reason]
     if problems := [*refused, *([] if "RAY_ADDRESS" in os.environ else _lacking(cluster))]:
         raise LaunchError(f"{'; '.join(problems)}; nothing was changed")
@@ -401,7 +411,7 @@ def _surging(cluster: Cluster) -> set[str]:
 
 
 def _wait(cluster: Cluster, stop: _Stop | None) -> str | None:
-    """Wait until all models run; print what changes. Returns why one does not."""
+    """Wait until all models run, or a signal; print what changes. Returns why one does not."""
 
     began = time.monotonic()
     shown: dict[str, str] = {}
@@ -419,7 +429,7 @@ def _wait(cluster: Cluster, stop: _Stop | None) -> str | None:
         if expected <= apps.keys() and all(apps[n].status == "RUNNING" for n in expected):
             return None
         time.sleep(_CHECK_INTERVAL)
-    raise LaunchError("stopped before the models were ready")
+    return None
 
 
 def _applications() -> "dict[str, ApplicationStatusOverview]":
@@ -465,7 +475,7 @@ def _reason(app: "ApplicationStatusOverview") -> str:
 
 def _ready_message(cluster: Cluster) -> str:
     url = cluster.settings.url()
-    key = '  -H "Authorization: Bearer <the API key>" \\\n' if cluster.settings.clients() else ""
+    key = '  -H "Authorization: Bearer <the API key>" \\\n' if cluster.clients is not None else ""
     names = ", ".join(cluster.models)
     return (
         f"\nReady: {names} at {url}. Try:\n\n"
@@ -485,13 +495,17 @@ def _watch(state: _State, stop: _Stop) -> None:
         file = cluster.settings.api_key_file
         if file is None:
             continue
+        changed = known
         try:
             changed = file.stat().st_mtime_ns
             if known not in (None, changed):
+                cluster = dataclasses.replace(cluster, clients=cluster.settings.clients())
                 _apply(cluster, surge=())
+                state.applied = cluster
             known = changed
         except (OSError, ConfigError) as e:
-            print(f"{e}; the keys read before stay in force", file=sys.stderr, flush=True)
+            if known != changed:
+                print(f"{e}; the keys read before stay in force", file=sys.stderr, flush=True)
             known = changed
 
 

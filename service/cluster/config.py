@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from service import own_model, settings
+from service.clients import Client
 from service.errors import ConfigError
 from service.model_config import ModelConfig, Origins, document, nearest
 from service.model_config.schema import Name
@@ -21,6 +22,9 @@ _ROUTES = frozenset(
     "-|detokenize|docs|health|load|metrics|openapi.json|ping|redoc|static|tokenize|v1|v2|version"
     "".split("|")
 )
+# Arguments of vLLM's server. Ray Serve has the place of the server, and HAProxy is before it.
+_NOT_HERE = frozenset({"api_server_count", "root_path", "ssl_certfile", "ssl_keyfile"})
+_NOT_HERE_BECAUSE = "a replica has one API process, behind HAProxy; put TLS and a prefix before it"
 # How long a replica that Serve stops stays reachable, until HAProxy has left it out.
 DEREGISTER_SECONDS = 5
 
@@ -128,7 +132,9 @@ class Cluster:
     models: dict[str, ClusterModel]
     default: str
     fronts: int
-    settings: Settings
+    settings: Settings  # without the API key
+    # SHA-256 of each API key -> its owner. None: no key is required.
+    clients: Mapping[str, Client] | None
 
     def owners(self) -> dict[str, str]:
         """Return served name -> name of its model."""
@@ -163,11 +169,14 @@ def load(file: Path | None) -> Cluster:
                 raise ConfigError(f"{place}: {owner[served]} is served as {served!r} too")
             owner[served] = name
         models[name] = model
+    loaded = _settings(parsed.settings, origins)
+    clients = loaded.clients()
     return Cluster(
         models=models,
         default=parsed.default or next(iter(models)),
         fronts=parsed.fronts,
-        settings=_settings(parsed.settings, origins),
+        settings=loaded.model_copy(update={"api_key": None}),
+        clients=None if clients is None else dict(clients),
     )
 
 
@@ -177,6 +186,8 @@ def _model(name: str, section: Replicas, place: str) -> ClusterModel:
         config, origins = own_model.load(section.model or name, [*assignments, f"name={name}"])
     except ConfigError as e:
         raise ConfigError(f"{place}: {e}") from None
+    for key in _NOT_HERE & config.engine.keys():
+        raise ConfigError(f"{place}: engine.{key}: {_NOT_HERE_BECAUSE}")
     count = section.replicas
     least, most = count if isinstance(count, list) else (count, count)
     return ClusterModel(

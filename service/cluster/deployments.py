@@ -25,6 +25,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.application import Deployment, Host
+from service.api.record import REQUEST_ID
 from service.clients import Client
 from service.cluster import config, exchange
 from service.cluster.config import DEREGISTER_SECONDS, Cluster, ClusterModel
@@ -124,7 +125,7 @@ class Model:
 
             async def send_without_id(message: Message) -> None:
                 if message["type"] == "http.response.start":  # Serve adds the same id
-                    kept = [h for h in message["headers"] if h[0] != b"x-request-id"]
+                    kept = [h for h in message["headers"] if h[0] != REQUEST_ID.encode()]
                     message = {**message, "headers": kept}
                 await send(message)
 
@@ -192,9 +193,11 @@ class _Handles:
     async def metrics(self) -> list[tuple[dict[str, str], str]]:
         found = [({"replica": "front"}, generate_latest().decode())]
         for name, handle in self._handles.items():
-            answers = await handle.broadcast("metrics").results_async(
-                timeout_s=_METRICS_SECONDS, return_exceptions=True
-            )
+            answers: list[Any] = []
+            with contextlib.suppress(TimeoutError):  # none is up
+                answers = await handle.broadcast("metrics").results_async(
+                    timeout_s=_METRICS_SECONDS, return_exceptions=True
+                )
             for answer in answers:
                 if not isinstance(answer, Exception):  # as when a replica has just ended
                     replica, text = answer
@@ -252,7 +255,7 @@ def front(arguments: Arguments) -> serve.Application:
 
 def _load(arguments: Arguments) -> Cluster:
     cluster = config.load(arguments.file)
-    if cluster.settings.api_key:  # nobody pushes its hash to the replicas
+    if cluster.clients is not None and cluster.settings.api_key_file is None:
         raise ConfigError("a RayService takes keys from a file: set SERVICE_API_KEY_FILE")
     return cluster
 
@@ -264,7 +267,7 @@ def applications(
 
     `surge` are the models of which a new replica fits before an old one ends.
     """
-    keys = _keys(cluster.settings)
+    keys = _keys(cluster.clients)
     targets = [
         serve.RunTarget(
             _model(model, cluster.settings, keys, has_gpus=has_gpus, surge=name in surge),
@@ -345,9 +348,8 @@ def _common_options(settings: Settings, arguments: Mapping[str, Any]) -> dict[st
     }
 
 
-def _keys(settings: Settings) -> dict[str, dict[str, Any]] | None:
+def _keys(clients: Mapping[str, Client] | None) -> dict[str, dict[str, Any]] | None:
     """Return the hashes of the API keys, as JSON; None if no key is required."""
-    clients = settings.clients()
     return None if clients is None else {key: asdict(client) for key, client in clients.items()}
 
 

@@ -12,7 +12,6 @@ from contextlib import aclosing
 from typing import Protocol
 
 from pydantic_core import from_json
-from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
@@ -20,6 +19,7 @@ from service.api import metrics
 from service.api.bodies import Bodies, has_body
 from service.api.body_budget import check_values
 from service.api.keys import Keys, is_public
+from service.api.record import REQUEST_ID, request_id
 from service.api.refusal import refusal, refusal_event
 from service.clients import Client
 from service.cluster import exposition
@@ -73,6 +73,14 @@ class Front:
         self._keys: Keys | None = None
         self._owners: Mapping[str, str] = {}
         self._default = ""
+        self._own_routes: dict[str, Callable[[Scope], Awaitable[Response]]] = {
+            "/health": self._ready,
+            "/health/live": self._live,
+            "/health/ready": self._ready,
+            "/metrics": self._metrics,
+            "/ping": self._ready,
+            "/v1/models": self._list_models,
+        }
 
     def configure(
         self, default: str, owners: Mapping[str, str], clients: Mapping[str, Client] | None
@@ -91,13 +99,18 @@ class Front:
             await self._answer(scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request_id = Headers(scope=scope).get("x-request-id", "")[:64]
+        id_of_request = request_id(scope)
         path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
         exchange = _Exchange(send)
         try:
             response = await self._respond(scope, path, receive, exchange)
         except RequestError as e:
-            await exchange.refuse(e, request_id, path)
+            await exchange.refuse(e, id_of_request, path)
+        except Exception as e:
+            _logger.error("request %s failed: %s", id_of_request, type(e).__name__)
+            _logger.debug("request %s", id_of_request, exc_info=e)
+            error = RequestError("internal error; the front's log has more under the request's id")
+            await exchange.refuse(error, id_of_request, path)
         else:
             if response is not None:
                 await response(scope, receive, send)
@@ -109,9 +122,9 @@ class Front:
         method = scope["method"]
         if self._keys:
             self._keys.reload()
-            if not is_public(method, path, metrics_key=self._settings.metrics_key):
+            if not is_public(scope, path, metrics_key=self._settings.metrics_key):
                 self._keys.owner(scope)
-        if (own := self._own_routes().get(path)) is not None:
+        if (own := self._own_routes.get(path)) is not None:
             if method not in ("GET", "HEAD"):
                 raise MethodNotAllowed("GET, HEAD")
             return await own(scope)
@@ -122,16 +135,6 @@ class Front:
             model = self._model_of(body)
             await self._forward(model, _request(scope, path, body), exchange)
         return None
-
-    def _own_routes(self) -> dict[str, Callable[[Scope], Awaitable[Response]]]:
-        return {
-            "/health": self._ready,
-            "/health/live": self._live,
-            "/health/ready": self._ready,
-            "/ping": self._ready,
-            "/metrics": self._metrics,
-            "/v1/models": self._list_models,
-        }
 
     def _model_of(self, body: bytes) -> str:
         """Return the model that a body names, or the default. Raises NotFound."""
@@ -246,7 +249,7 @@ class _Exchange:
                     "type": "http.response.start",
                     "status": part.status,
                     "headers": [
-                        h for h in part.headers if h[0] != b"x-request-id"
+                        h for h in part.headers if h[0] != REQUEST_ID.encode()
                     ],  # Serve sets it
                 }
             )

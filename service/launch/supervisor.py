@@ -4,7 +4,6 @@ The child and its processes are one process group without a terminal. So Ctrl-C 
 supervisor, which stops them in the right order.
 """
 
-import errno
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -29,6 +28,7 @@ import setproctitle
 from service.api.application import Deployment
 from service.errors import ConfigError, LaunchError, ServiceError
 from service.launch import environment, server
+from service.launch.listener import listener_of, warn_if_open
 from service.launch.progress_server import ProgressServer
 from service.launch.run_folder import RunFolder
 from service.model_config import ModelConfig, Origins
@@ -40,7 +40,6 @@ _GRACE_SECONDS = 10
 _CHECK_INTERVAL = 0.2  # seconds
 _MIN_SILENCE = 5.0  # seconds; a busy machine may delay a process this long
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_BACKLOG = 2048
 # Bytes. A socket's path has at most 107, and vLLM's file names take 37.
 _MAX_TEMPORARY_FOLDER = 70
 _FORK_SERVER_GONE = 255  # multiprocessing's exit code when the fork server has died
@@ -53,13 +52,8 @@ def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
     _, max_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max_files, max_files))  # one per connection
     _check_temporary_folder()
-    listener = _listen(settings.host, settings.port)
-    if clients is None and not _is_loopback(listener):
-        print(
-            f"WARNING: {settings.host} can be reached from other machines, and no API key is set: "
-            "whoever reaches it may use it. Set SERVICE_API_KEY_FILE, or listen on 127.0.0.1.",
-            file=sys.stderr,
-        )
+    listener = listener_of(settings)
+    warn_if_open(listener, settings, keyed=clients is not None)
     if not settings.verbose:
         os.environ.setdefault("PYTHONWARNINGS", "ignore")
     with tempfile.TemporaryDirectory(prefix="chat-service-") as path:
@@ -251,25 +245,6 @@ def _follow(supervisor: Any, folder: RunFolder) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """Open the service's socket. Raises LaunchError."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(_BACKLOG)
-        return listener
-    except (OSError, UnicodeError) as e:
-        reason = getattr(e, "strerror", None) or "not a host name"
-        remedy = (
-            "stop the program that uses it, or choose another with --port or SERVICE_PORT"
-            if isinstance(e, OSError) and e.errno == errno.EADDRINUSE
-            else "choose another with --host and --port, or SERVICE_HOST and SERVICE_PORT"
-        )
-        raise LaunchError(f"cannot listen on {host[:80]} port {port}: {reason}; {remedy}") from None
-
-
 def _check_temporary_folder() -> None:
     """Raise ConfigError if TMPDIR is too long for the paths of our and vLLM's sockets."""
     folder = tempfile.gettempdir()
@@ -278,11 +253,6 @@ def _check_temporary_folder() -> None:
             f"TMPDIR: the path has {len(folder.encode())} bytes, and sockets in it allow for "
             f"{_MAX_TEMPORARY_FOLDER}; choose a shorter one, such as /tmp"
         )
-
-
-def _is_loopback(listener: socket.socket) -> bool:
-    address = str(listener.getsockname()[0])
-    return address.startswith("127.") or address == "::1"
 
 
 def _tls(config: ModelConfig, origins: Origins) -> ssl.SSLContext | None:

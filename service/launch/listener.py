@@ -1,0 +1,42 @@
+"""The socket of a service."""
+
+import errno
+import socket
+import sys
+
+from service.errors import LaunchError
+from service.settings import Settings
+
+_BACKLOG = 2048
+
+
+def listener_of(settings: Settings) -> socket.socket:
+    """Listen on the address and port of the settings. Raises LaunchError."""
+    host, port = settings.host, settings.port
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+        return listener
+    except (OSError, UnicodeError) as e:
+        reason = getattr(e, "strerror", None) or "not a host name"
+        remedy = (
+            "stop the program that uses it, or choose another with --port or SERVICE_PORT"
+            if isinstance(e, OSError) and e.errno == errno.EADDRINUSE
+            else "choose another with --host and --port, or SERVICE_HOST and SERVICE_PORT"
+        )
+        raise LaunchError(f"cannot listen on {host[:80]} port {port}: {reason}; {remedy}") from None
+
+
+def warn_if_open(listener: socket.socket, settings: Settings, *, keyed: bool) -> None:
+    """Print a warning if other machines may use the service without a key."""
+    address = str(listener.getsockname()[0])
+    if keyed or address.startswith("127.") or address == "::1":
+        return
+    print(
+        f"WARNING: {settings.host} can be reached from other machines, and no API key is set: "
+        "whoever reaches it may use it. Set SERVICE_API_KEY_FILE, or listen on 127.0.0.1.",
+        file=sys.stderr,
+    )
