@@ -1,9 +1,9 @@
 # Two images: `docker build --target cpu .`, and `--target cuda` for NVIDIA (see README.md).
 FROM python:3.11-slim-bookworm AS base
-# torch.compile and Triton build kernels with a compiler, also at run time.
+# torch.compile and Triton build kernels with a compiler, also at run time. KubeRay's probes use wget.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends g++ \
+    && apt-get install --yes --no-install-recommends g++ wget \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 1000 chat \
     && install --directory --owner chat /cache

@@ -46,6 +46,7 @@ def parse(text: str, place: str) -> dict[str, Client]:
     if len(lines) == 1 and len(lines[0][1]) == 1:
         lines = [(lines[0][0], ["default", *lines[0][1]])]
     clients: dict[str, Client] = {}
+    by_name: dict[str, Client] = {}
     for number, words in lines:
         if len(words) < 2 or _LIMIT.fullmatch(words[1]):
             raise ConfigError(f"{place}:{number}: {_FORM}")
@@ -66,7 +67,7 @@ def parse(text: str, place: str) -> dict[str, Client]:
         if hashed in clients:
             raise ConfigError(f"{place}:{number}: this key stands in an earlier line already")
         client = Client(name, weight, limits.get("requests"), limits.get("tokens"))
-        if any(earlier.name == name and earlier != client for earlier in clients.values()):
+        if by_name.setdefault(name, client) != client:
             raise ConfigError(
                 f"{place}:{number}: {name} has another weight or other limits in an earlier line"
             )

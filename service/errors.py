@@ -125,8 +125,8 @@ class Unavailable(RequestError):
 
 
 class EngineDead(Unavailable):
-    def __init__(self) -> None:
-        super().__init__("the engine has stopped; the server is restarting", retry_after=5)
+    def __init__(self, reason: str = "the engine has stopped") -> None:
+        super().__init__(f"{reason}; the server is restarting", retry_after=5)
 
 
 class WaitedTooLong(Unavailable):

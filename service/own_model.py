@@ -1,6 +1,7 @@
 """The reader's own model: a folder, or an adapter, where a command takes a model's name."""
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from service import model_config
 from service.errors import ConfigError
 from service.model_config import ModelConfig, Origins
 from service.weights import adapter
-from service.weights.tensor_files import read_json
+from service.weights.tensor_files import read_object
 
 # Where a model's files say what it was trained from: those of transformers, and of ms-swift.
 _ORIGINS = {"config.json": ("_name_or_path",), "args.json": ("model", "model_id_or_path")}
@@ -67,7 +68,7 @@ def _adapter(
         base = str(local)
     name = model_config.name_of(folder)
     if name == (known or model_config.name_of(Path(base or ""))) or name in named:
-        name += "-adapter"
+        name = f"{name[:56]}-adapter"
     sets = [f"default_adapter={_yaml(name)}", *assignments]
     if known and local:
         sets.insert(0, f"source={_yaml({'path': str(local)})}")
@@ -90,7 +91,10 @@ def _model(
             f"{folder} has {weights.name} without {adapter.CONFIG}; copy that too from where the "
             "adapter was trained"
         )
-    origins = (*_origins(folder), str(folder.absolute()))
+    place = folder.absolute()
+    if re.fullmatch(r"checkpoint-\d+(-merged)?", place.name):
+        place = place.parent
+    origins = (*_origins(folder), str(place))
     known = next(filter(None, map(_in_catalogue, origins)), None)
     if known is None:
         loaded = model_config.load(str(folder), assignments, adapters=named)
@@ -112,19 +116,17 @@ def _origins(folder: Path) -> list[str]:
     found = []
     for name, keys in _ORIGINS.items():
         if (folder / name).is_file():
-            content = read_json(folder / name)
+            content = read_object(folder / name)
             found += [content[key] for key in keys if isinstance(content.get(key), str)]
     return found
 
 
 def _in_catalogue(text: str) -> str | None:
     """Return the entry of the catalogue that a hub's id or a path names."""
-    names = adapter.spellings(text)
+    wanted = adapter.name_in(text)
     for name, file in model_config.catalogue().items():
-        if name in names:
-            return name
         source = model_config.load(name, file=file)[0].source
-        if source.modelscope and source.modelscope.rpartition("/")[2].lower() in names:
+        if wanted == name or (source.modelscope and wanted == adapter.name_in(source.modelscope)):
             return name
     return None
 

@@ -463,6 +463,10 @@ def test_a_base_of_another_name_or_in_4_bits_is_told(files: Path, tmp_path: Path
     ):
         assert warnings(same) == []
     assert warnings("/models/Qwen2___5-7B-Instruct", "qwen/Qwen2.5-7B-Instruct") == []
+    # The owner, or a folder around both, is no name.
+    (warning,) = warnings("Qwen/Qwen2.5-7B-Instruct", "qwen/Qwen2-7B-Instruct")
+    assert "see that this is the model it is served on" in warning
+    (warning,) = warnings("/root/autodl-tmp/other", "/root/autodl-tmp/qwen/Qwen2-7B-Instruct")
     (warning,) = warnings("Qwen/Qwen2-1.5B")
     assert "it was trained on Qwen/Qwen2-1.5B; see that this is the model" in warning
     (warning,) = warnings("unsloth/Qwen2-7B-Instruct-bnb-4bit")

@@ -22,6 +22,11 @@ def has_body(scope: Scope) -> bool:
     return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
 
+def is_form(scope: Scope) -> bool:
+    """Whether the body is a multipart form. vLLM's JSON routes refuse a form unread."""
+    return Headers(scope=scope).get("content-type", "").lower().startswith("multipart/form-data")
+
+
 class Bodies:
     """All bodies that one process holds in memory."""
 

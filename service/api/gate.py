@@ -11,10 +11,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api import request_limits
 from service.api.application import Host
+from service.api.bodies import is_form
 from service.api.cancellation import deadline_of
 from service.api.keys import is_preflight
 from service.api.lifespan import lifespan
-from service.api.middleware import is_form, once, path_of, with_cors
+from service.api.middleware import once, path_of, with_cors
 from service.api.record import RequestRecord
 from service.api.routes import ROUTES, generates
 from service.api.state import ServiceState

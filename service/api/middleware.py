@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api import metrics, tracing, vllm_errors
-from service.api.bodies import has_body
+from service.api.bodies import has_body, is_form
 from service.api.keys import HEALTH, is_public
 from service.api.record import REQUEST_ID, RequestRecord, request_id
 from service.api.refusal import refusal, refusal_event
@@ -239,11 +239,6 @@ def once(message: Message, then: Receive) -> Receive:
         return next(first, None) or await then()
 
     return receive
-
-
-def is_form(scope: Scope) -> bool:
-    """Whether the body is a multipart form. vLLM's JSON routes refuse a form unread."""
-    return Headers(scope=scope).get("content-type", "").lower().startswith("multipart/form-data")
 
 
 def with_cors(app: ASGIApp, scope: Scope) -> ASGIApp:

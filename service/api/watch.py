@@ -11,7 +11,7 @@ import psutil
 
 from service.api.application import Server
 from service.api.state import ServiceState
-from service.errors import Unavailable
+from service.errors import EngineDead, Unavailable
 from service.phase import Phase
 
 _logger = logging.getLogger("service")
@@ -173,7 +173,7 @@ class Watch:
     def _fail(self, reason: str) -> None:
         _logger.error("%s; this server ends", reason)
         self.health.fail()
-        error = Unavailable(f"{reason}; the server is restarting", retry_after=5)
+        error = EngineDead(reason)
         self.admission.close(error)
         self.cancellations.end_all(error)
         self._host.report_failure(f"{reason}; start it again")

@@ -25,10 +25,14 @@ from service.errors import ConfigError, LaunchError, ServiceError
 from service.launch import environment as launch_environment
 from service.launch.listener import listener_of, warn_if_open
 
+# Time, size and inode of a file.
+_Version = tuple[int, int, int] | None
+
 if TYPE_CHECKING:
     from ray.serve.schema import ApplicationStatusOverview
 
 _CHECK_INTERVAL = 0.5  # seconds
+_MAX_SILENCE = 60.0  # seconds; Serve's controller may be started again meanwhile
 _ASK_SECONDS = 10.0
 # Bytes. Ray keeps large objects there; requests and answers are small.
 _OBJECT_STORE = 200 * 2**20
@@ -43,6 +47,7 @@ def run(file: Path | None) -> None:
     """
     launch_environment.check()
     cluster = config.load(file)
+    keys = _version_of(cluster)
     os.environ.pop("SERVICE_API_KEY", None)  # Ray's processes need only its hash
     state = _State(cluster.settings.cache_dir)
     with state.owner() as owns:
@@ -51,13 +56,14 @@ def run(file: Path | None) -> None:
                 _update(cluster, state)
             return
         state.forget()
-        _warn(cluster)
+        if "RAY_ADDRESS" not in os.environ:  # there HAProxy may have the port already
+            _warn(cluster)
         with _connected(state, starts=True):
             stop = _Stop()  # over Ray's own handlers
             try:
                 if _start(cluster, state, stop):
                     print(_ready_message(cluster), flush=True)
-                    _watch(state, stop)
+                    _watch(state, stop, keys)
             finally:
                 _end(cluster)
 
@@ -168,6 +174,7 @@ def _connected(state: _State, *, starts: bool) -> Iterator[None]:
         environment.prepare(path)
         try:
             import ray
+            import ray.exceptions
         except ImportError:
             raise LaunchError(
                 "a cluster needs Ray, which is not installed; `make cluster` in a checkout "
@@ -188,7 +195,10 @@ def _connected(state: _State, *, starts: bool) -> Iterator[None]:
             options["address"] = address
         try:
             ray.init(log_to_driver=owns, **options)
-        except (ConnectionError, RuntimeError, TimeoutError, ValueError) as e:
+        except (
+            *(ConnectionError, RuntimeError, TimeoutError, ValueError),
+            ray.exceptions.RayError,
+        ) as e:
             where = f"the Ray cluster at {address}" if address else "Ray on this machine"
             reason = next(iter(str(e).splitlines()), type(e).__name__)[:300]
             raise LaunchError(f"{where} does not answer: {reason}") from None
@@ -232,6 +242,8 @@ def _start(cluster: Cluster, state: _State, stop: _Stop) -> bool:
     """
     from ray import serve
 
+    if "RAY_ADDRESS" not in os.environ and (problems := _lacking(cluster)):
+        raise LaunchError("; ".join(problems))
     http = {"host": cluster.settings.host, "port": cluster.settings.port}
     serve.start(proxy_location="EveryNode", http_options=http)
     _apply(cluster, surge=())
@@ -279,14 +291,19 @@ def _update(cluster: Cluster, state: _State) -> None:
     if problems := [*refused, *([] if "RAY_ADDRESS" in os.environ else _lacking(cluster))]:
         raise LaunchError(f"{'; '.join(problems)}; nothing was changed")
     gone = before.models.keys() - cluster.models.keys()
-    try:
-        _apply(cluster, surge=_surging(cluster))
+    both = {**before.models, **cluster.models}
+    if gone and _lacking(dataclasses.replace(cluster, models=both)):
+        print(f"{', '.join(gone)}: ended first, to make room", file=sys.stderr, flush=True)
         for name in gone:
             serve.delete(_application(name))
+    try:
+        _apply(cluster, surge=_surging(cluster))
         reason = _wait(cluster, None)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         reason = "interrupted"
     if reason is None:
+        for name in gone & _applications().keys():
+            serve.delete(_application(name))
         state.applied = cluster
         print("Updated", flush=True)
         return
@@ -485,28 +502,46 @@ def _ready_message(cluster: Cluster) -> str:
     )
 
 
-def _watch(state: _State, stop: _Stop) -> None:
-    """Until a signal comes, give the replicas the API keys of a file that has changed."""
-    known = None
+def _watch(state: _State, stop: _Stop, keys: _Version) -> None:
+    """Until a signal comes, give the replicas the API keys of a file that has changed.
+
+    `keys` is the version of the file that was applied. Raises LaunchError when Ray has ended.
+    """
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    failing_since: float | None = None
+    refused: _Version = None
     while not stop.requested:
         time.sleep(_CHECK_INTERVAL)
-        cluster = state.applied
-        assert cluster is not None
-        file = cluster.settings.api_key_file
-        if file is None:
-            continue
-        changed = known
         try:
-            changed = file.stat().st_mtime_ns
-            if known not in (None, changed):
-                cluster = dataclasses.replace(cluster, clients=cluster.settings.clients())
-                _apply(cluster, surge=())
-                state.applied = cluster
-            known = changed
-        except (OSError, ConfigError) as e:
-            if known != changed:
-                print(f"{e}; the keys read before stay in force", file=sys.stderr, flush=True)
-            known = changed
+            _applications()
+            failing_since = None
+            cluster = state.applied
+            version = _version_of(cluster)
+            if cluster is None or version in (None, keys, refused):
+                continue
+            refused = version
+            cluster = dataclasses.replace(cluster, clients=cluster.settings.clients())
+            _apply(cluster, surge=())
+            state.applied, keys, refused = cluster, version, None
+        except ConfigError as e:
+            print(f"{e}; the keys read before stay in force", file=sys.stderr, flush=True)
+        except (RayError, RayServeException, TimeoutError) as e:
+            refused = None
+            failing_since = failing_since or time.monotonic()
+            if time.monotonic() - failing_since > _MAX_SILENCE:
+                raise LaunchError(f"Ray does not answer any more ({type(e).__name__})") from None
+
+
+def _version_of(cluster: Cluster | None) -> _Version:
+    """Return what changes with the file of API keys; None without one."""
+    file = cluster.settings.api_key_file if cluster else None
+    try:
+        stat = file.stat() if file else None
+    except OSError:
+        return None
+    return (stat.st_mtime_ns, stat.st_size, stat.st_ino) if stat else None
 
 
 def _end(cluster: Cluster) -> None:
@@ -537,7 +572,11 @@ def _drain(seconds: float) -> None:
 def _ask(model: str, method: str) -> list[Any]:
     """Call a method of all replicas of a model; return the answers of those that are well."""
     from ray import serve
+    from ray.serve.exceptions import RayServeException
 
-    handle = serve.get_app_handle(_application(model))
-    results = handle.broadcast(method).results(timeout_s=_ASK_SECONDS, return_exceptions=True)
+    try:
+        handle = serve.get_app_handle(_application(model))
+        results = handle.broadcast(method).results(timeout_s=_ASK_SECONDS, return_exceptions=True)
+    except (RayServeException, TimeoutError):  # it has no replica that runs
+        return []
     return [result for result in results if not isinstance(result, Exception)]

@@ -106,6 +106,7 @@ class ClusterModel:
     gpus: float | None
     cpus: float
     queue: int
+    files: str  # changes with the files of its adapters, or of a model in a folder
 
     @property
     def name(self) -> str:
@@ -198,6 +199,7 @@ def _model(name: str, section: Replicas, place: str) -> ClusterModel:
         gpus=section.gpus,
         cpus=section.cpus,
         queue=section.queue,
+        files=_stamp(config),
     )
 
 
@@ -214,3 +216,10 @@ def _settings(values: Mapping[str, Any], origins: Origins) -> Settings:
                 place = origins.of(("settings", key))
                 raise ConfigError(f"{place}: {str(e).removeprefix(flag)}") from None
         raise
+
+
+def _stamp(config: ModelConfig) -> str:
+    """Return a text that changes when the files of an adapter or a local model change."""
+    paths = [config.source.path, *(adapter.path for adapter in config.adapters.values())]
+    files = [file for path in paths if path for file in sorted(Path(path).expanduser().glob("*"))]
+    return " ".join(f"{file}:{file.stat().st_mtime_ns}" for file in files if file.is_file())

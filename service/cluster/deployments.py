@@ -20,7 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.config import AutoscalingConfig
-from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.exceptions import (
+    DeploymentUnavailableError,
+    RayServeException,
+    ReplicaUnavailableError,
+)
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -194,7 +198,7 @@ class _Handles:
         found = [({"replica": "front"}, generate_latest().decode())]
         for name, handle in self._handles.items():
             answers: list[Any] = []
-            with contextlib.suppress(TimeoutError):  # none is up
+            with contextlib.suppress(RayServeException, TimeoutError):  # none is up
                 answers = await handle.broadcast("metrics").results_async(
                     timeout_s=_METRICS_SECONDS, return_exceptions=True
                 )
@@ -236,6 +240,7 @@ class Arguments(BaseModel):
     file: Path = Field(description="The file of `chat-service cluster`, on every node.")
     name: str = Field("", description="A key of its `models`; empty for the front.")
     revision: str = Field("", description="Change it to have a changed file read.")
+    surge: bool = Field(False, description="Whether one more replica fits during an update.")
 
 
 def model(arguments: Arguments) -> serve.Application:
@@ -245,7 +250,7 @@ def model(arguments: Arguments) -> serve.Application:
         raise ConfigError(f"{arguments.file}: models has no key {arguments.name!r}")
     chosen = cluster.models[arguments.name]
     has_gpus = ray.cluster_resources().get("GPU", 0) > 0
-    return _model(chosen, cluster.settings, keys=None, has_gpus=has_gpus, surge=True)
+    return _model(chosen, cluster.settings, keys=None, has_gpus=has_gpus, surge=arguments.surge)
 
 
 def front(arguments: Arguments) -> serve.Application:
@@ -304,7 +309,7 @@ def _model(
         "file": str(model.origins.file),
         "settings": _as_json(settings, pushed=keys),
         "keyed": keys is not None,
-        "files": _stamp(model.config),
+        "files": model.files,
     }
     options = cast(serve.Deployment, Model).options(
         **number,
@@ -358,12 +363,9 @@ def _clients(keys: Mapping[str, dict[str, Any]]) -> dict[str, Client]:
 
 
 def _as_json(settings: Settings, pushed: object) -> str:
-    """Return the settings without the key; and without its file, where keys are pushed."""
-    return settings.model_dump_json(exclude={"api_key", *(["api_key_file"] if pushed else [])})
+    """Return the settings without the key; and without its file, where keys are pushed.
 
-
-def _stamp(config: ModelConfig) -> str:
-    """Return a text that changes when the files of an adapter or a local model change."""
-    paths = [config.source.path, *(adapter.path for adapter in config.adapters.values())]
-    files = [file for path in paths if path for file in sorted(Path(path).expanduser().glob("*"))]
-    return " ".join(f"{file}:{file.stat().st_mtime_ns}" for file in files if file.is_file())
+    They are null, not absent: for what is absent a node's own variable would count.
+    """
+    absent = {"api_key": None, **({"api_key_file": None} if pushed else {})}
+    return settings.model_copy(update=absent).model_dump_json()

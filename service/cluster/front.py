@@ -5,6 +5,7 @@ own beside those on bodies: each replica has them.
 """
 
 import asyncio
+import dataclasses
 import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
@@ -16,9 +17,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from service.api import metrics
-from service.api.bodies import Bodies, has_body
+from service.api.bodies import Bodies, has_body, is_form
 from service.api.body_budget import check_values
-from service.api.keys import Keys, is_public
+from service.api.keys import Keys, is_preflight, is_public
 from service.api.record import REQUEST_ID, request_id
 from service.api.refusal import refusal, refusal_event
 from service.clients import Client
@@ -38,10 +39,14 @@ _logger = logging.getLogger("service")
 # How many replicas a request is offered to, and the pause between two, in seconds.
 _ATTEMPTS = 4
 _PAUSE = 0.25
+# A request may be what ends replicas, so it does not get them all.
+_MAX_LOST = 2
 # How long a replica may take for a health check or for its share of a list, in seconds.
 _PATIENCE = 5.0
 # A replica answers 503 with this type to a request that has waited as long as any may.
 _WAITED = b'"waited_too_long"'
+# And with these words of `EngineDead` when it is about to end.
+_ENDED = b"the server is restarting"
 # A stream's body is counted in events for the sequence number of an error event.
 _EVENT_END = b"\n\n"
 
@@ -125,14 +130,15 @@ class Front:
             if not is_public(scope, path, metrics_key=self._settings.metrics_key):
                 self._keys.owner(scope)
         if (own := self._own_routes.get(path)) is not None:
-            if method not in ("GET", "HEAD"):
+            if method in ("GET", "HEAD"):
+                return await own(scope)
+            if not is_preflight(scope):  # which a replica answers
                 raise MethodNotAllowed("GET, HEAD")
-            return await own(scope)
         if not has_body(scope):
             await self._forward(self._default, _request(scope, path, b""), exchange)
             return None
         async with self._bodies.read(scope, receive) as body:
-            model = self._model_of(body)
+            model = self._default if is_form(scope) and path != "/" else self._model_of(body)
             await self._forward(model, _request(scope, path, body), exchange)
         return None
 
@@ -144,7 +150,7 @@ class Front:
         except ValueError:  # the replica says what is wrong with it
             return self._default
         name = value.get("model") if isinstance(value, dict) else None
-        if name is None or not isinstance(name, str):
+        if not isinstance(name, str):
             return self._default
         if name not in self._owners:
             raise NotFound(
@@ -155,6 +161,7 @@ class Front:
 
     async def _forward(self, model: str, request: Request, exchange: "_Exchange") -> None:
         """Let replicas of `model` answer, until one does. Raises RequestError."""
+        lost = 0
         for attempt in range(_ATTEMPTS):
             if attempt:
                 metrics.FRONT_RETRIES.labels(model).inc()
@@ -165,7 +172,8 @@ class Front:
                     return
             except ReplicaLost:
                 _logger.warning("a replica of %s was lost during a request", model)
-                if exchange.started:
+                lost += 1
+                if exchange.started or lost == _MAX_LOST:
                     break
         raise Unavailable("the replica that answered was lost; send it again", retry_after=5)
 
@@ -183,6 +191,8 @@ class Front:
                 ) from None
             async for part in parts:
                 assert part is not None  # only the first is
+                if part.status == 503 and _ENDED in part.body:
+                    raise ReplicaLost
                 if part.status == 503 and not last and _WAITED not in part.body:
                     return False
                 await exchange.send(part)
@@ -210,7 +220,7 @@ class Front:
     async def _list_models(self, scope: Scope) -> Response:
         """The union of the replicas' lists. A model without a replica is left out."""
         models = dict.fromkeys(self._owners.values())
-        request = _request(scope, "/v1/models", b"")
+        request = dataclasses.replace(_request(scope, "/v1/models", b""), method="GET")
         answers = await asyncio.gather(*(self._ask(model, request) for model in models))
         data = [m for status, body in answers if status == 200 for m in json.loads(body)["data"]]
         if not data:

@@ -231,8 +231,9 @@ class ModelConfig(_Section):
     def _other_names(
         cls, adapters: dict[str, AdapterSource], info: ValidationInfo
     ) -> dict[str, AdapterSource]:
-        if (name := info.data.get("name")) in adapters:
-            raise ValueError(f"{name} is the name of the base; choose another for the adapter")
+        names = {info.data.get("name"), *(info.data.get("aliases") or ())}
+        if taken := names & adapters.keys():
+            raise ValueError(f"{taken.pop()} is a name of the base; choose another for the adapter")
         return adapters
 
     @field_validator("default_adapter")

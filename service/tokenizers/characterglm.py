@@ -21,6 +21,7 @@ from service.tokenizers import chat
 from service.tokenizers.sentencepiece import SentencePieceTokenizer
 
 _NAMES, _INFOS = ("bot_name", "user_name"), ("bot_info", "user_info")
+_MAX_NAME, _MAX_INFO = 64, 4096  # characters
 
 
 class CharacterGLMTokenizer(SentencePieceTokenizer):
@@ -86,6 +87,9 @@ def _checked(meta: object) -> dict[str, str]:
             "user_info; give it in engine.default_chat_template_kwargs"
         )
     known = {key: str(meta[key]) for key in (*_NAMES, *_INFOS) if meta.get(key)}
-    for text in known.values():
+    for key, text in known.items():
         chat.check_text(text)
+        limit = _MAX_NAME if key in _NAMES else _MAX_INFO
+        if len(text) > limit:  # a name is written once for each turn
+            raise ValueError(f"session_meta: {key} has at most {limit} characters")
     return known

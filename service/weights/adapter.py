@@ -5,6 +5,7 @@ module it does not find. A module is a tensor of the base's files: PEFT names bo
 the architecture.
 """
 
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any
 
 from service.errors import WeightsError
 from service.weights import tensor_files
-from service.weights.tensor_files import Tensor, read_json, weight_files
+from service.weights.tensor_files import Tensor, read_object, weight_files
 
 CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the order of vLLM
@@ -81,16 +82,17 @@ def base_of(folder: Path) -> str:
 
     Raises WeightsError.
     """
-    return str(read_json(folder / CONFIG).get("base_model_name_or_path") or "")
+    return str(read_object(folder / CONFIG).get("base_model_name_or_path") or "")
 
 
-def spellings(text: str) -> set[str]:
-    """Return the names that a hub's id or a path may stand for, in lower case.
+def name_in(text: str) -> str:
+    """Return the model's own name in a hub's id or a path, in lower case.
 
     Caches write Qwen2.5 as Qwen2___5, and owner/name as models--owner--name.
     """
-    parts = re.split(r"[/\\]+|--", text.lower().replace("___", "."))
-    return {_FOUR_BITS.sub("", part) for part in parts if part}
+    text = text.lower().replace("___", ".").rstrip("/\\")
+    cached = re.search(r"models--[^/\\]+?--([^/\\]+)", text)
+    return _FOUR_BITS.sub("", cached[1] if cached else re.split(r"[/\\]", text)[-1])
 
 
 def base_tensors(folder: Path) -> dict[str, Tensor]:
@@ -155,10 +157,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise WeightsError(f"{folder}: no such folder; correct its path")
     if not (folder / CONFIG).is_file():
         raise WeightsError(f"{folder} has no {CONFIG}; {_advice(folder)}")
-    config = read_json(folder / CONFIG)
-    if not isinstance(config, dict):
-        raise WeightsError(f"{folder / CONFIG} is not a JSON object; copy it again")
-    return config
+    return read_object(folder / CONFIG)
 
 
 def _advice(folder: Path) -> str:
@@ -187,6 +186,11 @@ def _of_config(config: Mapping[str, Any]) -> list[str]:
         return [f"it is of the kind {kind}, and vLLM takes LoRA alone; train it as LoRA"]
     if missing := [key for key in _REQUIRED if config.get(key) is None]:
         return [f"its {CONFIG} has no {' and no '.join(missing)}; copy it again"]
+    for key in ("r", "lora_alpha"):
+        value = config[key]
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or value <= 0:
+            return [f"its {CONFIG} has no valid {key}; copy it again"]
     found = [f"{text}; {_MERGE}" for key, text in _UNSUPPORTED.items() if config.get(key)]
     if (bias := config.get("bias", "none")) != "none":
         found.append(f"it has biases (bias: {str(bias)[:40]}); {_MERGE}")
@@ -207,7 +211,7 @@ def _of_names(weights: Mapping[str, Tensor], matrices: Collection[str]) -> list[
         return [f"it holds whole tensors beside LoRA's, such as {what}; {_MERGE}"]
     if not matrices:
         return ["its weights are empty; save it again where it was trained"]
-    if empty := [name for name in sorted(matrices) if not weights[name].floats]:
+    if empty := [name for name in sorted(matrices) if 0 in weights[name].shape]:
         return [
             f"{empty[0].removeprefix(_PREFIX)} is empty, as DeepSpeed ZeRO-3 leaves it; gather the "
             "weights when you save it (zero_to_fp32.py)"
@@ -242,8 +246,10 @@ def _declared_ranks(config: Mapping[str, Any]) -> list[int]:
 
 
 def _of_base(base: Path) -> str | None:
-    config = read_json(base / "config.json") if (base / "config.json").is_file() else {}
-    quantization = config.get("quantization_config") or {}
+    config = read_object(base / "config.json") if (base / "config.json").is_file() else {}
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict):
+        return None
     if quantization.get("quant_method") == "bitsandbytes" or quantization.get("load_in_4bit"):
         return (
             "its base is stored in 4 bits by bitsandbytes, which takes no adapter here; serve it "
@@ -332,11 +338,10 @@ def _of_shape(
 
 
 def _of_name(trained_on: str, known_as: Collection[str]) -> list[str]:
-    names = spellings(trained_on)
-    if not names or not known_as:
+    if not trained_on or not known_as:
         return []
     shown = " ".join(trained_on.split())[:200]
-    if not names & {spelling for name in known_as for spelling in spellings(name)}:
+    if name_in(trained_on) not in map(name_in, known_as):
         return [f"it was trained on {shown}; see that this is the model it is served on"]
     last = re.split(r"[/\\]", trained_on.rstrip("/\\"))[-1].lower()
     if _FOUR_BITS.search(last) and not any(_FOUR_BITS.search(name.lower()) for name in known_as):

@@ -11,7 +11,7 @@ from typing import Any
 
 from service.errors import WeightsError
 from service.weights import adapter, tensor_files
-from service.weights.tensor_files import REMEDY, read_json, weight_files
+from service.weights.tensor_files import REMEDY, read_json, read_object, weight_files
 
 # Architectures whose layers all have the same tensors, but for dense layers before those with
 # experts.
@@ -76,7 +76,7 @@ def check(folder: Path) -> None:
             f"{folder} holds a model and an adapter ({beside.name}); move the adapter's files to a "
             "folder of their own, and give that with --adapter"
         )
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     architecture = (config.get("architectures") or [""])[0]
     if not files or architecture not in _UNIFORM or config.get("quantization_config"):
         return
@@ -123,12 +123,14 @@ def _check_layers(names: set[str], config: dict[str, Any]) -> None:
             layers[int(match[1])].add(name[: match.start()] + "." + name[match.end() :])
     keys = ("num_hidden_layers", "num_transformer_layers", "num_layers")
     layer_count = next((config[key] for key in keys if config.get(key)), len(layers))
+    if (number := next((n for n in range(layer_count) if n not in layers), None)) is not None:
+        raise WeightsError(f"the weights lack layer {number}; {REMEDY}")
     dense = config.get("first_k_dense_replace") or 0
-    for number in range(layer_count):
-        alike = range(dense) if number < dense else range(dense, layer_count)
-        all_tensors = set().union(*(layers[index] for index in alike))
-        if missing := sorted(all_tensors - layers[number]):
-            raise WeightsError(
-                f"the weights lack {len(missing)} tensors of layer {number}, among them "
-                f"{missing[0]}; {REMEDY}"
-            )
+    for alike in (range(dense), range(dense, layer_count)):
+        all_tensors = set().union(*(layers[number] for number in alike))
+        for number in alike:
+            if missing := sorted(all_tensors - layers[number]):
+                raise WeightsError(
+                    f"the weights lack {len(missing)} tensors of layer {number}, among them "
+                    f"{missing[0]}; {REMEDY}"
+                )

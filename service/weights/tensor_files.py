@@ -20,20 +20,27 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...] = ()
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Return a JSON file of a checkpoint. Raises WeightsError."""
+def read_json(file: Path) -> Any:
+    """Return the value in a JSON file of a checkpoint. Raises WeightsError."""
     try:
-        content: dict[str, Any] = json.loads(file.read_bytes())
-        return content
-    except (OSError, ValueError) as e:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as e:
         raise WeightsError(f"{file} is not readable JSON: {e}") from None
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of a checkpoint. Raises WeightsError."""
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise WeightsError(f"{file} is not a JSON object; {REMEDY}")
+    return content
 
 
 def index(folder: Path, pattern: str) -> dict[str, Any]:
     """Return the index of the weight files of one pattern, or an empty dict."""
     content: dict[str, Any] = {}
     for file in folder.glob(f"{pattern}.index.json"):
-        content = read_json(file)
+        content = read_object(file)
     return content
 
 
