@@ -26,7 +26,7 @@ TESTED := .venv/installed-test
 BENCHED := .venv/installed-bench
 CLUSTERED := .venv/installed-cluster
 
-.PHONY: install serve cluster test lint bench bench-cluster lock rehearse audit help
+.PHONY: install serve cluster test test-cluster lint bench bench-cluster lock rehearse audit help
 
 install: $(INSTALLED) ## Make .venv and install the service (EXTRA=cpu or cuda)
 
@@ -37,7 +37,10 @@ cluster: $(CLUSTERED) ## Serve several models or replicas on Ray Serve (FILE=clu
 	@$(BIN)/python -m service cluster $(FILE) $(ARGS)
 
 test: $(TESTED) ## Run the tests (ARGS="-k name")
-	$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --ignore tests/test_cluster.py $(ARGS)
+
+test-cluster: $(TESTED) ## Run the tests of the cluster, as root, with nothing beside them
+	$(BIN)/pytest tests/test_cluster.py $(ARGS)
 
 lint: $(TESTED) ## Check style, types, and which room imports which
 	$(BIN)/ruff check .
