@@ -549,7 +549,7 @@ def test_the_yaml_names_adapters(tmp_path: Path) -> None:
             ":7: adapters.c: give exactly one of path and modelscope",
         ),
         ("default_adapter: b", "default_adapter: bb", ":8: default_adapter: adapters has no 'bb'"),
-        ("  a: ", "  mine: ", ":3: adapters: mine is the name of the base"),
+        ("  a: ", "  mine: ", ":3: adapters: mine is a name of the base"),
         ("  a: /folder/a", "  a b: /folder/a", ":4: adapters.a b"),
         ("  a: /folder/a", "  a: 1", ":4: adapters.a: input should be"),
     ],

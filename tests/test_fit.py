@@ -140,9 +140,7 @@ def published(name: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "name", ["openelm", "qwen2", "baichuan2", "chatglm3", "deepseek_moe", "qwen"]
-)
+@pytest.mark.parametrize("name", ["openelm", "qwen2", "baichuan2"])
 def test_tokens_concurrency_and_weights_are_what_vllm_then_reports(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -185,6 +185,8 @@ class Front:
             try:
                 async with asyncio.timeout(self._settings.queue_timeout):
                     await anext(parts)
+            except ReplicaLost:  # before it has begun, so not because of this request
+                return False
             except TimeoutError:
                 raise WaitedTooLong(
                     f"no replica of {model} is up; send it again later", retry_after=10

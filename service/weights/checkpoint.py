@@ -124,7 +124,7 @@ def _check_layers(names: set[str], config: dict[str, Any]) -> None:
     keys = ("num_hidden_layers", "num_transformer_layers", "num_layers")
     layer_count = next((config[key] for key in keys if config.get(key)), len(layers))
     if (number := next((n for n in range(layer_count) if n not in layers), None)) is not None:
-        raise WeightsError(f"the weights lack layer {number}; {REMEDY}")
+        raise WeightsError(f"the weights lack the tensors of layer {number}; {REMEDY}")
     dense = config.get("first_k_dense_replace") or 0
     for alike in (range(dense), range(dense, layer_count)):
         all_tensors = set().union(*(layers[number] for number in alike))
