@@ -13,29 +13,6 @@ from service.errors import WeightsError
 from service.weights import adapter, tensor_files
 from service.weights.tensor_files import REMEDY, read_json, read_object, weight_files
 
-# Architectures whose layers all have the same tensors, but for dense layers before those with
-# experts.
-_UNIFORM = frozenset(
-    {
-        "BaichuanForCausalLM",
-        "BlueLMForCausalLM",
-        "ChatGLMForConditionalGeneration",
-        "ChatGLMModel",
-        "DeepseekForCausalLM",
-        "IndexForCausalLM",
-        "InternLM2ForCausalLM",
-        "InternLM3ForCausalLM",
-        "InternLMForCausalLM",
-        "LlamaForCausalLM",
-        "MiniCPMForCausalLM",
-        "MistralForCausalLM",
-        "OpenELMForCausalLM",
-        "QWenLMHeadModel",
-        "Qwen2ForCausalLM",
-        "Qwen3ForCausalLM",
-        "XverseForCausalLM",
-    }
-)
 # Architectures with a separate head unless config.json sets tie_word_embeddings.
 _UNTIED = frozenset(
     {
@@ -52,6 +29,16 @@ _UNTIED = frozenset(
         "XverseForCausalLM",
     }
 )
+# Architectures whose layers all have the same tensors, but for dense layers before those with
+# experts.
+_UNIFORM = _UNTIED | {
+    "LlamaForCausalLM",
+    "MiniCPMForCausalLM",
+    "MistralForCausalLM",
+    "OpenELMForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+}
 _EMBEDDING = re.compile(r"embed|\.wte\.")
 _HEAD = re.compile(r"lm_head|^output\.|\.output_layer\.")
 _LAYER = re.compile(r"\.(\d+)\.")
