@@ -65,6 +65,7 @@ def run(file: Path | None) -> None:
                     print(_ready_message(cluster), flush=True)
                     _watch(state, stop, keys)
             finally:
+                state.forget()
                 _end(cluster)
 
 
@@ -116,12 +117,17 @@ class _State:
             yield True
 
     def forget(self) -> None:
-        """Forget what an earlier command has applied, which may have been killed."""
+        """Forget what an earlier command has applied, and where. It may have been killed."""
         self._applied.unlink(missing_ok=True)
+        self._address.unlink(missing_ok=True)
 
     @property
     def address(self) -> str:
-        return self._address.read_text()
+        """Where the owner's cluster is. Raises LaunchError while there is none."""
+        try:
+            return self._address.read_text()
+        except FileNotFoundError:
+            raise LaunchError("the cluster is still starting; try again later") from None
 
     @address.setter
     def address(self, value: str) -> None:
@@ -221,18 +227,22 @@ def _connected(state: _State, *, starts: bool) -> Iterator[None]:
 
 
 def _check_environment() -> None:
-    """Raise LaunchError if the nodes of a cluster that others started lack our variables."""
+    """Raise LaunchError if a node of a cluster that others started lacks our variables."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     @ray.remote(num_cpus=0)
     def missing() -> list[str]:
-        return [name for name in environment.NEEDED if os.environ.get(name) != "1"]
+        return [name for name, value in environment.NEEDED.items() if os.environ.get(name) != value]
 
-    if names := ray.get(missing.remote()):
-        raise LaunchError(
-            f'the nodes of this Ray cluster lack {", ".join(names)}: run `eval "$(chat-service '
-            'cluster --environment)"` before `ray start` on each'
-        )
+    for node in ray.nodes():
+        if node["Alive"]:
+            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            if names := ray.get(missing.options(scheduling_strategy=here).remote()):
+                raise LaunchError(
+                    f"Ray's node {node['NodeManagerAddress']} lacks {', '.join(names)}: run `eval "
+                    '"$(chat-service cluster --environment)"` before `ray start` on each node'
+                )
 
 
 def _start(cluster: Cluster, state: _State, stop: _Stop) -> bool:
@@ -246,6 +256,8 @@ def _start(cluster: Cluster, state: _State, stop: _Stop) -> bool:
         raise LaunchError("; ".join(problems))
     http = {"host": cluster.settings.host, "port": cluster.settings.port}
     serve.start(proxy_location="EveryNode", http_options=http)
+    for name in _applications().keys() - {*cluster.models, "front"}:  # of a command that was killed
+        serve.delete(_application(name))
     _apply(cluster, surge=())
     reason = _wait(cluster, stop)
     if reason is not None:

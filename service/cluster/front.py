@@ -8,9 +8,9 @@ import asyncio
 import dataclasses
 import json
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
-from typing import Protocol
+from typing import Any, Protocol
 
 from pydantic_core import from_json
 from starlette.responses import JSONResponse, Response
@@ -26,6 +26,7 @@ from service.clients import Client
 from service.cluster import exposition
 from service.cluster.exchange import Part, Request
 from service.errors import (
+    ClientGone,
     MethodNotAllowed,
     NotFound,
     RequestError,
@@ -135,11 +136,13 @@ class Front:
             if not is_preflight(scope):  # which a replica answers
                 raise MethodNotAllowed("GET, HEAD")
         if not has_body(scope):
-            await self._forward(self._default, _request(scope, path, b""), exchange)
+            request = _request(scope, path, b"")
+            await exchange.run(self._forward(self._default, request, exchange), receive)
             return None
         async with self._bodies.read(scope, receive) as body:
             model = self._default if is_form(scope) and path != "/" else self._model_of(body)
-            await self._forward(model, _request(scope, path, body), exchange)
+            request = _request(scope, path, body)
+            await exchange.run(self._forward(model, request, exchange), receive)
         return None
 
     def _model_of(self, body: bytes) -> str:
@@ -248,6 +251,26 @@ class _Exchange:
         self.started = False
         self._complete = False
         self._events: int | None = None  # of a stream
+
+    async def run(self, work: Coroutine[Any, Any, None], receive: Receive) -> None:
+        """Do `work`, which answers, and cancel it when the client leaves before the end.
+
+        Serve does so too, unless a header of the request tells it not to. Raises ClientGone.
+        """
+
+        async def left() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        tasks = [asyncio.ensure_future(work), asyncio.ensure_future(left())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if not (tasks[0].done() or self._complete):
+                raise ClientGone("the client closed the connection")
+            await tasks[0]
+        finally:
+            for task in tasks:
+                task.cancel()
 
     async def send(self, part: Part) -> None:
         if part.status is not None:
