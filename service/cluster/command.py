@@ -11,12 +11,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import filelock
+import psutil
 
 from service import settings
 from service.cluster import config, environment
@@ -103,6 +104,7 @@ class _State:
         self.token = self._folder / "token"
         self._address = self._folder / "address"
         self._applied = self._folder / "applied"
+        self._ray_folder = self._folder / "ray"
 
     @contextmanager
     def owner(self) -> Iterator[bool]:
@@ -132,6 +134,15 @@ class _State:
     @address.setter
     def address(self, value: str) -> None:
         self._address.write_text(value)
+
+    @property
+    def ray_folder(self) -> str | None:
+        """The folder of the Ray that the last command has started on this machine."""
+        return self._ray_folder.read_text() if self._ray_folder.exists() else None
+
+    @ray_folder.setter
+    def ray_folder(self, value: str) -> None:
+        self._ray_folder.write_text(value)
 
     @property
     def applied(self) -> Cluster | None:
@@ -177,6 +188,9 @@ def _connected(state: _State, *, starts: bool) -> Iterator[None]:
         # Short, for sockets in it have paths of at most 97 bytes. Ray may still write when it ends.
         folder = tempfile.TemporaryDirectory(prefix="chat-", dir="/tmp", ignore_cleanup_errors=True)
     with folder as path:
+        if path:
+            _end_orphans(state.ray_folder)
+            state.ray_folder = path
         environment.prepare(path)
         try:
             import ray
@@ -224,6 +238,14 @@ def _connected(state: _State, *, starts: bool) -> Iterator[None]:
             raise LaunchError(f"Ray fails: {lines[-1][:500] if lines else type(e).__name__}") from e
         finally:
             ray.shutdown()
+
+
+def _end_orphans(folder: str | None) -> None:
+    """End what a command has left that was killed: HAProxy, which would keep the port."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if folder and process.ppid() == 1 and any(folder in word for word in process.cmdline()):
+                process.kill()
 
 
 def _check_environment() -> None:

@@ -29,6 +29,7 @@ from ray.serve.exceptions import (
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service import parent
 from service.api.application import Deployment, Host
 from service.api.record import REQUEST_ID
 from service.clients import Client
@@ -94,6 +95,7 @@ class Model:
         `reconfigure` brings the API keys. `files` says which files of the model are meant.
         """
         environment.check()
+        os.environ[parent.VARIABLE] = str(os.getpid())
         config = ModelConfig.model_validate_json(model)
         origins = Origins(Path(file), {}, frozenset())
         loaded = Settings.model_validate_json(settings, strict=False)
