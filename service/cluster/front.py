@@ -20,7 +20,7 @@ from service.api import metrics
 from service.api.bodies import Bodies, has_body, is_form
 from service.api.body_budget import check_values
 from service.api.keys import Keys, is_preflight, is_public
-from service.api.record import REQUEST_ID, request_id
+from service.api.record import REQUEST_ID, RequestRecord, request_id
 from service.api.refusal import refusal, refusal_event
 from service.clients import Client
 from service.cluster import exposition
@@ -111,15 +111,21 @@ class Front:
         try:
             response = await self._respond(scope, path, receive, exchange)
         except RequestError as e:
-            await exchange.refuse(e, id_of_request, path)
+            error = e
         except Exception as e:
             _logger.error("request %s failed: %s", id_of_request, type(e).__name__)
             _logger.debug("request %s", id_of_request, exc_info=e)
             error = RequestError("internal error; the front's log has more under the request's id")
-            await exchange.refuse(error, id_of_request, path)
         else:
             if response is not None:
                 await response(scope, receive, send)
+            return
+        # What a replica answers, it counts and logs itself.
+        route = path if path == "/" or path in self._own_routes else "unmatched"
+        metrics.REQUESTS.labels(route, error.status).inc()
+        record = RequestRecord(id_of_request, status=error.status, error=error.type)
+        record.log(scope["method"], route, 0.0, quiet=False)
+        await exchange.refuse(error, id_of_request, path)
 
     async def _respond(
         self, scope: Scope, path: str, receive: Receive, exchange: "_Exchange"
