@@ -24,7 +24,7 @@ from service.api.record import REQUEST_ID, RequestRecord, request_id
 from service.api.refusal import refusal, refusal_event
 from service.clients import Client
 from service.cluster import exposition
-from service.cluster.exchange import Part, Request
+from service.cluster.exchange import BEAT, BEAT_SECONDS, Part, Request
 from service.errors import (
     ClientGone,
     MethodNotAllowed,
@@ -44,6 +44,8 @@ _PAUSE = 0.25
 _MAX_LOST = 2
 # How long a replica may take for a health check or for its share of a list, in seconds.
 _PATIENCE = 5.0
+# A replica that has sent nothing for so long has hung, or its machine has.
+_SILENCE = 4 * BEAT_SECONDS
 # A replica answers 503 with this type to a request that has waited as long as any may.
 _WAITED = b'"waited_too_long"'
 # And with these words of `EngineDead` when it is about to end.
@@ -198,13 +200,20 @@ class Front:
                 raise WaitedTooLong(
                     f"no replica of {model} is up; send it again later", retry_after=10
                 ) from None
-            async for part in parts:
-                assert part is not None  # only the first is
+            while True:
+                try:
+                    async with asyncio.timeout(_SILENCE):
+                        part = await anext(parts, None)
+                except TimeoutError:
+                    raise ReplicaLost from None
+                if part is None:
+                    break
                 if part.status == 503 and _ENDED in part.body:
                     raise ReplicaLost
                 if part.status == 503 and not last and _WAITED not in part.body:
                     return False
-                await exchange.send(part)
+                if part != BEAT:
+                    await exchange.send(part)
         return True
 
     async def _live(self, scope: Scope) -> Response:
