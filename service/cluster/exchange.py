@@ -40,8 +40,8 @@ BEAT = Part(None, (), b"", True)
 async def answer(app: ASGIApp, request: Request) -> AsyncGenerator[Part | None, None]:
     """Let an ASGI application answer a request; what is ready together becomes one part.
 
-    First yields None: the application has begun. An empty part says that it still works. When the generator is closed, the application
-    sees that the client has left.
+    First yields None: the application has begun. An empty part says that it still works. When the
+    generator is closed, the application sees that the client has left.
     """
     yield None
     scope = {
