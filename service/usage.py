@@ -3,6 +3,7 @@
 From one server's /metrics since its start, or from a Prometheus over a time and all replicas.
 """
 
+import math
 import re
 import ssl
 from collections.abc import Iterable, Iterator
@@ -57,13 +58,15 @@ def _rows(samples: Iterable[tuple[Labels, float]]) -> list[dict[str, Any]]:
     """Add up samples of both metrics. Who has asked nothing has no row."""
     rows: dict[tuple[str, str], dict[str, float]] = {}
     for labels, value in samples:
+        if "client" not in labels or math.isnan(value):  # another program's, or a lost replica's
+            continue
         # Prometheus leaves out a label that is empty.
         row = rows.setdefault((labels["client"], labels.get("model", "")), dict.fromkeys(COUNTS, 0))
         if kind := labels.get("kind"):
             row[f"{kind}_tokens"] += value
         else:
             row["requests"] += value
-            row["refused"] += value if labels["status"] in _REFUSED else 0
+            row["refused"] += value if labels.get("status") in _REFUSED else 0
     return [
         # `increase` extrapolates, so it is not whole.
         {"client": client, "model": model, **{count: round(row[count]) for count in COUNTS}}

@@ -434,6 +434,26 @@ def test_a_node_that_dies_takes_no_answer_with_it(tmp_path: Path) -> None:
         assert after.status_code == 404  # HAProxy is Ray's, and the models are gone
 
 
+def test_a_killed_command_keeps_neither_engine_nor_port(tmp_path: Path) -> None:
+    models = {"a": {"model": "smollm2-135m-instruct", "set": SMALL}}
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump({"models": models}))
+    command = [sys.executable, "-m", "service", "cluster", str(tmp_path / "cluster.yaml")]
+    with network_of_its_own():
+        for name in ("first", "second"):  # which ends what the first has left
+            server = Server(command, tmp_path / name, port=6006, health="/health/ready")
+            try:
+                server.wait_until_ready(PATIENCE)
+                if name == "first":
+                    children = psutil.Process(server.process.pid).children(recursive=True)
+                    engines = [p for p in children if "EngineCore" in " ".join(p.cmdline())]
+                    assert engines
+                    server.process.kill()
+                    for engine in engines:
+                        wait_for_end(engine.pid, 30)
+            finally:
+                server.stop()
+
+
 def test_the_readme_s_command_serves_two_replicas(tmp_path: Path) -> None:
     with network_of_its_own():
         server = Server(["make", "-C", str(ROOT), "cluster"], tmp_path / "log", port=6006)

@@ -11,12 +11,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import filelock
+import psutil
 
 from service import settings
 from service.cluster import config, environment
@@ -65,6 +66,7 @@ def run(file: Path | None) -> None:
                     print(_ready_message(cluster), flush=True)
                     _watch(state, stop, keys)
             finally:
+                state.forget()
                 _end(cluster)
 
 
@@ -102,6 +104,7 @@ class _State:
         self.token = self._folder / "token"
         self._address = self._folder / "address"
         self._applied = self._folder / "applied"
+        self._ray_folder = self._folder / "ray"
 
     @contextmanager
     def owner(self) -> Iterator[bool]:
@@ -116,16 +119,30 @@ class _State:
             yield True
 
     def forget(self) -> None:
-        """Forget what an earlier command has applied, which may have been killed."""
+        """Forget what an earlier command has applied, and where. It may have been killed."""
         self._applied.unlink(missing_ok=True)
+        self._address.unlink(missing_ok=True)
 
     @property
     def address(self) -> str:
-        return self._address.read_text()
+        """Where the owner's cluster is. Raises LaunchError while there is none."""
+        try:
+            return self._address.read_text()
+        except FileNotFoundError:
+            raise LaunchError("the cluster is still starting; try again later") from None
 
     @address.setter
     def address(self, value: str) -> None:
         self._address.write_text(value)
+
+    @property
+    def ray_folder(self) -> str | None:
+        """The folder of the Ray that the last command has started on this machine."""
+        return self._ray_folder.read_text() if self._ray_folder.exists() else None
+
+    @ray_folder.setter
+    def ray_folder(self, value: str) -> None:
+        self._ray_folder.write_text(value)
 
     @property
     def applied(self) -> Cluster | None:
@@ -171,6 +188,9 @@ def _connected(state: _State, *, starts: bool) -> Iterator[None]:
         # Short, for sockets in it have paths of at most 97 bytes. Ray may still write when it ends.
         folder = tempfile.TemporaryDirectory(prefix="chat-", dir="/tmp", ignore_cleanup_errors=True)
     with folder as path:
+        if path:
+            _end_orphans(state.ray_folder)
+            state.ray_folder = path
         environment.prepare(path)
         try:
             import ray
@@ -220,19 +240,31 @@ def _connected(state: _State, *, starts: bool) -> Iterator[None]:
             ray.shutdown()
 
 
+def _end_orphans(folder: str | None) -> None:
+    """End what a command has left that was killed: HAProxy, which would keep the port."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if folder and process.ppid() == 1 and any(folder in word for word in process.cmdline()):
+                process.kill()
+
+
 def _check_environment() -> None:
-    """Raise LaunchError if the nodes of a cluster that others started lack our variables."""
+    """Raise LaunchError if a node of a cluster that others started lacks our variables."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     @ray.remote(num_cpus=0)
     def missing() -> list[str]:
-        return [name for name in environment.NEEDED if os.environ.get(name) != "1"]
+        return [name for name, value in environment.NEEDED.items() if os.environ.get(name) != value]
 
-    if names := ray.get(missing.remote()):
-        raise LaunchError(
-            f'the nodes of this Ray cluster lack {", ".join(names)}: run `eval "$(chat-service '
-            'cluster --environment)"` before `ray start` on each'
-        )
+    for node in ray.nodes():
+        if node["Alive"]:
+            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            if names := ray.get(missing.options(scheduling_strategy=here).remote()):
+                raise LaunchError(
+                    f"Ray's node {node['NodeManagerAddress']} lacks {', '.join(names)}: run `eval "
+                    '"$(chat-service cluster --environment)"` before `ray start` on each node'
+                )
 
 
 def _start(cluster: Cluster, state: _State, stop: _Stop) -> bool:
@@ -246,6 +278,8 @@ def _start(cluster: Cluster, state: _State, stop: _Stop) -> bool:
         raise LaunchError("; ".join(problems))
     http = {"host": cluster.settings.host, "port": cluster.settings.port}
     serve.start(proxy_location="EveryNode", http_options=http)
+    for name in _applications().keys() - {*cluster.models, "front"}:  # of a command that was killed
+        serve.delete(_application(name))
     _apply(cluster, surge=())
     reason = _wait(cluster, stop)
     if reason is not None:

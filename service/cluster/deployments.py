@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import ray
+from grpc.aio import AioRpcError
 from prometheus_client import generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
@@ -28,6 +29,7 @@ from ray.serve.exceptions import (
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service import parent
 from service.api.application import Deployment, Host
 from service.api.record import REQUEST_ID
 from service.clients import Client
@@ -93,6 +95,7 @@ class Model:
         `reconfigure` brings the API keys. `files` says which files of the model are meant.
         """
         environment.check()
+        os.environ[parent.VARIABLE] = str(os.getpid())
         config = ModelConfig.model_validate_json(model)
         origins = Origins(Path(file), {}, frozenset())
         loaded = Settings.model_validate_json(settings, strict=False)
@@ -150,7 +153,7 @@ class Model:
 
     async def metrics(self) -> tuple[str, str]:
         """Return this replica's id and metrics."""
-        return serve.get_replica_context().replica_id.unique_id, generate_latest().decode()
+        return _own_metrics()
 
     async def status(self) -> dict[str, Any]:
         """Return what `chat-service cluster --status` shows of a replica."""
@@ -181,6 +184,8 @@ class _Handles:
     def use(self, models: Sequence[str]) -> None:
         """Make handles for these models. Blocks: it asks Serve's controller."""
         self._handles = {name: serve.get_app_handle(f"{PREFIX}-{name}") for name in models}
+        # `get_app_handle` waits for the front to run, of which this is a part.
+        self._fronts = serve.get_deployment_handle("Front", PREFIX, _check_exists=False)
 
     async def answer(self, model: str, request: Request) -> AsyncGenerator[Part | None, None]:
         handle = self._handles[model].options(stream=True, method_name="answer")
@@ -188,25 +193,41 @@ class _Handles:
         try:
             async for part in response:
                 yield part
-        except (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError) as e:
+        except (
+            AioRpcError,
+            RayActorError,
+            ReplicaUnavailableError,
+            DeploymentUnavailableError,
+        ) as e:
             raise ReplicaLost from e
         except BaseException:
             response.cancel()
             raise
 
     async def metrics(self) -> list[tuple[dict[str, str], str]]:
-        found = [({"replica": "front"}, generate_latest().decode())]
-        for name, handle in self._handles.items():
-            answers: list[Any] = []
-            with contextlib.suppress(RayServeException, TimeoutError):  # none is up
-                answers = await handle.broadcast("metrics").results_async(
-                    timeout_s=_METRICS_SECONDS, return_exceptions=True
-                )
-            for answer in answers:
-                if not isinstance(answer, Exception):  # as when a replica has just ended
-                    replica, text = answer
-                    found.append(({"model": name, "replica": replica}, text))
-        return found
+        """Ask all replicas, and all fronts, at once."""
+        groups: dict[str, DeploymentHandle[Any]] = {**self._handles, "": self._fronts}
+        texts = await asyncio.gather(*(_metrics_of(handle) for handle in groups.values()))
+        return [
+            ({**({"model": name} if name else {}), "replica": replica}, text)
+            for name, answers in zip(groups, texts, strict=True)
+            for replica, text in answers
+        ]
+
+
+async def _metrics_of(handle: DeploymentHandle[Any]) -> list[tuple[str, str]]:
+    """Return id and metrics of the replicas that answer. Ray calls `broadcast` alpha."""
+    try:
+        answers = await handle.broadcast("metrics").results_async(
+            timeout_s=_METRICS_SECONDS, return_exceptions=True
+        )
+    except (RayServeException, TimeoutError):  # none is up
+        return []
+    return [answer for answer in answers if not isinstance(answer, Exception)]
+
+
+def _own_metrics() -> tuple[str, str]:
+    return serve.get_replica_context().replica_id.unique_id, generate_latest().decode()
 
 
 @serve.deployment
@@ -219,6 +240,10 @@ class Front:
         self._settings = Settings.model_validate_json(settings, strict=False)
         self._handles = _Handles()
         self._front = FrontApplication(self._handles, self._settings)
+
+    async def metrics(self) -> tuple[str, str]:
+        """Return this front's id and metrics."""
+        return _own_metrics()
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Take models and keys that have changed, without a restart."""

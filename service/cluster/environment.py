@@ -28,14 +28,16 @@ VARIABLES = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-# Without these, requests and engines get lost.
-NEEDED = (
-    "RAY_SERVE_ENABLE_HA_PROXY",
-    "RAY_process_group_cleanup_enabled",
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED",
-)
-
-
+# Without these, requests and engines get lost, or Ray runs what anybody sends it.
+NEEDED = {
+    name: VARIABLES[name]
+    for name in (
+        "RAY_SERVE_ENABLE_HA_PROXY",
+        "RAY_process_group_cleanup_enabled",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED",
+        "RAY_AUTH_MODE",
+    )
+}
 # Of a cluster on this machine: what its processes print, and HAProxy's files, by default in /tmp.
 _ALONE = {
     "RAY_DEDUP_LOGS": "0",

@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from starlette.types import ASGIApp, Message
 
+# How often a replica that has nothing to send says that it is there.
+BEAT_SECONDS = 5.0
+
 Headers = tuple[tuple[bytes, bytes], ...]
 
 
@@ -31,11 +34,14 @@ class Part(NamedTuple):
     more: bool
 
 
+BEAT = Part(None, (), b"", True)
+
+
 async def answer(app: ASGIApp, request: Request) -> AsyncGenerator[Part | None, None]:
     """Let an ASGI application answer a request; what is ready together becomes one part.
 
-    First yields None: the application has begun. When the generator is closed, the application
-    sees that the client has left.
+    First yields None: the application has begun. An empty part says that it still works. When the
+    generator is closed, the application sees that the client has left.
     """
     yield None
     scope = {
@@ -66,7 +72,12 @@ async def answer(app: ASGIApp, request: Request) -> AsyncGenerator[Part | None, 
     try:
         more = True
         while more:
-            waiting = [await messages.get()]
+            try:
+                async with asyncio.timeout(BEAT_SECONDS):
+                    waiting = [await messages.get()]
+            except TimeoutError:
+                yield BEAT
+                continue
             while not messages.empty():
                 waiting.append(messages.get_nowait())
             part = _joined(waiting)

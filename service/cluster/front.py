@@ -8,9 +8,9 @@ import asyncio
 import dataclasses
 import json
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
-from typing import Protocol
+from typing import Any, Protocol
 
 from pydantic_core import from_json
 from starlette.responses import JSONResponse, Response
@@ -20,12 +20,13 @@ from service.api import metrics
 from service.api.bodies import Bodies, has_body, is_form
 from service.api.body_budget import check_values
 from service.api.keys import Keys, is_preflight, is_public
-from service.api.record import REQUEST_ID, request_id
+from service.api.record import REQUEST_ID, RequestRecord, request_id
 from service.api.refusal import refusal, refusal_event
 from service.clients import Client
 from service.cluster import exposition
-from service.cluster.exchange import Part, Request
+from service.cluster.exchange import BEAT, BEAT_SECONDS, Part, Request
 from service.errors import (
+    ClientGone,
     MethodNotAllowed,
     NotFound,
     RequestError,
@@ -43,6 +44,8 @@ _PAUSE = 0.25
 _MAX_LOST = 2
 # How long a replica may take for a health check or for its share of a list, in seconds.
 _PATIENCE = 5.0
+# A replica that has sent nothing for so long has hung, or its machine has.
+_SILENCE = 4 * BEAT_SECONDS
 # A replica answers 503 with this type to a request that has waited as long as any may.
 _WAITED = b'"waited_too_long"'
 # And with these words of `EngineDead` when it is about to end.
@@ -110,15 +113,21 @@ class Front:
         try:
             response = await self._respond(scope, path, receive, exchange)
         except RequestError as e:
-            await exchange.refuse(e, id_of_request, path)
+            error = e
         except Exception as e:
             _logger.error("request %s failed: %s", id_of_request, type(e).__name__)
             _logger.debug("request %s", id_of_request, exc_info=e)
             error = RequestError("internal error; the front's log has more under the request's id")
-            await exchange.refuse(error, id_of_request, path)
         else:
             if response is not None:
                 await response(scope, receive, send)
+            return
+        # What a replica answers, it counts and logs itself.
+        route = path if path == "/" or path in self._own_routes else "unmatched"
+        metrics.REQUESTS.labels(route, error.status).inc()
+        record = RequestRecord(id_of_request, status=error.status, error=error.type)
+        record.log(scope["method"], route, 0.0, quiet=False)
+        await exchange.refuse(error, id_of_request, path)
 
     async def _respond(
         self, scope: Scope, path: str, receive: Receive, exchange: "_Exchange"
@@ -135,11 +144,13 @@ class Front:
             if not is_preflight(scope):  # which a replica answers
                 raise MethodNotAllowed("GET, HEAD")
         if not has_body(scope):
-            await self._forward(self._default, _request(scope, path, b""), exchange)
+            request = _request(scope, path, b"")
+            await exchange.run(self._forward(self._default, request, exchange), receive)
             return None
         async with self._bodies.read(scope, receive) as body:
             model = self._default if is_form(scope) and path != "/" else self._model_of(body)
-            await self._forward(model, _request(scope, path, body), exchange)
+            request = _request(scope, path, body)
+            await exchange.run(self._forward(model, request, exchange), receive)
         return None
 
     def _model_of(self, body: bytes) -> str:
@@ -191,13 +202,20 @@ class Front:
                 raise WaitedTooLong(
                     f"no replica of {model} is up; send it again later", retry_after=10
                 ) from None
-            async for part in parts:
-                assert part is not None  # only the first is
+            while True:
+                try:
+                    async with asyncio.timeout(_SILENCE):
+                        part = await anext(parts, None)
+                except TimeoutError:
+                    raise ReplicaLost from None
+                if part is None:
+                    break
                 if part.status == 503 and _ENDED in part.body:
                     raise ReplicaLost
                 if part.status == 503 and not last and _WAITED not in part.body:
                     return False
-                await exchange.send(part)
+                if part != BEAT:
+                    await exchange.send(part)
         return True
 
     async def _live(self, scope: Scope) -> Response:
@@ -250,6 +268,26 @@ class _Exchange:
         self.started = False
         self._complete = False
         self._events: int | None = None  # of a stream
+
+    async def run(self, work: Coroutine[Any, Any, None], receive: Receive) -> None:
+        """Do `work`, which answers, and cancel it when the client leaves before the end.
+
+        Serve does so too, unless a header of the request tells it not to. Raises ClientGone.
+        """
+
+        async def left() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        tasks = [asyncio.ensure_future(work), asyncio.ensure_future(left())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if not (tasks[0].done() or self._complete):
+                raise ClientGone("the client closed the connection")
+            await tasks[0]
+        finally:
+            for task in tasks:
+                task.cancel()
 
     async def send(self, part: Part) -> None:
         if part.status is not None:

@@ -3,9 +3,15 @@
 vLLM calls `register` in each of its processes, also for bare `vllm serve`.
 """
 
+from service.parent import end_with_parent
+
 
 def register() -> None:
-    """Register the models with transformers and vLLM. May be called more than once."""
+    """Register the models with transformers and vLLM. May be called more than once.
+
+    In an engine process it also lets that end with its parent, where this is wanted.
+    """
+    end_with_parent()
     from transformers import AutoConfig
     from vllm import ModelRegistry
     from vllm.model_executor.models.llama import LlamaForCausalLM

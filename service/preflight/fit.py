@@ -247,7 +247,9 @@ def _matrices(folder: Path, hf_config: Any) -> Iterator[tuple[int, ...]]:
         if kind == "weight":
             yield tensor.shape
         elif kind == "qweight":  # its integers hold several values: in GPTQ of a column
-            values, (rows, columns) = 32 // quantization.get("bits", 4), tensor.shape
+            bits = quantization.get("bits", 4)
+            values = 32 // (bits if bits in (2, 3, 4, 8) else 4)
+            rows, columns = tensor.shape
             by_column = quantization.get("quant_method") != "awq"
             yield (rows * values, columns) if by_column else (rows, columns * values)
 

@@ -27,7 +27,11 @@ class InternLM2Tokenizer(SentencePieceTokenizer):
     ) -> list[int]:
         """Return the prompt's token ids. `truncate_to` is in tokens, see `chat.join`."""
         turns = chat.turns(conversation, truncate_to, options)
-        self.marker_id("<|im_start|>"), self.marker_id("<|im_end|>")
+        for marker in (
+            "<|im_start|>",
+            "<|im_end|>",
+        ):  # raises if there is none
+            self.marker_id(marker)
         system = _parts(turns.pop(0)) if turns[0][0] == "system" else []
         rounds = [[p for turn in group for p in _parts(turn)] for group in chat.rounds_of(turns)]
         answer = [("<|im_start|>", True), ("assistant\n", False)]
