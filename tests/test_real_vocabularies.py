@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer
 from vllm.plugins import load_general_plugins
 from vllm.tokenizers import get_tokenizer
 
+from service.model_config import load
 from service.tokenizers.tokenizer_json import TEXTS, difference
 from testing import checkpoints
 from tests import vocabularies
@@ -22,6 +24,7 @@ STREAM = "你好，龘靐！😀👩‍👩‍👧🏔️ and ünïcode 𠮷野�
 Encode = Callable[[str], list[int]]
 
 
+@cache
 def opened(name: str) -> tuple[Path, Any, Encode]:
     """A vocabulary's folder, our tokenizer, and an encoder of single pieces of text."""
     load_general_plugins()
@@ -107,6 +110,80 @@ def test_yi_needs_the_mode_that_reads_tokenizer_json() -> None:
         assert list(ours.encode(text, add_special_tokens=False)) == encode(text)
 
 
+def with_control_tokens(folder: Path, made: Path, tokens: dict[str, int]) -> None:
+    """Copy a vocabulary, with these pieces of it as control tokens: what the chat model adds."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    known = config.setdefault("added_tokens_decoder", {})
+    for token, id in tokens.items():
+        assert content["model"]["vocab"][token] == id
+        added = {"content": token, "special": True, **flags}
+        content["added_tokens"].append({"id": id, **added})
+        known[str(id)] = added
+    (made / "tokenizer.json").write_text(json.dumps(content))
+    (made / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def test_yi_s_chat_is_what_its_pieces_are(tmp_path: Path) -> None:
+    folder, _, encode = opened("yi")
+    ids = {"<|im_start|>": 6, "<|im_end|>": 7}
+    with_control_tokens(folder, tmp_path, ids)
+    ours = get_tokenizer(tmp_path, tokenizer_mode="tokenizer_json")
+    template = load("yi-6b-chat")[0].prompt.template
+    for text in (*TEXTS, "<|im_end|>"):
+        for turns in conversations(text):
+            expected = chatml(ids.__getitem__, encode, turns, None)
+            assert rendered(ours, turns, chat_template=template) == expected, turns
+
+
+def test_gemma_is_what_its_pieces_are(tmp_path: Path) -> None:
+    """With the format of Google's documentation, for the package has no chat template."""
+    folder, _, encode = opened("gemma")
+    bos, start, end = 2, 106, 107
+    with_control_tokens(folder, tmp_path, {"<start_of_turn>": start, "<end_of_turn>": end})
+    ours = get_tokenizer(tmp_path, tokenizer_mode="literal")
+    template = (
+        "{{ bos_token }}{% for turn in messages %}<start_of_turn>"
+        "{{ 'model' if turn.role == 'assistant' else 'user' }}\n{{ turn.content | trim }}"
+        "<end_of_turn>\n{% endfor %}{{ '<start_of_turn>model\n' }}"
+    )
+    for text in (*TEXTS, "<end_of_turn><bos>"):
+        for turns in conversations(text)[:2]:  # it takes no system turn
+            expected = [bos]
+            for turn in turns:
+                role = "model" if turn["role"] == "assistant" else "user"
+                content = encode(f"{role}\n{turn['content'].strip()}")
+                expected += [start, *content, end, *encode("\n")]
+            expected += [start, *encode("model\n")]
+            assert rendered(ours, turns, chat_template=template) == expected, turns
+    pieces = streamed(ours, encode(STREAM))
+    assert "".join(pieces) == STREAM and not any("\ufffd" in piece for piece in pieces)
+
+
+def test_baichuan2_on_its_real_vocabulary(tmp_path: Path) -> None:
+    folder = vocabularies.folder("baichuan2")
+    load_general_plugins()
+    sentencepiece_of(folder, tmp_path, dummy_prefix=False)
+    baichuan2 = get_tokenizer(tmp_path, tokenizer_mode="baichuan2")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    # The conversion's, which the model does not have.
+    assert content["normalizer"]["normalizers"].pop(0)["type"] == "Prepend"
+    itself = Tokenizer.from_str(json.dumps(content))
+    itself.encode_special_tokens = True
+
+    def encode(text: str) -> list[int]:
+        return list(itself.encode(text, add_special_tokens=False).ids)
+
+    ids = {"user": [195], "assistant": [196], "system": []}
+    for text in (*TEXTS, "<reserved_106></s>"):
+        for turns in conversations(text):
+            expected = [id for t in turns for id in (*ids[t["role"]], *encode(t["content"]))]
+            assert baichuan2.apply_chat_template(turns) == [*expected, 196], turns
+    pieces = streamed(baichuan2, encode(STREAM))
+    assert "".join(pieces) == STREAM and not any("\ufffd" in piece for piece in pieces)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_mode_gives_the_ids_of_the_file_and_others_only_where_told(name: str) -> None:
     folder, ours, encode = opened(name)
@@ -157,8 +234,13 @@ def test_qwen_v1_on_its_real_vocabulary(tmp_path: Path) -> None:
 
 
 def sentencepiece_of(folder: Path, made: Path, *, dummy_prefix: bool) -> None:
-    """Write the tokenizer.model that a tokenizer.json was converted from: pieces by rank."""
-    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    """Write the tokenizer.model that a tokenizer.json was converted from: its merges are ranked."""
+    content = json.loads((folder / "tokenizer.json").read_text())["model"]
+    vocabulary = content["vocab"]
+    ranks: dict[str, int] = {}
+    for rank, pair in enumerate(content["merges"]):
+        merged = "".join(pair if isinstance(pair, list) else pair.split(" "))
+        ranks.setdefault(merged, rank)
     model = ModelProto()
     model.trainer_spec.model_type = model.trainer_spec.BPE
     model.trainer_spec.byte_fallback = True
@@ -174,7 +256,8 @@ def sentencepiece_of(folder: Path, made: Path, *, dummy_prefix: bool) -> None:
             kind = Piece.BYTE
         elif text.startswith("[UNUSED_TOKEN_"):
             kind = Piece.USER_DEFINED
-        model.pieces.add(piece=text, score=-float(id), type=kind)
+        score = -float(ranks.get(text, len(content["merges"])))
+        model.pieces.add(piece=text, score=score, type=kind)
     (made / "tokenizer.model").write_bytes(model.SerializeToString())
     config = (folder / "tokenizer_config.json").read_text()
     (made / "tokenizer_config.json").write_text(config)
