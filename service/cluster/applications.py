@@ -1,0 +1,160 @@
+"""The cluster's models and its front as applications of Ray Serve: applied, watched, drained."""
+
+import re
+import sys
+import time
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any
+
+from service.cluster import placement
+from service.cluster.config import Cluster
+
+if TYPE_CHECKING:
+    from ray.serve.schema import ApplicationStatusOverview
+
+CHECK_INTERVAL = 0.5  # seconds
+_ASK_SECONDS = 10.0
+# The last error of this service in the traceback that Serve reports.
+_ERROR = re.compile(r"service\.errors\.\w+: (.{1,2000})")
+
+
+def apply(cluster: Cluster, surge: Collection[str] = ()) -> None:
+    """Give Serve the models and the front. `surge` as for `deployments.applications`."""
+    from ray import serve
+
+    from service.cluster import deployments
+
+    targets = deployments.applications(
+        cluster, has_gpus=placement.resources("GPU") > 0, surge=surge
+    )
+    *models, front = targets
+    # The front asks for handles to the models, which must be there.
+    serve.run_many(models, wait_for_applications_running=False)
+    serve.run_many([front], wait_for_applications_running=False)
+
+
+def statuses() -> "dict[str, ApplicationStatusOverview]":
+    """Return our applications: the front and each model by its name."""
+    from ray import serve
+
+    from service.cluster.deployments import PREFIX
+
+    return {
+        name.removeprefix(PREFIX).removeprefix("-") or "front": app
+        for name, app in serve.status().applications.items()
+        if name == PREFIX or name.startswith(f"{PREFIX}-")
+    }
+
+
+def delete(name: str, *, wait: bool = True) -> None:
+    """End a model, or the front."""
+    from ray import serve
+
+    serve.delete(_name_of(name), _blocking=wait)
+
+
+def _name_of(name: str) -> str:
+    """Return the name of the Serve application of a model, or of the front."""
+    from service.cluster.deployments import PREFIX
+
+    return PREFIX if name == "front" else f"{PREFIX}-{name}"
+
+
+def wait(cluster: Cluster, stopped: Callable[[], bool] = lambda: False) -> str | None:
+    """Wait until all models run, or until `stopped`; print what changes.
+
+    Returns why a model does not run.
+    """
+    began = time.monotonic()
+    shown: dict[str, str] = {}
+    while not stopped():
+        apps = statuses()
+        for name, app in apps.items():
+            line = _line(name, app, cluster)
+            if shown.get(name) != line:
+                shown[name] = line
+                seconds = time.monotonic() - began
+                print(f"{line} ({seconds:.0f} s)", file=sys.stderr, flush=True)
+            if app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                return f"{name}: {_reason(app)}"
+        expected = {*cluster.models, "front"}
+        if expected <= apps.keys() and all(apps[n].status == "RUNNING" for n in expected):
+            return None
+        time.sleep(CHECK_INTERVAL)
+    return None
+
+
+def _line(name: str, app: "ApplicationStatusOverview", cluster: Cluster) -> str:
+    states = {
+        state: count
+        for deployment in app.deployments.values()
+        for state, count in deployment.replica_states.items()
+    }
+    text = ", ".join(f"{count} {str(state).lower()}" for state, count in sorted(states.items()))
+    unplaced = any("to be scheduled" in d.message for d in app.deployments.values())
+    note = "; a replica waits for a node with room" if unplaced else ""
+    return f"{name}: {app.status.lower()}{', replicas: ' + text if text else ''}{note}"
+
+
+def _reason(app: "ApplicationStatusOverview") -> str:
+    texts = [app.message, *(deployment.message for deployment in app.deployments.values())]
+    for text in texts:
+        if found := _ERROR.findall(text):
+            return str(found[-1])
+    lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
+    return lines[-1][:500] if lines else "its replicas do not start"
+
+
+def models_and_nodes() -> dict[str, Any]:
+    """Return what `chat-service cluster --status` shows."""
+    import ray
+
+    apps = statuses()
+    models = {
+        name: {
+            "status": app.status.lower(),
+            "served": _ask(name, "status"),
+            "starting": sum(
+                count
+                for deployment in app.deployments.values()
+                for state, count in deployment.replica_states.items()
+                if state == "STARTING"
+            ),
+        }
+        for name, app in apps.items()
+        if name != "front"
+    }
+    nodes = [
+        {
+            "node": node["NodeID"][:8],
+            "address": node["NodeManagerAddress"],
+            "cpus": node["Resources"].get("CPU", 0),
+            "gpus": node["Resources"].get("GPU", 0),
+        }
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    return {"models": models, "nodes": nodes}
+
+
+def drain(seconds: float) -> None:
+    """Let all replicas refuse new requests, and wait until they have finished those they have."""
+    models = statuses().keys() - {"front"}
+    deadline = time.monotonic() + seconds
+    for model in models:
+        _ask(model, "drain")
+    while time.monotonic() < deadline and any(any(_ask(m, "is_busy")) for m in models):
+        time.sleep(CHECK_INTERVAL)
+
+
+def _ask(model: str, method: str) -> list[Any]:
+    """Call a method of all replicas of a model; return the answers of those that are well."""
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        handle = serve.get_app_handle(_name_of(model))
+        results = handle.broadcast(method).results(timeout_s=_ASK_SECONDS, return_exceptions=True)
+    except (RayServeException, TimeoutError):  # it has no replica that runs
+        return []
+    return [result for result in results if not isinstance(result, Exception)]

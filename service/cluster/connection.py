@@ -1,0 +1,112 @@
+"""Starts Ray on this machine for one command, or joins the Ray that runs."""
+
+import logging
+import os
+import secrets
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any
+
+import psutil
+
+from service.cluster import environment
+from service.cluster.state import State
+from service.errors import LaunchError
+
+# Bytes. Ray keeps large objects there; requests and answers are small.
+_OBJECT_STORE = 200 * 2**20
+
+
+@contextmanager
+def connected(state: State, *, starts: bool) -> Iterator[None]:
+    """Join the cluster of RAY_ADDRESS or of another command, or with `starts` run one here."""
+    address = os.environ.get("RAY_ADDRESS")
+    if address is None and "RAY_AUTH_TOKEN" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(state.token))
+    owns, starts = starts, starts and address is None
+    folder: tempfile.TemporaryDirectory[str] | nullcontext[None] = nullcontext()
+    if starts:
+        state.token.touch(mode=0o600)
+        state.token.write_text(secrets.token_hex(32))
+        # Short, for sockets in it have paths of at most 97 bytes. Ray may still write when it ends.
+        folder = tempfile.TemporaryDirectory(prefix="chat-", dir="/tmp", ignore_cleanup_errors=True)
+    with folder as path:
+        if path:
+            _end_orphans(state.ray_folder)
+            state.ray_folder = path
+        environment.prepare(path)
+        try:
+            import ray
+            import ray.exceptions
+        except ImportError:
+            raise LaunchError(
+                "a cluster needs Ray, which is not installed; `make cluster` in a checkout "
+                'installs it, as does `pip install "vllm-chat-service[cluster]"`'
+            ) from None
+        options: dict[str, Any] = {"namespace": "serve", "logging_level": logging.WARNING}
+        if path:
+            print("Starting Ray on this machine ...", file=sys.stderr, flush=True)
+            options |= {
+                "include_dashboard": False,
+                "object_store_memory": _OBJECT_STORE,
+                "_node_ip_address": "127.0.0.1",
+                "_temp_dir": path,
+            }
+        elif address is None:
+            options["address"] = state.address
+        else:
+            options["address"] = address
+        try:
+            ray.init(log_to_driver=owns, **options)
+        except (
+            *(ConnectionError, RuntimeError, TimeoutError, ValueError),
+            ray.exceptions.RayError,
+        ) as e:
+            where = f"the Ray cluster at {address}" if address else "Ray on this machine"
+            reason = next(iter(str(e).splitlines()), type(e).__name__)[:300]
+            raise LaunchError(f"{where} does not answer: {reason}") from None
+        # Here, unlike in the processes of the cluster, no event loop runs.
+        os.environ["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] = "1"
+        import ray.serve
+
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        try:
+            if starts:
+                state.address = ray.get_runtime_context().gcs_address
+            elif address:
+                _check_environment()
+            yield
+        except ray.exceptions.RayError as e:
+            lines = str(e).strip().splitlines()
+            raise LaunchError(f"Ray fails: {lines[-1][:500] if lines else type(e).__name__}") from e
+        finally:
+            ray.shutdown()
+
+
+def _end_orphans(folder: str | None) -> None:
+    """End what a command has left that was killed: HAProxy, which would keep the port."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if folder and process.ppid() == 1 and any(folder in word for word in process.cmdline()):
+                process.kill()
+
+
+def _check_environment() -> None:
+    """Raise LaunchError if a node of a cluster that others started lacks our variables."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    @ray.remote(num_cpus=0)
+    def missing() -> list[str]:
+        return [name for name, value in environment.NEEDED.items() if os.environ.get(name) != value]
+
+    for node in ray.nodes():
+        if node["Alive"]:
+            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            if names := ray.get(missing.options(scheduling_strategy=here).remote()):
+                raise LaunchError(
+                    f"Ray's node {node['NodeManagerAddress']} lacks {', '.join(names)}: run `eval "
+                    '"$(chat-service cluster --environment)"` before `ray start` on each node'
+                )

@@ -1,0 +1,80 @@
+"""What two commands on one machine tell each other about one cluster."""
+
+import os
+import pickle
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+
+from service.cluster.config import Cluster
+from service.errors import LaunchError
+
+
+class State:
+    """What two commands on this machine tell each other about one cluster."""
+
+    def __init__(self, cache_dir: Path) -> None:
+        address = os.environ.get("RAY_ADDRESS")
+        name = re.sub(r"\W+", "-", address)[:64] if address else "local"
+        self._folder = cache_dir / "cluster" / name
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.token = self._folder / "token"
+        self._address = self._folder / "address"
+        self._applied = self._folder / "applied"
+        self._ray_folder = self._folder / "ray"
+
+    @contextmanager
+    def owner(self) -> Iterator[bool]:
+        """Yield whether this command owns the cluster: it is the only one, or the first."""
+        lock = filelock.FileLock(self._folder / "lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            yield False
+            return
+        with lock:
+            yield True
+
+    def forget(self) -> None:
+        """Forget what an earlier command has applied, and where. It may have been killed."""
+        self._applied.unlink(missing_ok=True)
+        self._address.unlink(missing_ok=True)
+
+    @property
+    def address(self) -> str:
+        """Where the owner's cluster is. Raises LaunchError while there is none."""
+        try:
+            return self._address.read_text()
+        except FileNotFoundError:
+            raise LaunchError("the cluster is still starting; try again later") from None
+
+    @address.setter
+    def address(self, value: str) -> None:
+        self._address.write_text(value)
+
+    @property
+    def ray_folder(self) -> str | None:
+        """The folder of the Ray that the last command has started on this machine."""
+        return self._ray_folder.read_text() if self._ray_folder.exists() else None
+
+    @ray_folder.setter
+    def ray_folder(self, value: str) -> None:
+        self._ray_folder.write_text(value)
+
+    @property
+    def applied(self) -> Cluster | None:
+        """The cluster that was applied last, and came up."""
+        try:
+            applied: Cluster = pickle.loads(self._applied.read_bytes())
+        except FileNotFoundError:
+            return None
+        return applied
+
+    @applied.setter
+    def applied(self, value: Cluster) -> None:
+        part = self._applied.with_suffix(".part")
+        part.write_bytes(pickle.dumps(value))
+        part.replace(self._applied)
