@@ -637,7 +637,12 @@ def _transformers_logits(
 
     disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        folder,
+        dtype=torch.float32,
+        # Others leave out what a model has beside the softmax, as the soft cap of Gemma 2.
+        attn_implementation="eager",
+        local_files_only=True,
+        trust_remote_code=False,
     ).eval()
     with torch.inference_mode():
         if adapter:
