@@ -240,17 +240,16 @@ def test_the_contract_answers_as_the_merged_model_does(http: httpx.Client, files
     assert last["response"] == http.post("/", json={**body, "model": "文档"}).json()["response"]
 
 
-def test_each_of_two_api_processes_knows_them_with_two_workers_behind(
+def test_each_of_two_api_processes_knows_them(
     http: httpx.Client, files: Path, tmp_path: Path
 ) -> None:
-    two = ("engine.api_server_count=2", "engine.tensor_parallel_size=2", "default_adapter=ranks")
+    two = ("engine.api_server_count=2", "default_adapter=ranks")
     names = ("my", "ranks")
     asked = words("--set", [*sets(files), *two])
     asked += words("--adapter", [f"{name}={files / FOLDERS[name]}" for name in names])
-    env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     body = {"prompt": "山东省最高的山", "temperature": 0, "max_new_tokens": 8}
     expected = {name: http.post("/", json={**body, "model": name}).json() for name in names}
-    with warm.Server.service(tmp_path / "log", BASE, *asked, env=env) as server:
+    with warm.Server.service(tmp_path / "log", BASE, *asked) as server:
         for number in range(12):  # by connections of their own, which both processes accept
             name = names[number % 2]
             told = {"model": name} if number < 11 else {}

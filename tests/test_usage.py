@@ -248,7 +248,7 @@ def test_a_key_has_so_many_tokens_a_minute_and_a_changed_file_gives_more(
     server: Server, keys_file: Path
 ) -> None:
     used = Usage(server, "dora")
-    stream = {**BODIES["/v1/chat/completions"], "stream": True, "max_tokens": 300}
+    stream = {**BODIES["/v1/chat/completions"], "stream": True, "max_tokens": 100}
     stream |= {"ignore_eos": True}
     assert post(server, "/v1/chat/completions", stream, "dora").status_code == 200
     found = used()

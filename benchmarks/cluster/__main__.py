@@ -6,6 +6,7 @@ its own (`unshare --net bash -c 'ip link set lo up; ...'`) or on a machine that 
 
 import argparse
 import asyncio
+import json
 import os
 import re
 import signal
@@ -31,6 +32,8 @@ from testing.server import Server, free_port
 
 _REQUESTS = 300  # one after the other
 _STREAMS = 64
+_CONVERSATIONS = 4
+_TURNS = 6
 _SMALL = {"engine.kv_cache_memory_bytes": "300M", "engine.max_num_seqs": 16}
 
 
@@ -180,12 +183,20 @@ def the_way() -> list[tuple[str, str]]:
 class _Real:
     """`chat-service cluster` with two replicas of the embedded model."""
 
-    def __init__(self, folder: Path, replicas: object = 2, **options: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        replicas: object = 2,
+        env: dict[str, str] | None = None,
+        **options: int,
+    ) -> None:
         self.file = folder / "cluster.yaml"
         self.port = free_port()
         self.write(replicas, **options)
         self.command = [sys.executable, "-m", "service", "cluster", str(self.file)]
-        self.server = Server(self.command, folder / "log", port=self.port, health="/health/ready")
+        self.server = Server(
+            self.command, folder / "log", port=self.port, env=env, health="/health/ready"
+        )
 
     def write(self, replicas: object, sequences: int = 16, **options: int) -> None:
         model = {
@@ -258,6 +269,65 @@ def the_faults(folder: Path, kills: int, updates: int) -> list[tuple[str, str]]:
     return rows
 
 
+async def _conversations(url: str, run: int) -> list[float]:
+    """Hold conversations at once; return the seconds to the first token of each later turn."""
+    waits: list[float] = []
+
+    async def one(client: httpx.AsyncClient, number: int) -> None:
+        history: list[list[str]] = []
+        headers = {"x-session-id": f"{run}-{number}"}
+        for turn in range(_TURNS):
+            question = f"{run} {number} {turn}: " + "tell me one more thing about this town. " * 4
+            body = {"prompt": question, "history": history, "max_new_tokens": 24, "stream": True}
+            began = time.monotonic()
+            first, text = None, ""
+            async with client.stream("POST", url, json=body, headers=headers) as response:
+                async for line in response.aiter_lines():
+                    if line.startswith("data: "):
+                        first, text = first or time.monotonic() - began, line
+            if turn and first is not None:
+                waits.append(first)
+            history = json.loads(text.removeprefix("data: "))["history"]
+
+    async with httpx.AsyncClient(trust_env=False, timeout=300) as client:
+        await asyncio.gather(*(one(client, number) for number in range(_CONVERSATIONS)))
+    return waits
+
+
+def the_conversations(folder: Path) -> list[tuple[str, str]]:
+    """Measure what a conversation loses whose turns go to any of two replicas."""
+    rows = []
+    for name, algorithm in (("any replica", "leastconn"), ("one replica", "hdr(x-session-id)")):
+        (folder / algorithm).mkdir()
+        env = {"RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": algorithm}
+        with _Real(folder / algorithm, env=env) as real:
+            url = f"{real.server.url}/a/"
+            asyncio.run(_conversations(url, 0))  # warms it up
+            hits, queries = _prefix_cache(real)
+            waits = [wait for run in (1, 2, 3) for wait in asyncio.run(_conversations(url, run))]
+            hits, queries = (
+                n - b for n, b in zip(_prefix_cache(real), (hits, queries), strict=True)
+            )
+        rows.append(
+            (
+                f"{_CONVERSATIONS} conversations of {_TURNS} turns at once, each at {name}",
+                f"{hits / queries:.0%} of the prompts cached, first token after "
+                f"{1000 * statistics.median(waits):.0f} ms (p50)",
+            )
+        )
+    return rows
+
+
+def _prefix_cache(real: _Real) -> tuple[float, float]:
+    """Return how many prompt tokens were found in the caches, and how many were looked for."""
+    text = httpx.get(f"{real.server.url}/metrics", trust_env=False, timeout=60).text
+    hits, queries = (
+        re.findall(rf"^vllm:prefix_cache_{kind}_total{{.*}} (\S+)$", text, re.M)
+        for kind in ("hits", "queries")
+    )
+    return sum(map(float, hits)), sum(map(float, queries))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.cluster", description=__doc__)
     parser.add_argument("--kills", type=int, default=10)
@@ -265,6 +335,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = the_way()
     with tempfile.TemporaryDirectory() as folder:
+        rows += the_conversations(Path(folder))
         rows += the_faults(Path(folder), arguments.kills, arguments.updates)
     print("| measured | here |\n|---|---|")
     print("".join(f"| {name} | {value} |\n" for name, value in rows))

@@ -41,8 +41,6 @@ class ChatService:
             raise ConfigError("this plugin runs in `chat-service`, which sets it up") from None
         deployment, host = parts
         model = deployment.model
-        for served in state.openai_serving_models.base_model_paths:
-            served.model_path = model.name  # /v1/models would show a local path
         vllm_private.hide_paths(state.openai_serving_models)
         service = ServiceState(deployment, host, engine_client, state, args.api_server_count or 1)
         service.engine.stop_at(model.sampling.stop or ())

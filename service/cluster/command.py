@@ -13,7 +13,7 @@ from service import settings
 from service.cluster import applications, config, placement
 from service.cluster.applications import CHECK_INTERVAL
 from service.cluster.config import Cluster
-from service.cluster.connection import connected
+from service.cluster.connection import connected, end_orphans
 from service.cluster.state import State
 from service.errors import ConfigError, LaunchError
 from service.launch import environment as launch_environment
@@ -42,6 +42,7 @@ def run(file: Path | None) -> None:
             return
         state.forget()
         if "RAY_ADDRESS" not in os.environ:  # there HAProxy may have the port already
+            end_orphans(state)
             _warn(cluster)
         with connected(state, starts=True):
             stop = _Stop()  # over Ray's own handlers

@@ -34,7 +34,6 @@ def connected(state: State, *, starts: bool) -> Iterator[None]:
         folder = tempfile.TemporaryDirectory(prefix="chat-", dir="/tmp", ignore_cleanup_errors=True)
     with folder as path:
         if path:
-            _end_orphans(state.ray_folder)
             state.ray_folder = path
         environment.prepare(path)
         try:
@@ -70,6 +69,7 @@ def connected(state: State, *, starts: bool) -> Iterator[None]:
         # Here, unlike in the processes of the cluster, no event loop runs.
         os.environ["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] = "1"
         import ray.serve
+        import ray.serve.exceptions
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         try:
@@ -78,19 +78,22 @@ def connected(state: State, *, starts: bool) -> Iterator[None]:
             elif address:
                 _check_environment()
             yield
-        except ray.exceptions.RayError as e:
+        except (ray.exceptions.RayError, ray.serve.exceptions.RayServeException) as e:
             lines = str(e).strip().splitlines()
             raise LaunchError(f"Ray fails: {lines[-1][:500] if lines else type(e).__name__}") from e
         finally:
             ray.shutdown()
 
 
-def _end_orphans(folder: str | None) -> None:
+def end_orphans(state: State) -> None:
     """End what a command has left that was killed: HAProxy, which would keep the port."""
+    if (folder := state.ray_folder) is None:
+        return
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if folder and process.ppid() == 1 and any(folder in word for word in process.cmdline()):
+            if "haproxy" in process.name() and any(folder in word for word in process.cmdline()):
                 process.kill()
+                process.wait(5)
 
 
 def _check_environment() -> None:

@@ -90,16 +90,17 @@ def change_conversations(renderer: Any, change: Callable[[Sequence[Any]], list[A
 
 
 def hide_paths(models: Any) -> None:
-    """Show names for the folders of adapters in /v1/models. `models` is OpenAIServingModels.
+    """Show names for the folders in /v1/models. `models` is OpenAIServingModels.
 
-    The engine needs the paths themselves, in the requests that vLLM keeps.
+    An alias has the model's name as its root. The engine needs the adapters' paths themselves, in
+    the requests that vLLM keeps.
     """
     show = models.show_available_models
 
     async def show_names() -> Any:
         listed = await show()
         for card in listed.data:
-            card.root = card.id
+            card.root = card.id if card.parent else models.base_model_paths[0].name
         return listed
 
     models.show_available_models = show_names
