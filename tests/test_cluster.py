@@ -310,6 +310,20 @@ def test_a_replica_without_an_engine_refuses_nobody(cluster: ClusterUnderTest) -
     wait(lambda: len(cluster.serving()) == 2)
 
 
+def test_without_its_controller_a_cluster_goes_on_and_it_comes_back(
+    cluster: ClusterUnderTest,
+) -> None:
+    before = cluster.serving(), {p.pid for p in cluster.replicas()}
+    (controller,) = cluster.processes("ServeController")
+    with Load(cluster.url, 8, key=KEYS["ben"]) as load:
+        controller.kill()
+        wait(lambda: cluster.processes("ServeController"), 30)
+        time.sleep(10)
+    assert load.counts.keys() == ANSWERED, load.counts
+    assert before == (cluster.serving(), {p.pid for p in cluster.replicas()})
+    assert cluster.server.process.poll() is None
+
+
 def test_load_adds_a_replica(cluster: ClusterUnderTest) -> None:
     def starting() -> bool:
         return len(cluster.replicas("b")) == 2

@@ -1,21 +1,53 @@
 """The cluster's models and its front as applications of Ray Serve: applied, watched, drained."""
 
 import re
+import signal
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from service.cluster import placement
 from service.cluster.config import Cluster
+from service.errors import LaunchError
 
 if TYPE_CHECKING:
     from ray.serve.schema import ApplicationStatusOverview
 
 CHECK_INTERVAL = 0.5  # seconds
+MAX_SILENCE = 60.0  # seconds; Serve's controller may be started again meanwhile
 _ASK_SECONDS = 10.0
 # The last error of this service in the traceback that Serve reports.
 _ERROR = re.compile(r"service\.errors\.\w+: (.{1,2000})")
+
+
+class RayGone(LaunchError):
+    """Ray has ended, or hangs."""
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    """Raise RayGone after `MAX_SILENCE`. Ray's calls wait for a dead node without end."""
+    expired = False
+
+    def expire(number: int, frame: FrameType | None) -> None:
+        nonlocal expired
+        expired = True
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, MAX_SILENCE)
+    try:
+        yield
+    except BaseException:  # Ray makes a KeyboardInterrupt of it
+        if not expired:
+            raise
+        raise RayGone("Ray does not answer any more") from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def apply(cluster: Cluster, surge: Collection[str] = ()) -> None:
@@ -29,8 +61,9 @@ def apply(cluster: Cluster, surge: Collection[str] = ()) -> None:
     )
     *models, front = targets
     # The front asks for handles to the models, which must be there.
-    serve.run_many(models, wait_for_applications_running=False)
-    serve.run_many([front], wait_for_applications_running=False)
+    with _answered():
+        serve.run_many(models, wait_for_applications_running=False)
+        serve.run_many([front], wait_for_applications_running=False)
 
 
 def statuses() -> "dict[str, ApplicationStatusOverview]":
@@ -39,9 +72,11 @@ def statuses() -> "dict[str, ApplicationStatusOverview]":
 
     from service.cluster.deployments import PREFIX
 
+    with _answered():
+        found = serve.status().applications
     return {
         name.removeprefix(PREFIX).removeprefix("-") or "front": app
-        for name, app in serve.status().applications.items()
+        for name, app in found.items()
         if name == PREFIX or name.startswith(f"{PREFIX}-")
     }
 

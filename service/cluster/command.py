@@ -11,7 +11,7 @@ from typing import Any
 
 from service import settings
 from service.cluster import applications, config, placement
-from service.cluster.applications import CHECK_INTERVAL
+from service.cluster.applications import CHECK_INTERVAL, MAX_SILENCE, RayGone
 from service.cluster.config import Cluster
 from service.cluster.connection import connected, end_orphans
 from service.cluster.state import State
@@ -21,8 +21,6 @@ from service.launch.listener import listener_of, warn_if_open
 
 # Time, size and inode of a file.
 _Version = tuple[int, int, int] | None
-
-_MAX_SILENCE = 60.0  # seconds; Serve's controller may be started again meanwhile
 
 
 def run(file: Path | None) -> None:
@@ -52,7 +50,8 @@ def run(file: Path | None) -> None:
                     _watch(state, stop, keys)
             finally:
                 state.forget()
-                _end(cluster)
+                if not isinstance(sys.exception(), RayGone):
+                    _end(cluster)
 
 
 def check(file: Path | None) -> list[str]:
@@ -213,8 +212,8 @@ def _watch(state: State, stop: _Stop, keys: _Version) -> None:
         except (RayError, RayServeException, TimeoutError) as e:
             refused = None
             failing_since = failing_since or time.monotonic()
-            if time.monotonic() - failing_since > _MAX_SILENCE:
-                raise LaunchError(f"Ray does not answer any more ({type(e).__name__})") from None
+            if time.monotonic() - failing_since > MAX_SILENCE:
+                raise RayGone(f"Ray does not answer any more ({type(e).__name__})") from None
 
 
 def _version_of(cluster: Cluster | None) -> _Version:

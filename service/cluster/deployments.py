@@ -7,10 +7,12 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import uuid
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any, cast
 
@@ -81,6 +83,20 @@ class _End:
         self._should_exit = value
 
 
+@contextlib.contextmanager
+def _log_of_serve_kept() -> Iterator[None]:
+    """Give Serve's log handler its target back.
+
+    vLLM configures logging by a dictionary, which closes all handlers that there are. Serve's
+    controller, when it is started again, takes a replica without a target for a broken one.
+    """
+    handlers = [h for h in logging.getLogger("ray.serve").handlers if isinstance(h, MemoryHandler)]
+    targets = [handler.target for handler in handlers]
+    yield
+    for handler, target in zip(handlers, targets, strict=True):
+        handler.setTarget(target)
+
+
 @serve.deployment
 @serve.ingress()
 class Model:
@@ -96,6 +112,10 @@ class Model:
         """
         environment.check()
         os.environ[parent.VARIABLE] = str(os.getpid())
+        with _log_of_serve_kept():
+            await self._start(model, file, settings, keyed=keyed)
+
+    async def _start(self, model: str, file: str, settings: str, *, keyed: bool) -> None:
         config = ModelConfig.model_validate_json(model)
         origins = Origins(Path(file), {}, frozenset())
         loaded = Settings.model_validate_json(settings, strict=False)

@@ -17,6 +17,8 @@ VARIABLES = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     # Seconds that a replica stays reachable while HAProxy leaves it out.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DEREGISTER_SECONDS),
+    # Seconds between two looks at HAProxy, which is started again after three that find none.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
     # Seconds that a client may send nothing in the middle of a request.
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",

@@ -8,6 +8,7 @@ import asyncio
 import dataclasses
 import json
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
@@ -172,51 +173,23 @@ class Front:
 
     async def _forward(self, model: str, request: Request, exchange: "_Exchange") -> None:
         """Let replicas of `model` answer, until one does. Raises RequestError."""
-        lost = 0
-        for attempt in range(_ATTEMPTS):
-            if attempt:
+        deadline = time.monotonic() + self._settings.queue_timeout
+        tried = lost = 0
+        while tried < _ATTEMPTS and lost < _MAX_LOST and not exchange.started:
+            if tried:
                 metrics.FRONT_RETRIES.labels(model).inc()
-                await asyncio.sleep(_PAUSE * attempt)
-            last = attempt == _ATTEMPTS - 1
-            try:
-                if await self._try(model, request, exchange, last=last):
-                    return
-            except ReplicaLost:
-                _logger.warning("a replica of %s was lost during a request", model)
-                lost += 1
-                if exchange.started or lost == _MAX_LOST:
-                    break
-        raise Unavailable("the replica that answered was lost; send it again", retry_after=5)
-
-    async def _try(
-        self, model: str, request: Request, exchange: "_Exchange", *, last: bool
-    ) -> bool:
-        """Let one replica answer. Returns whether it did; else another may. Raises ReplicaLost."""
-        async with aclosing(self._replicas.answer(model, request)) as parts:
-            try:
-                async with asyncio.timeout(self._settings.queue_timeout):
-                    await anext(parts)
-            except ReplicaLost:  # before it has begun, so not because of this request
-                return False
-            except TimeoutError:
-                raise WaitedTooLong(
-                    f"no replica of {model} is up; send it again later", retry_after=10
-                ) from None
-            while True:
+                await asyncio.sleep(_PAUSE * tried)
+            async with aclosing(self._replicas.answer(model, request)) as parts:
+                if not await _begun(parts, deadline):
+                    continue
+                tried += 1
                 try:
-                    async with asyncio.timeout(_SILENCE):
-                        part = await anext(parts, None)
-                except TimeoutError:
-                    raise ReplicaLost from None
-                if part is None:
-                    break
-                if part.status == 503 and _ENDED in part.body:
-                    raise ReplicaLost
-                if part.status == 503 and not last and _WAITED not in part.body:
-                    return False
-                if part != BEAT:
-                    await exchange.send(part)
-        return True
+                    if await _relayed(parts, exchange, last=tried == _ATTEMPTS):
+                        return
+                except ReplicaLost:
+                    _logger.warning("a replica of %s was lost during a request", model)
+                    lost += 1
+        raise Unavailable("the replica that answered was lost; send it again", retry_after=5)
 
     async def _live(self, scope: Scope) -> Response:
         return JSONResponse({"status": "alive"})
@@ -258,6 +231,42 @@ class Front:
         except (ReplicaLost, TimeoutError):
             return 503, b""
         return status, body
+
+
+async def _begun(parts: AsyncGenerator[Part | None, None], deadline: float) -> bool:
+    """Wait for a replica to begin. Returns whether it did; else another may. Raises WaitedTooLong.
+
+    A replica that hangs, or that ends now, does so whatever the request says.
+    """
+    try:
+        async with asyncio.timeout(min(_SILENCE, max(0, deadline - time.monotonic()))):
+            await anext(parts)
+    except (ReplicaLost, TimeoutError):
+        if time.monotonic() + _PAUSE > deadline:
+            raise WaitedTooLong("no replica is up; send it again later", retry_after=10) from None
+        await asyncio.sleep(_PAUSE)
+        return False
+    return True
+
+
+async def _relayed(
+    parts: AsyncGenerator[Part | None, None], exchange: "_Exchange", *, last: bool
+) -> bool:
+    """Send what a replica answers. Returns whether it did; else another may. Raises ReplicaLost."""
+    while True:
+        try:
+            async with asyncio.timeout(_SILENCE):
+                part = await anext(parts, None)
+        except TimeoutError:
+            raise ReplicaLost from None
+        if part is None:
+            return True
+        if part.status == 503 and _ENDED in part.body:
+            raise ReplicaLost
+        if part.status == 503 and not last and _WAITED not in part.body:
+            return False
+        if part != BEAT:
+            await exchange.send(part)
 
 
 class _Exchange:
