@@ -1,20 +1,23 @@
 """The cluster's models and its front as applications of Ray Serve: applied, watched, drained."""
 
+import concurrent.futures
 import re
-import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection
+from concurrent.futures import Future
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from service.cluster import placement
 from service.cluster.config import Cluster
-from service.errors import LaunchError
+from service.cluster.connection import RayGone
 
 if TYPE_CHECKING:
     from ray.serve.schema import ApplicationStatusOverview
+
+_Answer = TypeVar("_Answer")
 
 CHECK_INTERVAL = 0.5  # seconds
 MAX_SILENCE = 60.0  # seconds; Serve's controller may be started again meanwhile
@@ -23,31 +26,21 @@ _ASK_SECONDS = 10.0
 _ERROR = re.compile(r"service\.errors\.\w+: (.{1,2000})")
 
 
-class RayGone(LaunchError):
-    """Ray has ended, or hangs."""
+def _answered(call: Callable[[], _Answer]) -> _Answer:
+    """Return what a call to Ray returns. Raises RayGone: they wait for a dead node without end."""
+    future: Future[_Answer] = Future()
 
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except Exception as e:
+            future.set_exception(e)
 
-@contextmanager
-def _answered() -> Iterator[None]:
-    """Raise RayGone after `MAX_SILENCE`. Ray's calls wait for a dead node without end."""
-    expired = False
-
-    def expire(number: int, frame: FrameType | None) -> None:
-        nonlocal expired
-        expired = True
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, MAX_SILENCE)
-    try:
-        yield
-    except BaseException:  # Ray makes a KeyboardInterrupt of it
-        if not expired:
-            raise
-        raise RayGone("Ray does not answer any more") from None
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    threading.Thread(target=run, daemon=True).start()
+    done, _ = concurrent.futures.wait([future], MAX_SILENCE)
+    if not done:
+        raise RayGone("Ray does not answer any more")
+    return future.result()
 
 
 def apply(cluster: Cluster, surge: Collection[str] = ()) -> None:
@@ -61,9 +54,8 @@ def apply(cluster: Cluster, surge: Collection[str] = ()) -> None:
     )
     *models, front = targets
     # The front asks for handles to the models, which must be there.
-    with _answered():
-        serve.run_many(models, wait_for_applications_running=False)
-        serve.run_many([front], wait_for_applications_running=False)
+    for some in (models, [front]):
+        _answered(partial(serve.run_many, some, wait_for_applications_running=False))
 
 
 def statuses() -> "dict[str, ApplicationStatusOverview]":
@@ -72,11 +64,9 @@ def statuses() -> "dict[str, ApplicationStatusOverview]":
 
     from service.cluster.deployments import PREFIX
 
-    with _answered():
-        found = serve.status().applications
     return {
         name.removeprefix(PREFIX).removeprefix("-") or "front": app
-        for name, app in found.items()
+        for name, app in _answered(serve.status).applications.items()
         if name == PREFIX or name.startswith(f"{PREFIX}-")
     }
 

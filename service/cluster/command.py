@@ -11,9 +11,9 @@ from typing import Any
 
 from service import settings
 from service.cluster import applications, config, placement
-from service.cluster.applications import CHECK_INTERVAL, MAX_SILENCE, RayGone
+from service.cluster.applications import CHECK_INTERVAL, MAX_SILENCE
 from service.cluster.config import Cluster
-from service.cluster.connection import connected, end_orphans
+from service.cluster.connection import RayGone, connected, end_orphans
 from service.cluster.state import State
 from service.errors import ConfigError, LaunchError
 from service.launch import environment as launch_environment
@@ -40,7 +40,7 @@ def run(file: Path | None) -> None:
             return
         state.forget()
         if "RAY_ADDRESS" not in os.environ:  # there HAProxy may have the port already
-            end_orphans(state)
+            end_orphans(state.ray_folder)
             _warn(cluster)
         with connected(state, starts=True):
             stop = _Stop()  # over Ray's own handlers

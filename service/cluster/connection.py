@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +18,10 @@ from service.errors import LaunchError
 
 # Bytes. Ray keeps large objects there; requests and answers are small.
 _OBJECT_STORE = 200 * 2**20
+
+
+class RayGone(LaunchError):
+    """Ray has ended, or hangs."""
 
 
 @contextmanager
@@ -78,22 +83,31 @@ def connected(state: State, *, starts: bool) -> Iterator[None]:
             elif address:
                 _check_environment()
             yield
+        except RayGone as e:
+            end_orphans(path)
+            print(f"error: {e}", file=sys.stderr, flush=True)
+            os._exit(1)  # Ray's shutdown would wait, or crash
         except (ray.exceptions.RayError, ray.serve.exceptions.RayServeException) as e:
             lines = str(e).strip().splitlines()
             raise LaunchError(f"Ray fails: {lines[-1][:500] if lines else type(e).__name__}") from e
         finally:
             ray.shutdown()
+            end_orphans(path)
 
 
-def end_orphans(state: State) -> None:
-    """End what a command has left that was killed: HAProxy, which would keep the port."""
-    if (folder := state.ray_folder) is None:
+def end_orphans(folder: str | None) -> None:
+    """End what is left of the Ray that had this folder: it, or its command, was killed.
+
+    The replicas would keep their cards, and HAProxy the port.
+    """
+    if folder is None:
         return
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if "haproxy" in process.name() and any(folder in word for word in process.cmdline()):
+            if environment.folder_of(process.environ()) == folder:
                 process.kill()
                 process.wait(5)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_environment() -> None:

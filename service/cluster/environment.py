@@ -5,6 +5,8 @@ where `ray start` makes a cluster, `chat-service cluster --environment` prints i
 """
 
 import os
+from collections.abc import Mapping
+from pathlib import Path
 
 from service.cluster.config import DEREGISTER_SECONDS
 
@@ -40,13 +42,14 @@ NEEDED = {
         "RAY_AUTH_MODE",
     )
 }
+_FILE = "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"
 # Of a cluster on this machine: what its processes print, and HAProxy's files, by default in /tmp.
 _ALONE = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_COLOR_PREFIX": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "PYTHONWARNINGS": "ignore",
-    "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "{folder}/h/haproxy.cfg",
+    _FILE: "{folder}/h/haproxy.cfg",
     "RAY_SERVE_HAPROXY_SOCKET_PATH": "{folder}/h/admin.sock",
     "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "{folder}/h/metrics.sock",
     "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "{folder}/h",
@@ -62,3 +65,9 @@ def prepare(folder: str | None) -> None:
     variables = VARIABLES if folder is None else {**VARIABLES, **_ALONE}
     for name, value in variables.items():
         os.environ.setdefault(name, value.format(folder=folder))
+
+
+def folder_of(variables: Mapping[str, str]) -> str | None:
+    """Return the folder of the cluster to which a process with these variables belongs."""
+    file = variables.get(_FILE)
+    return str(Path(file).parent.parent) if file else None
