@@ -116,6 +116,13 @@ class ClusterUnderTest:
         return set(re.findall(series % model, text))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def files_of_the_model() -> None:
+    """Fetch them before there is no network."""
+    command = [sys.executable, "-m", "service", "download", "smollm2-135m-instruct"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterUnderTest]:
     with network_of_its_own():
