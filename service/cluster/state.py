@@ -31,7 +31,7 @@ class State:
         """Yield whether this command owns the cluster: it is the only one, or the first."""
         lock = filelock.FileLock(self._folder / "lock")
         try:
-            lock.acquire(timeout=1)  # `--status` looks whether it is free
+            lock.acquire(timeout=5)  # `--status` looks whether it is free; one may just be ending
         except filelock.Timeout:
             yield False
             return
