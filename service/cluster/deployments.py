@@ -212,13 +212,7 @@ class _Handles:
     async def answer(self, model: str, request: Request) -> AsyncGenerator[Part | None, None]:
         if model not in self._handles:  # an update has just removed it
             raise ReplicaLost
-        handle = self._handles[model].options(
-            stream=True,
-            method_name="answer",
-            # The default, cloudpickle, is for functions; it takes ten times as long.
-            request_serialization="pickle",
-            response_serialization="pickle",
-        )
+        handle = self._handles[model].options(stream=True, method_name="answer")
         response = cast(DeploymentResponseGenerator[Part | None], handle.remote(request))
         try:
             async for part in response:
