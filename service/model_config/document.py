@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from service import text_file
 from service.errors import ConfigError
 from service.model_config.spelling import nearest
 
@@ -50,12 +51,7 @@ def read(
 
     `spell` returns the name under which a key at a path is known. Raises ConfigError.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        raise ConfigError(f"{file}: not UTF-8 text (byte {e.start})") from None
-    except OSError as e:
-        raise ConfigError(f"{file}: {e.strerror}") from None
+    text = text_file.read(file, str(file))
     try:
         node = _compose(text)
         loader = yaml.SafeLoader("")
