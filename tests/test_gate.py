@@ -12,12 +12,14 @@ from starlette.responses import JSONResponse
 from starlette.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
 
+from service import clients
 from service.api.admission import Admission
 from service.api.cancellation import Cancellations
 from service.api.gate import Gate
 from service.api.keys import Keys
 from service.api.middleware import ApiKey, Observe, Refusals
 from service.api.rate_limits import RateLimits
+from service.clients import Client
 from service.errors import Overloaded
 from service.settings import Settings
 from tests.conftest import hardening
@@ -165,3 +167,36 @@ def test_behind_a_proxy_that_keeps_its_prefix_the_same_paths_need_no_key() -> No
     assert client.get("/prefix/", headers={"accept": "text/html"}).status_code == 200
     assert client.post("/prefix/").status_code == 401
     assert client.get("/prefix/v1/new").status_code == 401
+
+
+@hardening(13)
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/v1/messages", {"x-api-key": "k"}, 200),
+        ("/v1/messages", {"x-api-key": "k", "authorization": "Bearer other"}, 200),
+        ("/v1/messages", {"x-api-key": "other", "authorization": "Bearer k"}, 200),
+        ("/v1/messages/count_tokens", {"x-api-key": "k"}, 200),
+        ("/v1/models", {"x-api-key": "k"}, 200),
+        ("/v1/models/a-model", {"X-Api-Key": " k "}, 200),
+        ("/v1/messages", {"x-api-key": "other"}, 401),
+        ("/v1/messages", {"x-api-key": ""}, 401),
+        ("/v1/messages", {"api-key": "k"}, 401),
+        ("/v1/messages?x-api-key=k", {}, 401),
+        ("/v1/new", {"x-api-key": "k"}, 401),  # it is no route of Anthropic's
+        ("/", {"x-api-key": "k"}, 401),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "/prefix"])
+def test_anthropics_clients_send_the_key_in_their_header(
+    prefix: str, path: str, headers: dict[str, str], status: int
+) -> None:
+    state = State()
+    state.keys = Keys({clients.digest(b"k"): Client("alice")}, None)
+    app = application(state, prefix)
+    for route in ("/v1/messages", "/v1/messages/count_tokens", "/v1/models", "/v1/models/a-model"):
+        app.add_route(route, echo, methods=["POST"])
+    answer = TestClient(app).post(prefix + path, headers=headers)
+    assert answer.status_code == status
+    named = "or `x-api-key`" in answer.text
+    assert named == (status == 401 and "/v1/m" in path)

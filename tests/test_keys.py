@@ -17,8 +17,8 @@ from tests.conftest import hardening
 FORM = "a line is NAME KEY [WEIGHT] [requests=N/min] [tokens=N/min]"
 HASH = "a hash is sha256: and 64 hex digits, without blanks"
 COMMENT = (
-    "is the `#` a comment, or of a key? Write a comment in a line of its own, and a key that begins "
-    "with # as sha256: and its hash"
+    "is the `#` a comment, or of a key? Write a comment in a line of its own, and a key that "
+    "begins with # as sha256: and its hash"
 )
 LIMIT = "a limit is requests=N/min or tokens=N/min, where N is a whole number above 0"
 

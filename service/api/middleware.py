@@ -211,7 +211,7 @@ class ApiKey(_HttpMiddleware):
         metrics_key = state.deployment.settings.metrics_key
         public = is_public(scope, path, metrics_key=metrics_key)
         if state.keys and not public:
-            RequestRecord.of(scope).client = state.keys.owner(scope)
+            RequestRecord.of(scope).client = state.keys.owner(scope, path)
         await self.app(scope, receive, send)
 
 

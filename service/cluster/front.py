@@ -138,7 +138,7 @@ class Front:
         if self._keys:
             self._keys.reload()
             if not is_public(scope, path, metrics_key=self._settings.metrics_key):
-                self._keys.owner(scope)
+                self._keys.owner(scope, path)
         if (own := self._own_routes.get(path)) is not None:
             if method in ("GET", "HEAD"):
                 return await own(scope)
