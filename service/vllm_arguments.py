@@ -83,7 +83,7 @@ def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argp
     if args.api_server_count is not None and args.api_server_count < 1:
         raise ConfigError(f"{origins.of(('engine', 'api_server_count'))}: must be 1 or more")
     args.host, args.port = settings.host, settings.port
-    args.root_path = (args.root_path or "").rstrip("/")
+    args.root_path = root_path(config)
     args.served_model_name = [config.name, *config.aliases]
     if config.dtype and "dtype" not in names:
         args.dtype = config.dtype
@@ -104,6 +104,12 @@ def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argp
     if "distributed_executor_backend" not in names and _is_one_cpu(args):
         args.distributed_executor_backend = CPU_EXECUTOR
     return args
+
+
+def root_path(config: ModelConfig) -> str:
+    """Return the prefix that a proxy in front of us may keep, such as "/llm", or ""."""
+    prefix = str(config.engine.get("root_path") or "").strip("/")
+    return f"/{prefix}" if prefix else ""
 
 
 def engine_config(args: argparse.Namespace) -> Any:

@@ -25,6 +25,7 @@ from typing import Any
 import psutil
 import setproctitle
 
+from service import vllm_arguments
 from service.api.application import Deployment
 from service.errors import ConfigError, LaunchError, ServiceError
 from service.launch import environment, server
@@ -66,7 +67,14 @@ def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
         )
         folder.write_deployment(deployment)
         tls = _tls(config, origins)
-        progress = ProgressServer(listener, tls, folder, config.name, deployment.instance)
+        progress = ProgressServer(
+            listener,
+            tls,
+            folder,
+            config.name,
+            deployment.instance,
+            vllm_arguments.root_path(config),
+        )
         progress.start()
         environment.prepare(folder, settings)
         print(f"Starting {config.name}; vLLM takes a while to import ...", file=sys.stderr)
