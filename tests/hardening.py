@@ -20,7 +20,8 @@ ROWS: dict[int, tuple[str, str]] = {
     2: (
         "A body of hundreds of MB, endless, not JSON, nested deep, or behind `Upgrade`",
         "413 at `SERVICE_MAX_BODY_BYTES` before it is read or while it comes; 400 for what is no JSON, or "
-        "nested deeper than the parser's 201 levels, and for a body behind `Upgrade`; 422 for what is no object; errors are short and repeat no input",
+        "nested deeper than the parser's 201 levels; 422 for what is no object; errors are short and repeat no input; "
+        "`Upgrade` is ignored, and the body is the request's",
     ),
     3: (
         "Thousands of headers, one huge header, slow headers, a slow body; thousands of connections or of requests sent ahead",

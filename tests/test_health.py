@@ -119,7 +119,7 @@ def test_while_it_loads_health_and_page_are_at_the_same_paths(tmp_path: Path, pr
     listener = socket.create_server(("127.0.0.1", 0))
     with ProgressServer(listener, None, folder, "a-model", "this one", "/llm") as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}{prefix}"
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}{prefix}"
         with httpx.Client(base_url=url, trust_env=False) as http:
             assert http.get("/health/live").status_code == 200
             assert http.head("/health/live").status_code == 200
