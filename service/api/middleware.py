@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api import metrics, tracing, vllm_errors
 from service.api.bodies import has_body, is_form
+from service.api.body_budget import as_utf8
 from service.api.keys import HEALTH, is_public
 from service.api.record import REQUEST_ID, RequestRecord, request_id
 from service.api.refusal import refusal, refusal_event
@@ -230,6 +231,7 @@ class Body(_HttpMiddleware):
         async with state.bodies.read(scope, receive) as body:
             path = path_of(scope)
             if path == "/" or not is_form(scope):  # POST / reads JSON, whatever its type says
+                body = as_utf8(body)
                 state.budget.check(path, body)
             message = {"type": "http.request", "body": body, "more_body": False}
             await self.app(scope, once(message, receive), send)
