@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from service.errors import ConfigError
@@ -119,7 +118,7 @@ def _assign(data: dict[str, Any], assignment: str) -> KeyPath:
             f"--set {assignment!r}: expected key.path=value, such as engine.max_model_len=2048"
         )
     try:
-        value = yaml.safe_load(text)
+        value = document.value_of(text)
     except document.UNREADABLE:
         raise ConfigError(f"--set {key[:100]}: the value is not valid YAML") from None
     section: Any = data
