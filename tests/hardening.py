@@ -56,7 +56,7 @@ ROWS: dict[int, tuple[str, str]] = {
     12: (
         "Media URLs; an X-Request-Id with a URL, spaces, controls; routes that change the engine",
         "nothing is fetched; the id is replaced; those routes are off, and a server with "
-        "`VLLM_SERVER_DEV_MODE` does not start",
+        "`VLLM_SERVER_DEV_MODE`, or another variable of vLLM that undoes a promise, does not start",
     ),
     13: (
         "No key, a wrong key, odd paths and Host headers",

@@ -153,18 +153,18 @@ def merged_into_four_bits(folder: Path) -> None:
     change(folder / "config.json", quantization_config={"quant_method": "bitsandbytes"})
 
 
-def replaced(name: str, content: str | bytes) -> Callable[[Path], None]:
+def replaced(name: str, content: str | bytes) -> Callable[[Path], object]:
     data = content.encode() if isinstance(content, str) else content
-    return lambda folder: (folder / name).write_bytes(data) and None
+    return lambda folder: (folder / name).write_bytes(data)
 
 
-def sampled_by(**keys: Any) -> Callable[[Path], None]:
+def sampled_by(**keys: Any) -> Callable[[Path], object]:
     return replaced("generation_config.json", json.dumps({"do_sample": True, **keys}))
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 PULL = "it is the pointer of git-lfs to the file: run `git lfs pull` in its folder"
-REFUSED: dict[str, tuple[str, Callable[[Path], None], str]] = {
+REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "DeepSpeed": ("qwen2", in_parts, "in parts: join them with the zero_to_fp32.py that lies in"),
     "no tokenizer": ("qwen2", without_tokenizer, "has no tokenizer; copy the tokenizer's files"),
     "both": ("qwen2", with_an_adapter, "a model and an adapter (adapter_model.safetensors); move"),
@@ -196,9 +196,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     ),
     "only macOS's": (
         "qwen2",
-        lambda folder: (
-            (folder / "model.safetensors").rename(folder / "._model.safetensors") and None
-        ),
+        lambda folder: (folder / "model.safetensors").rename(folder / "._model.safetensors"),
         "holds no weights (*.safetensors, *.bin, *.pt); fetch the model again",
     ),
     "a mark": ("qwen2", replaced("config.json", b"\xef\xbb\xbf{}"), "config.json is not readable"),
