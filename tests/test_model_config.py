@@ -67,6 +67,11 @@ def test_set_overrides_one_value(tmp_path: Path) -> None:
             GOOD + "  top_k: 1:30",
             "{file}:8: YAML reads 1:30 as 90; write that, or put it in quotes",
         ),
+        (
+            GOOD.replace("mine\n", "Qwen/Qwen2\n", 1),
+            "{file}:1: name: a name has up to 64 letters, digits, _ . and -, and begins with none "
+            "of the last two; for owner/model write model, as a name is part of paths",
+        ),
         ("name: mine\nsource:\n  # path: /x\n", "{file}: source is missing"),
         (
             GOOD.replace("0.5", "3"),

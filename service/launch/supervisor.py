@@ -100,6 +100,15 @@ def _ready_message(model: str, url: str, needs_key: bool) -> str:
     )
 
 
+def _announce(message: str) -> None:
+    """Print a message, unless who read it has ended: that is no reason to end the server."""
+    try:
+        print(message, flush=True)
+    except OSError:
+        # What the buffer holds would fail again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class _StoppedEarly(Exception):
     """Raised by a signal while the fork server imports vLLM."""
 
@@ -138,7 +147,7 @@ class _Supervisor:
             while not multiprocessing.connection.wait([self.server.sentinel], _CHECK_INTERVAL):
                 self._check_beats()
                 if self.ready_message and self.folder.phase()[0] is Phase.READY:
-                    print(self.ready_message, flush=True)
+                    _announce(self.ready_message)
                     self.ready_message = None
                 if self.kill_at is None and self.folder.failure():
                     self.kill_at = time.monotonic() + _GRACE_SECONDS

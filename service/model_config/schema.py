@@ -1,8 +1,10 @@
 """The YAML schema of `model_configs/`."""
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -38,8 +40,17 @@ class Section(BaseModel):
         return {k: v for k, v in value.items() if v is not None or k not in cls.model_fields}
 
 
+def _name(name: str) -> str:
+    if not re.fullmatch(r"\w[\w.-]{0,63}", name):
+        raise ValueError(
+            "a name has up to 64 letters, digits, _ . and -, and begins with none of the last two; "
+            "for owner/model write model, as a name is part of paths"
+        )
+    return name
+
+
 # As clients write it; letters of any language, for folders are named in them.
-Name = Annotated[str, Field(pattern=r"^\w[\w.-]{0,63}$")]
+Name = Annotated[str, AfterValidator(_name)]
 
 
 class Source(Section):
