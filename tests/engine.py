@@ -109,7 +109,8 @@ def ask(llm: Any, prompts: Sequence[list[int]] = PROMPTS, lora: str | None = Non
 if __name__ == "__main__":
     from vllm.envs import enable_envs_cache
 
-    os.environ |= ENVIRONMENT | {"VLLM_WORKER_MULTIPROC_METHOD": "fork"}
+    # A thread for each worker: more would wait for each other on two cores.
+    os.environ |= ENVIRONMENT | {"VLLM_WORKER_MULTIPROC_METHOD": "fork", "OMP_NUM_THREADS": "1"}
     arguments = json.loads(sys.argv[1])
     answers = {}
     for checkpoint in sys.argv[2:]:

@@ -25,7 +25,11 @@ class Stub:
         self._engine = asyncio.Semaphore(1)
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
-        return self._application
+        # uvicorn does not know an actor's method for what it is.
+        async def application(scope: Scope, receive: Receive, send: Send) -> None:
+            await self._application(scope, receive, send)
+
+        return application
 
     async def answer(self, request: Request) -> AsyncGenerator[Part | None, None]:
         """As `deployments.Model.answer`."""

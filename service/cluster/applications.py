@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from service.cluster import placement
 from service.cluster.config import Cluster
-from service.cluster.connection import RayGone
+from service.cluster.connection import RayGone, is_alive
+from service.errors import LaunchError
 
 if TYPE_CHECKING:
     from ray.serve.schema import ApplicationStatusOverview
@@ -20,14 +21,19 @@ if TYPE_CHECKING:
 _Answer = TypeVar("_Answer")
 
 CHECK_INTERVAL = 0.5  # seconds
-MAX_SILENCE = 60.0  # seconds; Serve's controller may be started again meanwhile
+_MAX_SILENCE = 60.0  # seconds; Serve's controller may be started again meanwhile
+# How long a replica of an application may be ill: Serve replaces it.
+_MAX_ILLNESS = 60.0  # seconds
 _ASK_SECONDS = 10.0
 # The last error of this service in the traceback that Serve reports.
 _ERROR = re.compile(r"service\.errors\.\w+: (.{1,2000})")
 
 
 def _answered(call: Callable[[], _Answer]) -> _Answer:
-    """Return what a call to Ray returns. Raises RayGone: they wait for a dead node without end."""
+    """Return what a call to Ray returns, which waits for a dead node without end.
+
+    Raises RayGone when Ray has ended, and LaunchError when it says nothing for `_MAX_SILENCE`.
+    """
     future: Future[_Answer] = Future()
 
     def run() -> None:
@@ -37,9 +43,12 @@ def _answered(call: Callable[[], _Answer]) -> _Answer:
             future.set_exception(e)
 
     threading.Thread(target=run, daemon=True).start()
-    done, _ = concurrent.futures.wait([future], MAX_SILENCE)
-    if not done:
-        raise RayGone("Ray does not answer any more")
+    deadline = time.monotonic() + _MAX_SILENCE
+    while not concurrent.futures.wait([future], 1).done:
+        if not is_alive():
+            raise RayGone("Ray has ended on this machine")
+        if time.monotonic() > deadline:
+            raise LaunchError("Ray Serve does not answer; try again later")
     return future.result()
 
 
@@ -71,11 +80,14 @@ def statuses() -> "dict[str, ApplicationStatusOverview]":
     }
 
 
-def delete(name: str, *, wait: bool = True) -> None:
-    """End a model, or the front."""
+def delete(*names: str) -> None:
+    """End these models, or the front, and wait until they have finished what they have."""
     from ray import serve
 
-    serve.delete(_name_of(name), _blocking=wait)
+    for name in names:
+        serve.delete(_name_of(name), _blocking=False)
+    while statuses().keys() & {*names}:
+        time.sleep(CHECK_INTERVAL)
 
 
 def _name_of(name: str) -> str:
@@ -92,6 +104,7 @@ def wait(cluster: Cluster, stopped: Callable[[], bool] = lambda: False) -> str |
     """
     began = time.monotonic()
     shown: dict[str, str] = {}
+    ill_since: dict[str, float] = {}
     while not stopped():
         apps = statuses()
         for name, app in apps.items():
@@ -100,8 +113,12 @@ def wait(cluster: Cluster, stopped: Callable[[], bool] = lambda: False) -> str |
                 shown[name] = line
                 seconds = time.monotonic() - began
                 print(f"{line} ({seconds:.0f} s)", file=sys.stderr, flush=True)
-            if app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            now = time.monotonic()
+            since = ill_since.setdefault(name, now) if app.status == "UNHEALTHY" else now
+            if app.status == "DEPLOY_FAILED" or now - since > _MAX_ILLNESS:
                 return f"{name}: {_reason(app)}"
+            if app.status != "UNHEALTHY":
+                ill_since.pop(name, None)
         expected = {*cluster.models, "front"}
         if expected <= apps.keys() and all(apps[n].status == "RUNNING" for n in expected):
             return None

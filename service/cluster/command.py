@@ -11,7 +11,7 @@ from typing import Any
 
 from service import settings
 from service.cluster import applications, config, placement
-from service.cluster.applications import CHECK_INTERVAL, MAX_SILENCE
+from service.cluster.applications import CHECK_INTERVAL
 from service.cluster.config import Cluster
 from service.cluster.connection import RayGone, connected, end_orphans
 from service.cluster.state import State
@@ -35,12 +35,11 @@ def run(file: Path | None) -> None:
     state = State(cluster.settings.cache_dir)
     with state.owner() as owns:
         if not owns:
-            with connected(state, starts=False):
+            with connected(state, starts=False), state.changing():
                 _update(cluster, state)
             return
-        state.forget()
+        _clear(state)
         if "RAY_ADDRESS" not in os.environ:  # there HAProxy may have the port already
-            end_orphans(state.ray_folder)
             _warn(cluster)
         with connected(state, starts=True):
             stop = _Stop()  # over Ray's own handlers
@@ -50,7 +49,7 @@ def run(file: Path | None) -> None:
                     _watch(state, stop, keys)
             finally:
                 state.forget()
-                if not isinstance(sys.exception(), RayGone):
+                if not isinstance(sys.exception(), RayGone | KeyboardInterrupt):
                     _end(cluster)
 
 
@@ -62,9 +61,12 @@ def check(file: Path | None) -> list[str]:
     launch_environment.check()
     cluster = config.load(file)
     state = State(cluster.settings.cache_dir)
-    with state.owner() as owns, connected(state, starts=owns):
-        refused = placement.refused(cluster)
-        return [*([refused] if refused else []), *placement.lacking(cluster)]
+    with state.owner() as owns:
+        if owns:
+            _clear(state)
+        with connected(state, starts=owns):
+            refused = placement.refused(cluster)
+            return [*([refused] if refused else []), *placement.lacking(cluster)]
 
 
 def status() -> dict[str, Any]:
@@ -75,6 +77,12 @@ def status() -> dict[str, Any]:
             raise LaunchError("no cluster runs on this machine; `chat-service cluster` starts one")
     with connected(state, starts=False):
         return applications.models_and_nodes()
+
+
+def _clear(state: State) -> None:
+    """End and forget what an earlier command on this machine has left, which was killed."""
+    end_orphans(state.ray_folder)
+    state.forget()
 
 
 class _Stop:
@@ -103,8 +111,7 @@ def _start(cluster: Cluster, state: State, stop: _Stop) -> bool:
     http = {"host": cluster.settings.host, "port": cluster.settings.port}
     serve.start(proxy_location="EveryNode", http_options=http)
     # A command that was killed has left some.
-    for name in applications.statuses().keys() - {*cluster.models, "front"}:
-        applications.delete(name)
+    applications.delete(*applications.statuses().keys() - {*cluster.models, "front"})
     applications.apply(cluster)
     reason = applications.wait(cluster, lambda: stop.requested)
     if reason is not None:
@@ -152,23 +159,21 @@ def _update(cluster: Cluster, state: State) -> None:
     both = {**before.models, **cluster.models}
     if gone and placement.lacking(dataclasses.replace(cluster, models=both)):
         print(f"{', '.join(gone)}: ended first, to make room", file=sys.stderr, flush=True)
-        for name in gone:
-            applications.delete(name)
+        applications.delete(*gone)
+    cluster = _with_keys_of_now(cluster)
     try:
-        applications.apply(cluster, surge=placement.surging(cluster))
+        applications.apply(cluster, surge=placement.surging(cluster, before))
         reason = applications.wait(cluster)
     except (KeyboardInterrupt, SystemExit):
         reason = "interrupted"
     if reason is None:
-        for name in gone & applications.statuses().keys():
-            applications.delete(name)
         state.applied = cluster
+        applications.delete(*gone & applications.statuses().keys())
         print("Updated", flush=True)
         return
     print("Taking the update back ...", file=sys.stderr, flush=True)
-    applications.apply(before, surge=placement.surging(before))
-    for name in cluster.models.keys() - before.models.keys():
-        applications.delete(name)
+    applications.apply(_with_keys_of_now(before), surge=placement.surging(before, cluster))
+    applications.delete(*cluster.models.keys() - before.models.keys())
     raise LaunchError(f"{reason}; what was served before is served on")
 
 
@@ -187,33 +192,38 @@ def _ready_message(cluster: Cluster) -> str:
 def _watch(state: State, stop: _Stop, keys: _Version) -> None:
     """Until a signal comes, give the replicas the API keys of a file that has changed.
 
-    `keys` is the version of the file that was applied. Raises LaunchError when Ray has ended.
+    `keys` is the version of the file that was applied. Raises RayGone.
     """
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
-    failing_since: float | None = None
     refused: _Version = None
     while not stop.requested:
         time.sleep(CHECK_INTERVAL)
         try:
             applications.statuses()
-            failing_since = None
-            cluster = state.applied
-            version = _version_of(cluster)
-            if cluster is None or version in (None, keys, refused):
+            version = _version_of(state.applied)
+            if version in (None, keys, refused):
                 continue
             refused = version
-            cluster = dataclasses.replace(cluster, clients=cluster.settings.clients())
-            applications.apply(cluster)
-            state.applied, keys, refused = cluster, version, None
+            with state.changing():
+                if (cluster := state.applied) is not None:
+                    cluster = _with_keys_of_now(cluster)
+                    applications.apply(cluster)
+                    state.applied, keys, refused = cluster, version, None
         except ConfigError as e:
             print(f"{e}; the keys read before stay in force", file=sys.stderr, flush=True)
-        except (RayError, RayServeException, TimeoutError) as e:
+        except RayGone:
+            raise
+        except (LaunchError, RayError, RayServeException):  # an update runs, or Serve is busy
             refused = None
-            failing_since = failing_since or time.monotonic()
-            if time.monotonic() - failing_since > MAX_SILENCE:
-                raise RayGone(f"Ray does not answer any more ({type(e).__name__})") from None
+
+
+def _with_keys_of_now(cluster: Cluster) -> Cluster:
+    """Return the cluster with the keys that its file holds now. Raises ConfigError."""
+    if cluster.settings.api_key_file is None:
+        return cluster
+    return dataclasses.replace(cluster, clients=cluster.settings.clients())
 
 
 def _version_of(cluster: Cluster | None) -> _Version:
@@ -235,7 +245,4 @@ def _end(cluster: Cluster) -> None:
     if "RAY_ADDRESS" not in os.environ:
         serve.shutdown()
         return
-    for name in applications.statuses():
-        applications.delete(name, wait=False)
-    while applications.statuses():
-        time.sleep(CHECK_INTERVAL)
+    applications.delete(*applications.statuses())

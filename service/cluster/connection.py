@@ -21,7 +21,16 @@ _OBJECT_STORE = 200 * 2**20
 
 
 class RayGone(LaunchError):
-    """Ray has ended, or hangs."""
+    """The Ray that this command has started has ended."""
+
+
+def is_alive() -> bool:
+    """Whether the Ray that this command has started is alive. Of another's, it cannot say."""
+    if environment.folder_of(os.environ) is None:
+        return True
+    children = psutil.Process().children()
+    alive = {child.name() for child in children if child.status() != psutil.STATUS_ZOMBIE}
+    return {"raylet", "gcs_server"} <= alive
 
 
 @contextmanager
@@ -102,12 +111,19 @@ def end_orphans(folder: str | None) -> None:
     """
     if folder is None:
         return
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if environment.folder_of(process.environ()) == folder:
+    while left := [process for process in psutil.process_iter() if _belongs(process, folder)]:
+        for process in left:
+            with suppress(psutil.Error):
                 process.kill()
-                process.wait(5)
+        psutil.wait_procs(left, timeout=5)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _belongs(process: psutil.Process, folder: str) -> bool:
+    try:
+        return environment.folder_of(process.environ()) == folder
+    except psutil.Error:
+        return False
 
 
 def _check_environment() -> None:

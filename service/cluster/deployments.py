@@ -92,9 +92,11 @@ def _log_of_serve_kept() -> Iterator[None]:
     """
     handlers = [h for h in logging.getLogger("ray.serve").handlers if isinstance(h, MemoryHandler)]
     targets = [handler.target for handler in handlers]
-    yield
-    for handler, target in zip(handlers, targets, strict=True):
-        handler.setTarget(target)
+    try:
+        yield
+    finally:
+        for handler, target in zip(handlers, targets, strict=True):
+            handler.setTarget(target)
 
 
 @serve.deployment
@@ -208,6 +210,8 @@ class _Handles:
         self._fronts = serve.get_deployment_handle("Front", PREFIX, _check_exists=False)
 
     async def answer(self, model: str, request: Request) -> AsyncGenerator[Part | None, None]:
+        if model not in self._handles:  # an update has just removed it
+            raise ReplicaLost
         handle = self._handles[model].options(stream=True, method_name="answer")
         response = cast(DeploymentResponseGenerator[Part | None], handle.remote(request))
         try:
@@ -294,8 +298,9 @@ def model(arguments: Arguments) -> serve.Application:
     if arguments.name not in cluster.models:
         raise ConfigError(f"{arguments.file}: models has no key {arguments.name!r}")
     chosen = cluster.models[arguments.name]
-    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
-    return _model(chosen, cluster.settings, keys=None, has_gpus=has_gpus, surge=arguments.surge)
+    if chosen.gpus is None:  # the nodes with GPUs may not be there yet
+        raise ConfigError(f"{arguments.file}: models.{arguments.name} needs `gpus` in a RayService")
+    return _model(chosen, cluster.settings, keys=None, has_gpus=True, surge=arguments.surge)
 
 
 def front(arguments: Arguments) -> serve.Application:

@@ -62,9 +62,10 @@ def prepare(folder: str | None) -> None:
 
     `folder` is that of a cluster on this machine, for its files.
     """
-    variables = VARIABLES if folder is None else {**VARIABLES, **_ALONE}
-    for name, value in variables.items():
-        os.environ.setdefault(name, value.format(folder=folder))
+    for name, value in VARIABLES.items():
+        os.environ.setdefault(name, value)
+    if folder is not None:
+        os.environ |= {name: value.format(folder=folder) for name, value in _ALONE.items()}
 
 
 def folder_of(variables: Mapping[str, str]) -> str | None:

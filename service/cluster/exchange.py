@@ -80,6 +80,8 @@ async def answer(app: ASGIApp, request: Request) -> AsyncGenerator[Part | None, 
                 continue
             while not messages.empty():
                 waiting.append(messages.get_nowait())
+            if None in waiting:
+                await task  # which raises what has ended the application
             part = _joined(waiting)
             more = part.more
             yield part

@@ -47,8 +47,8 @@ _MAX_LOST = 2
 _PATIENCE = 5.0
 # A replica that has sent nothing for so long has hung, or its machine has.
 _SILENCE = 4 * BEAT_SECONDS
-# A replica answers 503 with this type to a request that has waited as long as any may.
-_WAITED = b'"waited_too_long"'
+# A replica answers 503 with these words to a request that has waited as long as any may.
+_WAITED = b"in the queue, which is the limit"
 # And with these words of `EngineDead` when it is about to end.
 _ENDED = b"the server is restarting"
 # A stream's body is counted in events for the sequence number of an error event.
@@ -179,12 +179,11 @@ class Front:
         deadline = time.monotonic() + self._settings.queue_timeout
         tried = lost = 0
         while tried < _ATTEMPTS and lost < _MAX_LOST and not exchange.started:
-            if tried:
-                metrics.FRONT_RETRIES.labels(model).inc()
-                await asyncio.sleep(_PAUSE * tried)
             async with aclosing(self._replicas.answer(model, request)) as parts:
                 if not await _begun(parts, deadline):
                     continue
+                if tried:
+                    metrics.FRONT_RETRIES.labels(model).inc()
                 tried += 1
                 try:
                     if await _relayed(parts, exchange, last=tried == _ATTEMPTS):
@@ -192,6 +191,8 @@ class Front:
                 except ReplicaLost:
                     _logger.warning("a replica of %s was lost during a request", model)
                     lost += 1
+            deadline = time.monotonic() + self._settings.queue_timeout
+            await asyncio.sleep(_PAUSE * tried)
         raise Unavailable("the replica that answered was lost; send it again", retry_after=5)
 
     async def _live(self, scope: Scope) -> Response:
@@ -260,7 +261,9 @@ async def _relayed(
         try:
             async with asyncio.timeout(_SILENCE):
                 part = await anext(parts, None)
-        except TimeoutError:
+        except (ReplicaLost, TimeoutError):
+            if exchange.complete:
+                return True
             raise ReplicaLost from None
         if part is None:
             return True
@@ -278,7 +281,7 @@ class _Exchange:
     def __init__(self, send: Send) -> None:
         self._send = send
         self.started = False
-        self._complete = False
+        self.complete = False
         self._events: int | None = None  # of a stream
 
     async def run(self, work: Coroutine[Any, Any, None], receive: Receive) -> None:
@@ -294,7 +297,7 @@ class _Exchange:
         tasks = [asyncio.ensure_future(work), asyncio.ensure_future(left())]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if not (tasks[0].done() or self._complete):
+            if not (tasks[0].done() or self.complete):
                 raise ClientGone("the client closed the connection")
             await tasks[0]
         finally:
@@ -317,12 +320,12 @@ class _Exchange:
             )
         if self._events is not None:
             self._events += part.body.count(_EVENT_END)
-        self._complete = not part.more
+        self.complete = not part.more
         await self._send({"type": "http.response.body", "body": part.body, "more_body": part.more})
 
     async def refuse(self, error: RequestError, request_id: str, path: str) -> None:
         """End the answer with an error, in the form of the route's protocol."""
-        if self._complete:
+        if self.complete:
             return
         if not self.started:
             response = refusal(error, request_id, path)
@@ -330,7 +333,7 @@ class _Exchange:
         elif self._events is not None:
             event = refusal_event(error, request_id, path, self._events)
             await self._send({"type": "http.response.body", "body": event})
-        self._complete = True
+        self.complete = True
 
 
 def _request(scope: Scope, path: str, body: bytes) -> Request:

@@ -18,18 +18,11 @@ def lacking(cluster: Cluster) -> list[str]:
     """Return which resources the smallest number of replicas lacks in the whole cluster."""
     has_gpus = resources("GPU") > 0
     models = cluster.models.values()
-    needs = {
-        "CPU": ("cores", "cpus", sum(m.min_replicas * m.cpus for m in models)),
-        "GPU": (
-            "GPUs",
-            "gpus",
-            sum(m.min_replicas * m.gpus_of_replica(has_gpus=has_gpus) for m in models),
-        ),
-    }
+    names = {"CPU": ("cores", "cpus"), "GPU": ("GPUs", "gpus")}
     problems = [
-        f"all replicas need {need:g} {unit}, and the cluster has {resources(kind):g}: lower "
-        f"`{key}` or `replicas`, or add a node"
-        for kind, (unit, key, need) in needs.items()
+        f"all replicas need {need:g} {names[kind][0]}, and the cluster has {resources(kind):g}: "
+        f"lower `{names[kind][1]}` or `replicas`, or add a node"
+        for kind, need in _needs(cluster).items()
         if need > resources(kind)
     ]
     memory = resources("memory") / 2**30
@@ -46,14 +39,27 @@ def lacking(cluster: Cluster) -> list[str]:
     return problems
 
 
-def surging(cluster: Cluster) -> set[str]:
-    """Return the models of which one more replica fits now."""
+def surging(cluster: Cluster, before: Cluster) -> set[str]:
+    """Return the models of which one more replica fits beside what the update adds."""
+    now, then = _needs(cluster), _needs(before)
+    free = {
+        kind: resources(kind, free=True) - max(0, now[kind] - then[kind]) for kind in ("CPU", "GPU")
+    }
     has_gpus = resources("GPU") > 0
     return {
         name
         for name, model in cluster.models.items()
-        if model.cpus <= resources("CPU", free=True)
-        and model.gpus_of_replica(has_gpus=has_gpus) <= resources("GPU", free=True)
+        if model.cpus <= free["CPU"] and model.gpus_of_replica(has_gpus=has_gpus) <= free["GPU"]
+    }
+
+
+def _needs(cluster: Cluster) -> dict[str, float]:
+    """Return the cores and GPUs of the smallest number of replicas."""
+    has_gpus = resources("GPU") > 0
+    models = cluster.models.values()
+    return {
+        "CPU": sum(m.min_replicas * m.cpus for m in models),
+        "GPU": sum(m.min_replicas * m.gpus_of_replica(has_gpus=has_gpus) for m in models),
     }
 
 

@@ -31,12 +31,21 @@ class State:
         """Yield whether this command owns the cluster: it is the only one, or the first."""
         lock = filelock.FileLock(self._folder / "lock")
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=5)  # `--status` looks whether it is free; one may just be ending
         except filelock.Timeout:
             yield False
             return
         with lock:
             yield True
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Let one command at a time change what is served. Raises LaunchError."""
+        try:
+            with filelock.FileLock(self._folder / "changing", timeout=1):
+                yield
+        except filelock.Timeout:
+            raise LaunchError("another update is under way; try again after it") from None
 
     def forget(self) -> None:
         """Forget what an earlier command has applied, and where. It may have been killed."""
