@@ -1,6 +1,7 @@
 """The command line: parses arguments, calls the modules that do the work, prints results."""
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -143,7 +144,8 @@ def cluster(
     from service.cluster.environment import VARIABLES
 
     if environment:
-        print("\n".join(f"export {name}={value}" for name, value in VARIABLES.items()))
+        for name, value in VARIABLES.items():
+            print(f"export {name}={shlex.quote(value)}")
     elif status:
         _print_cluster(command.status(), as_json=as_json)
     elif only_check:

@@ -20,11 +20,8 @@ from service.weights.tensor_files import read_json, read_object
 if TYPE_CHECKING:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-# Runs a single CPU worker inside the engine process. By default vLLM starts a worker process whose
-# threads use all cores but one, and the engine spins on that core while it waits. In one process,
-# threads use all cores, which doubles the tokens/s on 2 cores. Use the full name, because vLLM
-# replaces "uni" on CPUs.
-CPU_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+# Runs a single CPU worker inside the engine process.
+CPU_EXECUTOR = "service.models.cpu_executor.CpuExecutor"
 
 # vLLM argument -> the key or setting that decides it here.
 _OWNED = {

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -404,7 +405,7 @@ def test_a_node_that_dies_takes_no_answer_with_it(tmp_path: Path) -> None:
         text=True,
         check=True,
     ).stdout
-    variables = dict(re.findall(r"^export (\w+)=(.*)$", shown, re.M))
+    variables = dict(word.split("=", 1) for word in shlex.split(shown) if word != "export")
     environment = {**os.environ, **variables, "RAY_AUTH_TOKEN_PATH": str(token)}
     content = {
         "models": {"a": {"model": "smollm2-135m-instruct", "replicas": 2, "set": SMALL}},

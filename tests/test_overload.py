@@ -1,8 +1,11 @@
 """A small server with keys under more load, and slower clients, than it takes; at last SIGTERM."""
 
 import asyncio
+import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from testing.server import Server
@@ -59,7 +63,10 @@ def small(tmp_path_factory: pytest.TempPathFactory, keys_file: Path) -> Iterator
         log,
         *("--set", "engine.enforce_eager=true", "--set", f"engine.max_num_seqs={RUNNING}"),
         *("--set", "sampling.max_tokens=2000"),  # the YAML's limit holds for /v1 too
-        env={f"SERVICE_{name}": value for name, value in settings.items()},
+        env={
+            **{f"SERVICE_{name}": value for name, value in settings.items()},
+            "OMP_NUM_THREADS": str(os.cpu_count()),  # not one, as the other tests have it
+        },
     )
     seen = phases_until_ready(server)
     assert seen[0] == "starting" and {"loading", "warming"} < set(seen), seen
@@ -131,6 +138,39 @@ def client_of(server: Server, **options: Any) -> httpx.AsyncClient:
         limits=limits,
         **options,
     )
+
+
+def test_beside_busy_programs_the_engine_computes_with_one_thread(small: Server) -> None:
+    children = psutil.Process(small.process.pid).children(recursive=True)
+    (engine,) = (child for child in children if "EngineCore" in " ".join(child.cmdline()))
+
+    def seconds() -> dict[int, float]:
+        return {thread.id: thread.user_time + thread.system_time for thread in engine.threads()}
+
+    async def scenario() -> list[float]:
+        """The seconds in which each thread computed, of two."""
+        async with client_of(small) as client:
+            tasks = await fill(small, client, 1)
+            await asyncio.sleep(2)
+            before = seconds()
+            await asyncio.sleep(2)
+            after = seconds()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            return [after[thread] - before.get(thread, 0) for thread in after]
+
+    busy = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        for _ in range(os.cpu_count() or 1)
+    ]
+    try:
+        spent = sorted(asyncio.run(scenario()))
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert spent[-1] > 0.3 and sum(spent[:-1]) < 0.2, spent
 
 
 @hardening(22)

@@ -84,3 +84,46 @@ def test_penalties_are_vllms_in_every_bit(others: float, longest: int) -> None:
         f(logits.clone(), *asked) for f in (vllm_private.apply_penalties, apply_penalties)
     )
     assert torch.equal(ours, theirs) and not torch.equal(ours, logits)
+
+
+@pytest.mark.parametrize("vocabulary", [40, 5000])
+@pytest.mark.parametrize("k", [None, (1, 5, 64, 65, 2000, 5000)])
+@pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 3.0, 8.0, 100.0])
+@pytest.mark.parametrize("coarse", [False, True])
+def test_top_p_keeps_what_vllm_keeps(
+    vocabulary: int, k: tuple[int, ...] | None, scale: float, coarse: bool
+) -> None:
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    from service.models import register, vllm_private
+
+    register()
+    assert topk_topp_sampler.apply_top_k_top_p is vllm_private.apply_top_k_top_p
+    chance = torch.Generator().manual_seed(0)
+    p = torch.tensor([0.01, 0.1, 0.5, 0.8, 0.95, 0.999, 1.0]).repeat_interleave(6)
+    logits = torch.randn(len(p), vocabulary, generator=chance) * scale
+    if coarse:  # as a head in bfloat16 makes them: many are equal
+        logits = logits.bfloat16().float()
+    logits[:, 7] = -torch.inf  # forbidden, by a grammar for example
+    ks = None if k is None else torch.tensor(k, dtype=torch.int32).clamp(max=vocabulary).repeat(7)
+    arguments = (None if ks is None else ks.clone(), p)
+    ours = vllm_private.apply_top_k_top_p(logits.clone(), *arguments)
+    theirs = topk_topp_sampler.apply_top_k_top_p_pytorch(logits.clone(), ks, p)
+    for row in range(len(p)):
+        kept = ours[row] > -torch.inf
+        assert torch.equal(ours[row][kept], logits[row][kept])
+        if torch.equal(ours[row], theirs[row]):
+            continue
+        # They differ by what rounding decides, or by which of several equal ones is kept.
+        allowed = logits[row].double()
+        if ks is not None:
+            least = logits[row].topk(int(ks[row])).values[-1]
+            allowed[logits[row] < least] = -torch.inf
+        sure = allowed.softmax(0).sort(descending=True).values.cumsum(0)
+        for result in (ours[row], theirs[row]):
+            inside = result > -torch.inf
+            size = int(inside.sum())
+            dropped = allowed[~inside].max()
+            assert result[inside].min() >= dropped or p[row] == 1
+            assert sure[size - 1] >= p[row] - 1e-5
+            assert size == 1 or sure[size - 2] <= p[row] + 1e-5

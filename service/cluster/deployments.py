@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import uuid
 from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
@@ -377,11 +378,14 @@ def _model(
 
 def _front(cluster: Cluster, keys: dict[str, dict[str, Any]] | None) -> serve.Application:
     arguments = {"settings": _as_json(cluster.settings, pushed=keys)}
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    per_node = math.ceil(cluster.fronts / nodes)
     front = cast(serve.Deployment, Front).options(
         num_replicas=cluster.fronts,
         **_common_options(cluster.settings, arguments),
         ray_actor_options={"num_cpus": 0},
-        max_surge_percent=100,
+        # A node that dies must not take all of them. On one node new ones come before old ones go.
+        **({"max_replicas_per_node": per_node} if nodes > 1 else {"max_surge_percent": 100}),
         user_config={"default": cluster.default, "owners": cluster.owners(), "keys": keys},
     )
     return front.bind(**arguments)

@@ -20,7 +20,7 @@ _MODULES = (
     "service.api.plugin",
     "service.api.statistics",
 )
-_CPU_MODULES = ("vllm.v1.executor.uniproc_executor", "vllm.v1.worker.cpu_worker")
+_CPU_MODULES = ("service.models.cpu_executor", "vllm.v1.worker.cpu_worker")
 
 
 def _import_vllm() -> None:

@@ -32,6 +32,7 @@ def register() -> None:
         keep_adapters_from_the_base,
         let_tokenizer_mode_decide,
         use_fast_penalties,
+        use_fast_top_p,
     )
     from service.models.xverse import XverseConfig
     from service.tokenizers import register as register_tokenizers
@@ -71,5 +72,6 @@ def register() -> None:
     let_tokenizer_mode_decide("internlm2")
     if current_platform.is_cpu():
         use_fast_penalties()
+        use_fast_top_p()
         compile_nothing_for_requests()
         keep_adapters_from_the_base()

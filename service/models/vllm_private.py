@@ -16,13 +16,16 @@ from vllm.transformers_utils import config as vllm_config
 from vllm.transformers_utils import utils
 from vllm.v1.engine import utils as engine_processes
 from vllm.v1.sample import sampler
-from vllm.v1.sample.ops import penalties
+from vllm.v1.sample.ops import penalties, topk_topp_sampler
+
+from service.models.nucleus import keep_nucleus
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
     from vllm.v1.engine.async_llm import AsyncLLM
 
 _vllm_apply_penalties = penalties.apply_penalties
+_vllm_apply_top_k_top_p = topk_topp_sampler.apply_top_k_top_p
 
 
 def assume_model_type(architecture: str, model_type: str) -> None:
@@ -180,6 +183,32 @@ def apply_penalties(
     # A token that occurs twice is written twice, with the same value.
     logits[row, token] = before * torch.where(before > 0, 1 / penalty, penalty)
     return logits
+
+
+def use_fast_top_p() -> None:
+    """Make vLLM's sampler use our `apply_top_k_top_p`. For a CPU.
+
+    vLLM's own sorts the whole vocabulary where a request has a `top_p`, as nearly all tutorials'
+    have: 6 ms a sequence for 49,152 tokens.
+    """
+    topk_topp_sampler.apply_top_k_top_p = apply_top_k_top_p
+
+
+def apply_top_k_top_p(
+    logits: torch.Tensor, k: torch.Tensor | None, p: torch.Tensor | None
+) -> torch.Tensor:
+    """Do what vllm.v1.sample.ops.topk_topp_sampler.apply_top_k_top_p does, but faster.
+
+    Sets logits outside of the `k` most probable tokens and of the nucleus of `p` to -inf, in place.
+    `logits` are [sequences, vocabulary], float32; `k` and `p` are [sequences], or None where no
+    sequence has them; a `k` of the vocabulary and a `p` of 1 change nothing. What is kept is the
+    same but for rounding at the edge of the nucleus.
+    """
+    if k is not None or p is None:
+        logits = _vllm_apply_top_k_top_p(logits, k, None)
+    if p is None:
+        return logits
+    return keep_nucleus(logits, p, lambda some, its_p: _vllm_apply_top_k_top_p(some, None, its_p))
 
 
 def keep_adapters_from_the_base() -> None:
