@@ -13,7 +13,7 @@ from typing import Any, Self
 import psutil
 
 from service import model_config, settings, weights
-from testing.server import Server, free_port
+from testing.server import LOOPBACK, Server, free_port
 
 _CHAT = {"plain": "Chat", "stream": "ChatStream"}
 
@@ -44,7 +44,7 @@ class HttpContender:
             body = json.dumps({**asked, "stream": True}).encode()
             headers = {"content-type": "application/json"}
             request = urllib.request.Request(self.server.url + path, body, headers)
-            with urllib.request.urlopen(request, timeout=300) as answer:
+            with LOOPBACK.open(request, timeout=300) as answer:
                 answer.readline()
                 self.first_token_seconds = time.monotonic() - self._began
                 answer.read()

@@ -8,11 +8,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from service import text_file
 from service.errors import ConfigError
 
-_COMMENT = re.compile(r"(?:^|\s)#")
+_COMMENT = re.compile(r"^[ \t]*#|[ \t]+#(?=[ \t]|$)")
+_BLANKS = re.compile(r"[ \t]+")
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_HASH = re.compile(r"sha256:([0-9a-f]{64})")
+_HASH = re.compile(r"sha256:([0-9a-f]{64})", re.IGNORECASE)
+_LIKE_A_HASH = re.compile(r"(?:sha|md)[-_]?[0-9]{1,3}[:=$-]", re.IGNORECASE)
 _LIMIT = re.compile(r"(requests|tokens)=([1-9][0-9]{0,11})/min")
 _FORM = "a line is NAME KEY [WEIGHT] [requests=N/min] [tokens=N/min]"
 
@@ -35,14 +38,36 @@ def digest(key: bytes) -> str:
     return hashlib.sha256(key).hexdigest()
 
 
-def parse(text: str, place: str) -> dict[str, Client]:
-    """Parse lines of a name, a key, a weight and limits into hash -> client; `#` begins a comment.
+def hash_of(key: str, place: str) -> str:
+    """Return the SHA-256 of a key, which may be given as `sha256:` and the hash.
 
-    KEY may be `sha256:` and the hash. A text of a single word is a key with the name default.
-    Raises ConfigError with `place` and line, but never a key.
+    Raises ConfigError for what would be another key than the one that is meant.
     """
-    lines = [(n, _COMMENT.split(line)[0].split()) for n, line in enumerate(text.splitlines(), 1)]
-    lines = [(n, words) for n, words in lines if words]
+    if match := _HASH.fullmatch(key):
+        return match[1].lower()
+    if _LIKE_A_HASH.match(key):
+        raise ConfigError(f"{place}: a hash is sha256: and 64 hex digits, without blanks")
+    if hidden := next((c for c in key if not c.isprintable()), None):
+        raise ConfigError(
+            f"{place}: the character U+{ord(hidden):04X} cannot be seen; delete it, or give "
+            "sha256: and the hash of the key"
+        )
+    return digest(key.encode())
+
+
+def parse(text: str, place: str) -> dict[str, Client]:
+    """Parse lines of a name, a key, a weight and limits into hash -> client.
+
+    KEY may be `sha256:` and the hash. A text of a single word is a key with the name default. A
+    comment begins with `#` at the start of a line, or with `#` between blanks. Raises ConfigError
+    with `place` and line, but never a key.
+    """
+    lines = []
+    for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1):
+        content, *comment = _COMMENT.split(line, maxsplit=1)
+        if words := [word for word in _BLANKS.split(content) if word]:
+            _check_comment(words, comment, f"{place}:{number}")
+            lines.append((number, words))
     if len(lines) == 1 and len(lines[0][1]) == 1:
         lines = [(lines[0][0], ["default", *lines[0][1]])]
     clients: dict[str, Client] = {}
@@ -53,6 +78,7 @@ def parse(text: str, place: str) -> dict[str, Client]:
         name, key, *rest = words
         if not _NAME.fullmatch(name):
             raise ConfigError(f"{place}:{number}: a name has 1 to 64 of A-Z a-z 0-9 . _ -")
+        hashed = hash_of(key, f"{place}:{number}")
         limits = _limits(rest, f"{place}:{number}")
         if len(rest) > 1:
             raise ConfigError(f"{place}:{number}: {_FORM}")
@@ -62,8 +88,6 @@ def parse(text: str, place: str) -> dict[str, Client]:
             weight = 0.0
         if not 0.001 <= weight <= 1000:
             raise ConfigError(f"{place}:{number}: a weight is a number from 0.001 to 1000")
-        match = _HASH.fullmatch(key)
-        hashed = match[1] if match else digest(key.encode())
         if hashed in clients:
             raise ConfigError(f"{place}:{number}: this key stands in an earlier line already")
         client = Client(name, weight, limits.get("requests"), limits.get("tokens"))
@@ -73,6 +97,15 @@ def parse(text: str, place: str) -> dict[str, Client]:
             )
         clients[hashed] = client
     return clients
+
+
+def _check_comment(words: list[str], comment: list[str], place: str) -> None:
+    """Raise ConfigError where it is not certain what is a key and what a comment."""
+    if any(word.startswith("#") for word in words) or (comment and len(words) == 1):
+        raise ConfigError(
+            f"{place}: is the `#` a comment, or of a key? Write a comment in a line of its own, "
+            "and a key that begins with # as sha256: and its hash"
+        )
 
 
 def _limits(words: list[str], place: str) -> dict[str, int]:
@@ -93,8 +126,4 @@ def _limits(words: list[str], place: str) -> dict[str, int]:
 
 def read_file(file: Path, place: str) -> dict[str, Client]:
     """Return the keys in a file as hash -> client. Raises ConfigError."""
-    try:
-        return parse(file.read_text(encoding="utf-8"), place)
-    except (OSError, UnicodeDecodeError) as e:
-        reason = getattr(e, "strerror", None) or "not UTF-8 text"
-        raise ConfigError(f"{place}: {reason}") from None
+    return parse(text_file.read(file, place), place)

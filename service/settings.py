@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from service.clients import Client, digest, read_file
+from service.clients import Client, hash_of, read_file
 from service.errors import ConfigError
 from service.model_config import nearest
 
@@ -102,7 +102,7 @@ class Settings(BaseSettings):
         elif key is None:
             return None
         else:
-            clients = {digest(key.encode()): Client("default")} if key else {}
+            clients = {hash_of(key, "SERVICE_API_KEY"): Client("default")} if key else {}
         if not clients:
             raise ConfigError("the API key is empty; unset it to serve without a key")
         return clients

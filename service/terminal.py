@@ -1,6 +1,7 @@
 """Clients of a running server: `chat-service chat` and `chat-service top`."""
 
 import json
+import re
 import ssl
 import sys
 import time
@@ -87,10 +88,7 @@ class Remote:
                 if response.status_code != 200:
                     response.read()
                     raise ServiceError(_reason(response))
-                for line in response.iter_lines():
-                    if not line.startswith("data: "):
-                        continue
-                    event = json.loads(line.removeprefix("data: "))
+                for event in map(json.loads, _data(response)):
                     if "error" in event:
                         raise ServiceError(event["error"]["message"])
                     if "delta" in event:
@@ -116,6 +114,20 @@ class Remote:
             if "service_requests_in_flight" not in samples:
                 raise ValueError
         return samples
+
+
+def _data(response: httpx.Response) -> Iterator[bytes]:
+    """Yield the data of each server-sent event.
+
+    Lines end at CR or LF alone. `iter_lines` of httpx ends them also at U+2028, U+2029 and U+0085,
+    which may stand in JSON.
+    """
+    line = b""
+    for chunk in response.iter_bytes():
+        *lines, line = re.split(rb"[\r\n]", line + chunk)
+        for each in lines:
+            if each.startswith(b"data: "):
+                yield each.removeprefix(b"data: ")
 
 
 def _reason(response: httpx.Response) -> str:

@@ -5,16 +5,17 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from service.errors import ConfigError, WeightsError
 from service.model_config import ModelConfig, Origins, nearest
+from service.model_config.schema import Sampling
 from service.settings import Settings
 from service.weights import adapter
 from service.weights.adapter import Adapter, Limits
-from service.weights.tensor_files import read_json
+from service.weights.tensor_files import read_json, read_object
 
 if TYPE_CHECKING:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -37,6 +38,12 @@ _OWNED = {
     "api_key": "SERVICE_API_KEY",
     "hf_token": "the environment variable HF_TOKEN",
     "log_config_file": "--verbose",
+}
+# Sampling defaults that vLLM takes from generation_config.json -> their names in a request.
+_DEFAULTS = {
+    **{key: key for key in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")},
+    **{key: key for key in ("presence_penalty", "frequency_penalty")},
+    "max_new_tokens": "max_tokens",
 }
 # vLLM argument -> why it must not be set.
 _REFUSED = {
@@ -80,7 +87,7 @@ def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argp
     if args.api_server_count is not None and args.api_server_count < 1:
         raise ConfigError(f"{origins.of(('engine', 'api_server_count'))}: must be 1 or more")
     args.host, args.port = settings.host, settings.port
-    args.root_path = (args.root_path or "").rstrip("/")
+    args.root_path = root_path(config)
     args.served_model_name = [config.name, *config.aliases]
     if config.dtype and "dtype" not in names:
         args.dtype = config.dtype
@@ -103,6 +110,12 @@ def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argp
     return args
 
 
+def root_path(config: ModelConfig) -> str:
+    """Return the prefix that a proxy in front of us may keep, such as "/llm", or ""."""
+    prefix = str(config.engine.get("root_path") or "").strip("/")
+    return f"/{prefix}" if prefix else ""
+
+
 def engine_config(args: argparse.Namespace) -> Any:
     """Return vLLM's VllmConfig for these arguments, which must name the model's files."""
     from vllm import AsyncEngineArgs
@@ -119,16 +132,35 @@ def use_files(args: argparse.Namespace, model: Path, tokenizer: Path) -> None:
     Raises WeightsError.
     """
     args.model, args.tokenizer = str(model), str(tokenizer)
-    try:
-        generation = json.loads((model / "generation_config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        generation = {}
-    except (OSError, ValueError) as e:
-        raise WeightsError(
-            f"{model / 'generation_config.json'} is not readable JSON: {e}"
-        ) from None
+    file = model / "generation_config.json"
+    generation = read_object(file) if file.exists() else {}
     if not generation.get("do_sample"):
         args.override_generation_config.setdefault("temperature", 0.0)
+    if args.generation_config == "auto":
+        _check_defaults(file, generation, args.override_generation_config)
+
+
+def _check_defaults(file: Path, generation: Mapping[str, Any], over: Mapping[str, Any]) -> None:
+    """Raise WeightsError for a default of the model's files with which vLLM refuses each request.
+
+    `over` are the values that come before those of the file.
+    """
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    for name, param in _DEFAULTS.items():
+        if (value := generation.get(name)) is None or name in over:
+            continue
+        try:
+            SamplingParams(**{param: value})
+        except (VLLMValidationError, ValueError, TypeError) as e:
+            yaml = (
+                f"set sampling.{param} in the YAML, or " if param in Sampling.model_fields else ""
+            )
+            reason = " ".join(str(e).split())[:200]
+            raise WeightsError(
+                f"{file}: vLLM does not take {name} {str(value)[:40]}: {reason}; {yaml}correct it"
+            ) from None
 
 
 def use_adapters(

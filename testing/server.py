@@ -15,6 +15,9 @@ from typing import IO, Protocol, Self
 
 import psutil
 
+# For requests to servers on this machine: no proxy of the environment is asked.
+LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
 
 def free_port() -> int:
     """A port that nothing on loopback uses now."""
@@ -82,7 +85,7 @@ class Server:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
-                urllib.request.urlopen(self._health, timeout=5).close()
+                LOOPBACK.open(self._health, timeout=5).close()
                 return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.1)

@@ -20,7 +20,8 @@ ROWS: dict[int, tuple[str, str]] = {
     2: (
         "A body of hundreds of MB, endless, not JSON, nested deep, or behind `Upgrade`",
         "413 at `SERVICE_MAX_BODY_BYTES` before it is read or while it comes; 400 for what is no JSON, or "
-        "nested deeper than the parser's 201 levels, and for a body behind `Upgrade`; 422 for what is no object; errors are short and repeat no input",
+        "nested deeper than the parser's 201 levels; 422 for what is no object; errors are short and repeat no input; "
+        "`Upgrade` is ignored, and the body is the request's",
     ),
     3: (
         "Thousands of headers, one huge header, slow headers, a slow body; thousands of connections or of requests sent ahead",
@@ -55,7 +56,7 @@ ROWS: dict[int, tuple[str, str]] = {
     12: (
         "Media URLs; an X-Request-Id with a URL, spaces, controls; routes that change the engine",
         "nothing is fetched; the id is replaced; those routes are off, and a server with "
-        "`VLLM_SERVER_DEV_MODE` does not start",
+        "`VLLM_SERVER_DEV_MODE`, or another variable of vLLM that undoes a promise, does not start",
     ),
     13: (
         "No key, a wrong key, odd paths and Host headers",

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from service import model_config
+from service.launch import supervisor
 from testing.server import free_port
 from tests import warm
 from tests.conftest import MODEL, PATIENCE, hardening
@@ -186,3 +187,14 @@ def test_a_template_that_cannot_be_rendered_ends_the_start() -> None:
     done = run("serve", *eager, *template, "--port", str(free_port()))
     assert done.returncode == 2
     assert "prompt.template cannot render one user turn" in done.stderr.splitlines()[-1]
+
+
+def test_a_reader_that_ends_does_not_end_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        supervisor._announce("ready")
+        supervisor._announce("ready")
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has it where stdout is closed
+    supervisor._announce("ready")

@@ -28,6 +28,17 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["path"] == "/slow":
         await asyncio.sleep(2 * TIMEOUT)
     body = b"." * LONG if scope["path"] == "/long" else b"answer"
+    if scope["path"] == "/echo":
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message["body"], message["more_body"]
+    if scope["path"] == "/stream":
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for event in (b"first\n\n", b"", b"second\n\n"):
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body"})
+        return
     length = (b"content-length", str(len(body)).encode())
     await send({"type": "http.response.start", "status": 200, "headers": [length]})
     await send({"type": "http.response.body", "body": body})
@@ -91,6 +102,63 @@ def test_requests_sent_ahead_in_pieces_are_answered(client: socket.socket) -> No
     time.sleep(0.2)
     client.sendall(b"/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
     assert read(client).count(b"answer") == 3
+
+
+@pytest.mark.parametrize(
+    ("method", "version", "chunked", "body"),
+    [
+        (b"GET", b"1.0", False, b"first\n\nsecond\n\n"),
+        (b"HEAD", b"1.0", False, b""),
+        (b"GET", b"1.1", True, b"7\r\nfirst\n\n\r\n8\r\nsecond\n\n\r\n0\r\n\r\n"),
+        (b"HEAD", b"1.1", False, b""),
+    ],
+)
+def test_a_stream_has_chunks_for_who_knows_them(
+    client: socket.socket, method: bytes, version: bytes, chunked: bool, body: bytes
+) -> None:
+    client.sendall(method + b" /stream HTTP/" + version + b"\r\nConnection: close\r\n\r\n")
+    head, _, got = read(client).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ") and got == body
+    assert (b"transfer-encoding: chunked" in head) == chunked
+    assert b"connection: close" in head
+
+
+@pytest.mark.parametrize("path", [b"/", b"/long"])
+def test_an_answer_of_known_length_is_whole_over_http_1_0(
+    client: socket.socket, path: bytes
+) -> None:
+    client.sendall(b"GET " + path + b" HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
+    head, _, body = read(client).partition(b"\r\n\r\n")
+    assert b"content-length: %d\r\n" % len(body) in head and b"transfer-encoding" not in head
+
+
+UPGRADE = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+INNER = b"GET /inner HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@hardening(2)
+@pytest.mark.parametrize("upgrade", [UPGRADE, b"Connection: upgrade\r\nUpgrade: websocket\r\n"])
+@pytest.mark.parametrize(
+    "framed",
+    [
+        b"Content-Length: %d\r\n\r\n%s" % (len(INNER), INNER),
+        b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(INNER), INNER),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 20, 100, 10_000])
+def test_who_asks_for_another_protocol_is_answered_in_this_one(
+    client: socket.socket, upgrade: bytes, framed: bytes, size: int
+) -> None:
+    """With its body, wherever the request is cut, and with what is sent ahead after it."""
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sent = b"POST /echo?a=b HTTP/1.1\r\nHost: x\r\n" + upgrade + framed
+    sent += sent + b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    for at in range(0, len(sent), size):
+        client.sendall(sent[at : at + size])
+        time.sleep(0.0005)
+    received = read(client)
+    assert received.count(b"HTTP/1.1 200 OK\r\n") == 3
+    assert received.count(INNER) == 2 and received.endswith(b"answer")
 
 
 @hardening(3)

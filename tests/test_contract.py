@@ -58,6 +58,35 @@ def test_text_is_utf8_and_not_escaped(http: httpx.Client) -> None:
     assert '[["早上好", "你好😀"], ["你好", "' in answer.content.decode()
 
 
+@pytest.mark.parametrize("codec", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32", "utf-32-be"])
+def test_a_body_may_be_in_any_encoding_that_the_tutorials_server_reads(
+    http: httpx.Client, codec: str
+) -> None:
+    turns = [{"role": "user", "content": "你好"}]
+    for route, body in {
+        "/": {"prompt": "你好", "history": [], "max_new_tokens": 1},
+        "/tokenize": {"model": MODEL, "prompt": "你好"},
+        "/v1/chat/completions": {"model": MODEL, "messages": turns, "max_tokens": 1},
+        "/v1/messages": {"model": MODEL, "messages": turns, "max_tokens": 1},
+    }.items():
+        content = json.dumps(body, ensure_ascii=False).encode(codec)
+        answer = http.post(route, content=content, headers={"content-type": "application/json"})
+        assert answer.status_code == 200, answer.text
+        if route == "/":
+            assert answer.json()["history"][0][0] == "你好"
+
+
+@pytest.mark.parametrize(
+    "body",
+    ['{"prompt": "你好"}'.encode("gbk"), "\ufeff{}".encode("utf-16")[:-1], b"{\xed\xa0\x80}"],
+)
+@pytest.mark.parametrize("route", ["/", "/tokenize", "/v1/chat/completions"])
+def test_a_body_in_another_encoding_is_told_so(http: httpx.Client, route: str, body: bytes) -> None:
+    answer = http.post(route, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("the body is not UTF-8 text (byte ")
+
+
 def test_history_comes_back_with_the_turn_in_the_form_it_came_in(http: httpx.Client) -> None:
     pairs = [[FRANCE, PARIS]]
     as_pairs = ask(http, prompt="And of Italy?", history=pairs, max_new_tokens=16)

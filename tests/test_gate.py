@@ -4,20 +4,24 @@ import asyncio
 from argparse import Namespace
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urljoin
 
 import pytest
 from fastapi import FastAPI
+from prometheus_client import REGISTRY
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
 
+from service import clients
 from service.api.admission import Admission
 from service.api.cancellation import Cancellations
 from service.api.gate import Gate
 from service.api.keys import Keys
 from service.api.middleware import ApiKey, Observe, Refusals
 from service.api.rate_limits import RateLimits
+from service.clients import Client
 from service.errors import Overloaded
 from service.settings import Settings
 from tests.conftest import hardening
@@ -157,11 +161,101 @@ def test_a_start_that_fails_is_reported_and_ends(service: State | None, reason: 
     assert len(reports) == 1 and reports[0].startswith(reason)
 
 
-def test_behind_a_proxy_that_keeps_its_prefix_the_same_paths_need_no_key() -> None:
+# The prefix that we know of, and the one of the path that reaches us.
+PREFIXES = [("", ""), ("/prefix", "/prefix"), ("/prefix", "")]
+
+
+@pytest.mark.parametrize(("root_path", "kept"), PREFIXES)
+def test_behind_a_proxy_the_same_paths_need_no_key(root_path: str, kept: str) -> None:
     state = State()
     state.keys = Keys({}, None)
-    client = TestClient(application(state, "/prefix"))
-    assert client.get("/prefix/health/live").json() == {"status": "alive"}
-    assert client.get("/prefix/", headers={"accept": "text/html"}).status_code == 200
-    assert client.post("/prefix/").status_code == 401
-    assert client.get("/prefix/v1/new").status_code == 401
+    client = TestClient(application(state, root_path))
+    assert client.get(f"{kept}/health/live").json() == {"status": "alive"}
+    for slash in ("/", ""):
+        page = client.get(f"{kept}{slash}", headers={"accept": "text/html"})
+        assert page.status_code == 200 and "<!doctype html>" in page.text
+        assert client.post(f"{kept}{slash}").status_code == 401
+    assert client.get(f"{kept}/v1/new").status_code == 401
+
+
+@pytest.mark.parametrize(("root_path", "kept"), PREFIXES)
+def test_behind_a_proxy_a_request_counts_for_its_route(root_path: str, kept: str) -> None:
+    def count(route: str, status: int) -> float:
+        labels = {"route": route, "status": str(status)}
+        return REGISTRY.get_sample_value("service_requests_total", labels) or 0.0
+
+    for keys, status in ((None, 200), (Keys({}, None), 401)):
+        state = State()
+        state.keys = keys
+        client = TestClient(application(state, root_path))
+        for route in ("/", "/v1/new"):
+            before = count(route, status)
+            assert client.post(kept + route).status_code == status
+            assert count(route, status) == before + 1, route
+
+
+@pytest.mark.parametrize(("root_path", "kept"), PREFIXES)
+@pytest.mark.parametrize(
+    ("path", "right"),
+    [
+        ("/v1/new/", "/v1/new"),
+        ("/v1/new/?a=%2F&b", "/v1/new?a=%2F&b"),
+        ("/folder", "/folder/"),
+        ("/folder?a=b", "/folder/?a=b"),
+    ],
+)
+def test_a_redirect_is_right_for_the_client_of_a_proxy(
+    root_path: str, kept: str, path: str, right: str
+) -> None:
+    app = application(State(), root_path)
+    app.add_route("/folder/", echo, methods=["GET", "POST"])
+    client = TestClient(app, headers={"host": "inside", "x-forwarded-proto": "https"})
+    answer = client.post(kept + path, follow_redirects=False)
+    assert answer.status_code == 307
+    seen = f"https://outside/llm{path}"  # the address as the client has it
+    assert urljoin(seen, answer.headers["location"]) == f"https://outside/llm{right}"
+
+
+def test_head_is_answered_wherever_get_is() -> None:
+    app = application(State())
+    app.add_api_route("/v1/got", lambda: {"a": 1}, methods=["GET"])
+    app.add_api_route("/v1/made", lambda: {"a": 1}, methods=["POST"])
+    client = TestClient(app)
+    for path in ("/v1/got", "/v1/new", "/v1/made", "/v1/nowhere", "/openapi.json", "/docs"):
+        got, head = client.get(path), client.head(path)
+        assert head.status_code == got.status_code, path
+        assert head.content == b"" or head.is_error, path
+        assert head.headers.get("content-type") == got.headers.get("content-type"), path
+
+
+@hardening(13)
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/v1/messages", {"x-api-key": "k"}, 200),
+        ("/v1/messages", {"x-api-key": "k", "authorization": "Bearer other"}, 200),
+        ("/v1/messages", {"x-api-key": "other", "authorization": "Bearer k"}, 200),
+        ("/v1/messages/count_tokens", {"x-api-key": "k"}, 200),
+        ("/v1/models", {"x-api-key": "k"}, 200),
+        ("/v1/models/a-model", {"X-Api-Key": " k "}, 200),
+        ("/v1/messages", {"x-api-key": "other"}, 401),
+        ("/v1/messages", {"x-api-key": ""}, 401),
+        ("/v1/messages", {"api-key": "k"}, 401),
+        ("/v1/messages?x-api-key=k", {}, 401),
+        ("/v1/new", {"x-api-key": "k"}, 401),  # it is no route of Anthropic's
+        ("/", {"x-api-key": "k"}, 401),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "/prefix"])
+def test_anthropics_clients_send_the_key_in_their_header(
+    prefix: str, path: str, headers: dict[str, str], status: int
+) -> None:
+    state = State()
+    state.keys = Keys({clients.digest(b"k"): Client("alice")}, None)
+    app = application(state, prefix)
+    for route in ("/v1/messages", "/v1/messages/count_tokens", "/v1/models", "/v1/models/a-model"):
+        app.add_route(route, echo, methods=["POST"])
+    answer = TestClient(app).post(prefix + path, headers=headers)
+    assert answer.status_code == status
+    named = "or `x-api-key`" in answer.text
+    assert named == (status == 401 and "/v1/m" in path)

@@ -1,6 +1,15 @@
 """Ready, stalled, failed: what is concluded from what is seen of the engine."""
 
+import socket
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+
 from service.api.health import Health
+from service.launch.progress_server import ProgressServer
+from service.launch.run_folder import RunFolder
 from service.phase import Phase
 
 
@@ -101,3 +110,21 @@ def test_draining_lasts_until_the_end() -> None:
     state.fail()
     state.drain()
     assert state.update() is Phase.FAILED
+
+
+@pytest.mark.parametrize("prefix", ["", "/llm"])
+def test_while_it_loads_health_and_page_are_at_the_same_paths(tmp_path: Path, prefix: str) -> None:
+    folder = RunFolder(tmp_path)
+    folder.set_phase(Phase.LOADING)
+    listener = socket.create_server(("127.0.0.1", 0))
+    with ProgressServer(listener, None, folder, "a-model", "this one", "/llm") as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}{prefix}"
+        with httpx.Client(base_url=url, trust_env=False) as http:
+            assert http.get("/health/live").status_code == 200
+            assert http.head("/health/live").status_code == 200
+            assert http.get("/health/ready").json()["status"] == "loading"
+            assert "<!doctype html>" in http.get("/", headers={"accept": "text/html"}).text
+            refused = http.post("/v1/messages", json={})
+            assert (refused.status_code, refused.json()["type"]) == (503, "error")
+        server.shutdown()

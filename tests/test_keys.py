@@ -15,6 +15,11 @@ from service.errors import ConfigError
 from tests.conftest import hardening
 
 FORM = "a line is NAME KEY [WEIGHT] [requests=N/min] [tokens=N/min]"
+HASH = "a hash is sha256: and 64 hex digits, without blanks"
+COMMENT = (
+    "is the `#` a comment, or of a key? Write a comment in a line of its own, and a key that "
+    "begins with # as sha256: and its hash"
+)
 LIMIT = "a limit is requests=N/min or tokens=N/min, where N is a whole number above 0"
 
 
@@ -67,6 +72,14 @@ def test_each_key_is_compared_in_constant_time(key: bytes, name: str | None) -> 
         ("al/ice k1", "keys:1: a name has 1 to 64 of A-Z a-z 0-9 . _ -"),
         ("alice k1 0", "keys:1: a weight is a number from 0.001 to 1000"),
         ("alice k1 nan", "keys:1: a weight is a number from 0.001 to 1000"),
+        ("alice #k1", f"keys:1: {COMMENT}"),
+        ("alice # k1", f"keys:1: {COMMENT}"),
+        ("alice k1 #k2", f"keys:1: {COMMENT}"),
+        ("k1 # mine", f"keys:1: {COMMENT}"),
+        ("alice sha256:2bb80d537b1da3e3", f"keys:1: {HASH}"),
+        ("alice sha256: " + "0" * 64, f"keys:1: {HASH}"),
+        ("SHA-256:" + "0" * 64, f"keys:1: {HASH}"),
+        ("alice md5:" + "0" * 32, f"keys:1: {HASH}"),
         ("alice k1\nbob k1", "keys:2: this key stands in an earlier line already"),
     ],
 )
@@ -74,6 +87,44 @@ def test_a_mistake_names_its_line_and_no_key(text: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         clients.parse(text, "keys")
     assert str(error.value) == message
+
+
+def test_a_key_is_the_one_that_is_written_whatever_the_editor(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    hashed = hashlib.sha256(b"k1").hexdigest()
+    for content in (
+        b"\xef\xbb\xbfk1",
+        b"\xef\xbb\xbfalice k1\r\n\r\n# hers\r\n",
+        b"alice\tk1\t \r# old Mac",
+        f"alice sha256:{hashed.upper()}\n".encode(),  # as PowerShell's Get-FileHash prints it
+        f"SHA256:{hashed}".encode(),
+    ):
+        file.write_bytes(content)
+        assert clients.read_file(file, "keys").keys() == {hashed}, content
+    for key in ("ab#cd", "密钥", "a=b:c", "'k1'"):
+        file.write_text(f"# all of them\nalice {key}\n", encoding="utf-8")
+        assert clients.read_file(file, "keys").keys() == {clients.digest(key.encode())}, key
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("alice k1\nbob k\u200b2\n".encode(), "keys:2: the character U+200B cannot be seen"),
+        ("alice k1\nbob k2\u3000\n".encode(), "keys:2: the character U+3000 cannot be seen"),
+        ("alice k1\u20282\n".encode(), "keys:1: the character U+2028 cannot be seen"),
+        ("\ufeffalice \ufeffk1\n".encode(), "keys:1: the character U+FEFF cannot be seen"),
+        ("alice k1\n# 密钥\n".encode("gbk"), "keys:2: not UTF-8 text; save the file as UTF-8"),
+        ("alice k1\n".encode("utf-16"), "keys:1: not UTF-8 text; save the file as UTF-8"),
+    ],
+)
+def test_what_an_editor_spoils_is_refused_with_its_line(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    file = tmp_path / "keys"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        clients.read_file(file, "keys")
+    assert str(error.value).startswith(message)
 
 
 def test_a_key_is_revoked_by_writing_the_file_anew(

@@ -1,6 +1,7 @@
 """A YAML's engine section becomes vLLM's own arguments, or an error that vLLM's parser decides."""
 
 import os
+import re
 from argparse import Namespace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from service import model_config, settings, vllm_arguments, vllm_plugins
 from service.errors import ConfigError
-from service.launch import server
+from service.launch import environment, server
 from tests.conftest import MODEL, hardening
 
 
@@ -17,6 +18,54 @@ def arguments(tmp_path: Path, engine: str) -> Namespace:
     file.write_text(f"name: m\nsource: {{path: .}}\nengine:\n  {engine}\n")
     config, origins = model_config.load(str(file))
     return vllm_arguments.arguments(config, origins, settings.load())
+
+
+# vLLM's variables that sound as if they changed who comes in, what is run or what is logged, and
+# that a server may have: vLLM honours them, and none undoes a promise of ours.
+HARMLESS = {
+    *("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "VLLM_ALLOW_CHUNKED_LOCAL_ATTN_WITH_HYBRID_KV_CACHE"),
+    *("VLLM_DEEPEP_V2_ALLOW_HYBRID_MODE", "VLLM_DEEPEP_V2_ALLOW_MULTIPLE_REDUCTION"),
+    *("VLLM_MEDIA_CONNECTOR", "VLLM_MEDIA_URL_ALLOW_REDIRECTS"),  # engine.allowed_media_domains
+    "VLLM_PLUGINS",  # ours are added
+    *("VLLM_LORA_RESOLVER_CACHE_DIR", "VLLM_LORA_RESOLVER_HF_REPO_LIST"),  # with another, refused
+    "VLLM_RUST_FRONTEND_PATH",  # with another, which is refused
+    *("VLLM_USE_PRECOMPILED_RUST", "VLLM_USE_RUST_BENCH"),  # of vLLM's build, and of its benchmark
+    *("VLLM_USAGE_STATS_SERVER", "VLLM_ENABLE_RESPONSES_API_STORE"),
+    # What a log has is not a client's; the level and the form are ours.
+    *("VLLM_LOGGING_COLOR", "VLLM_LOGGING_PREFIX", "VLLM_LOGGING_STREAM"),
+    *("VLLM_LOG_BATCHSIZE_INTERVAL", "VLLM_LOG_MODEL_INSPECTION", "VLLM_LOG_STATS_INTERVAL"),
+    *("VLLM_DISABLE_LOG_LOGO", "VLLM_MOONCAKE_STORE_TIER_LOG", "VLLM_TRACE_FUNCTION"),
+    *("VLLM_DEBUG_DUMP_PATH", "VLLM_DEBUG_MFU_METRICS", "VLLM_DEBUG_WORKSPACE", "VLLM_GC_DEBUG"),
+    "VLLM_PATTERN_MATCH_DEBUG",
+}
+SOUNDS = re.compile(
+    "KEY|TOKEN$|ALLOW|INSECURE|LOG(_|GING|$)|DEBUG|TRACE|DEV_MODE|FRONTEND|RUST|PLUGIN|REDIRECT|"
+    "RESOLVER|CONNECTOR$|API|FORCE_LOAD_FORMAT|REQUEST_ID|USAGE_STATS_SERVER"
+)
+
+
+def test_every_variable_of_vllm_that_sounds_dangerous_is_decided() -> None:
+    from vllm import envs
+
+    ours = (name for name in envs.environment_variables if name.startswith("VLLM_"))
+    found = {name for name in ours if SOUNDS.search(name)}
+    assert found - environment._REFUSED.keys() - HARMLESS == set()
+    assert environment._REFUSED.keys() <= envs.environment_variables.keys()
+
+
+@hardening(12)
+@pytest.mark.parametrize("variable", environment._REFUSED)
+def test_a_variable_that_undoes_a_promise_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    for harmless in ("", environment._HARMLESS.get(variable, "0")):
+        monkeypatch.setenv(variable, harmless)
+        environment.check()
+    other = "0" if variable in environment._HARMLESS else "1"
+    monkeypatch.setenv(variable, other)
+    with pytest.raises(ConfigError) as error:
+        environment.check()
+    assert str(error.value).startswith(f"{variable} ") and ": unset it" in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,11 @@ def test_tools_are_a_grammar_only_where_the_model_must_call_them(choice: Any, fo
         request_limits.sequences(body, 64)
 
 
+@pytest.mark.parametrize("key", ["metadata", "prediction", "messages", "system", "documents"])
+def test_what_no_grammar_is_made_of_has_no_limit_of_grammars(key: str) -> None:
+    assert request_limits.sequences({key: [{f"k{i}": "v" * 500 for i in range(100)}]}, 64) == 1
+
+
 @hardening(7)
 def test_a_stop_string_is_so_long() -> None:
     request_limits.sequences({"stop": ["x" * 1000]}, 64)

@@ -56,6 +56,24 @@ def test_set_overrides_one_value(tmp_path: Path) -> None:
             "{file}:7: sampling.temperature: input should be a valid number",
         ),
         (
+            GOOD.replace("mine\n", "no\n", 1),
+            "{file}:1: name: input should be a valid string; put it in quotes",
+        ),
+        (
+            GOOD.replace("1024", "0512"),
+            "{file}:5: YAML reads 0512 as 330; write that, or put it in quotes",
+        ),
+        (
+            GOOD + "  top_k: 1:30",
+            "{file}:8: YAML reads 1:30 as 90; write that, or put it in quotes",
+        ),
+        (
+            GOOD.replace("mine\n", "Qwen/Qwen2\n", 1),
+            "{file}:1: name: a name has up to 64 letters, digits, _ . and -, and begins with none "
+            "of the last two; for owner/model write model, as a name is part of paths",
+        ),
+        ("name: mine\nsource:\n  # path: /x\n", "{file}: source is missing"),
+        (
             GOOD.replace("0.5", "3"),
             "{file}:7: sampling.temperature: input should be less than or equal to 2",
         ),
@@ -90,6 +108,47 @@ def test_a_mistake_is_told_with_its_line_and_the_nearest_name(
     with pytest.raises(ConfigError) as error:
         load(tmp_path, text)
     assert str(error.value) == message.format(file=tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize("number", ["1e-6", "1E-6", "+1e-06", "1.e-6", "1.0e-6", "0.000001"])
+def test_a_number_may_be_written_as_in_json(tmp_path: Path, number: str) -> None:
+    sampling = load(tmp_path, GOOD.replace("0.5", number)).sampling
+    assert sampling.temperature == 1e-6
+    assert load(tmp_path, GOOD, f"sampling.temperature={number}").sampling == sampling
+    long = GOOD.replace("0.5", number) + "# " + "x" * 10_000  # libyaml does not read it
+    assert load(tmp_path, long).sampling == sampling
+    quoted = load(tmp_path, f"{GOOD}description: '{number}'\nabout: {{family: {number}x}}\n")
+    assert (quoted.description, quoted.about.family) == (number, f"{number}x")
+
+
+@pytest.mark.parametrize("section", sorted({*model_config.ModelConfig.model_fields} - {"source"}))
+def test_an_empty_section_is_as_if_it_were_not_there(tmp_path: Path, section: str) -> None:
+    rest = "source: {path: /models/mine, revision: }\n"
+    rest += "" if section == "name" else "name: mine\n"
+    if section == "name":
+        with pytest.raises(ConfigError, match=": name is missing$"):
+            load(tmp_path, f"{rest}name:\n")
+        return
+    text = f"{rest}{section}:\n  # key: value\n"
+    assert load(tmp_path, text) == load(tmp_path, rest)
+    assert load(tmp_path, GOOD, f"{section}=null")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_file_is_read_whatever_the_editor(tmp_path: Path, end: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", end).encode())
+    assert model_config.load(str(file))[0] == load(tmp_path, GOOD)
+
+
+@pytest.mark.parametrize("codec", ["utf-16", "gbk"])
+def test_a_file_in_another_encoding_is_told_with_its_line(tmp_path: Path, codec: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(f"{GOOD}description: 通义\n".encode(codec))
+    line = 8 if codec == "gbk" else 1
+    with pytest.raises(ConfigError) as error:
+        model_config.load(str(file))
+    assert str(error.value) == f"{file}:{line}: not UTF-8 text; save the file as UTF-8"
 
 
 @pytest.mark.parametrize("depth", [4_000, 200_000])

@@ -78,6 +78,18 @@ def exported_by_llama_factory(folder: Path) -> None:
     (folder / "Modelfile").write_text("FROM .")
 
 
+def on_a_disk_of_macos(folder: Path) -> None:
+    """With what else may lie beside a model, and no dtype in config.json."""
+    change(folder / "config.json", dtype=None, torch_dtype=None)
+    for file in list(folder.iterdir()):
+        (folder / f"._{file.name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X        ATTR")
+    (folder / ".model.safetensors.swp").write_bytes(b"")
+    for name in ("trainer_state.json", "all_results.json", "pytorch_model.bin.index.json"):
+        (folder / name).write_text("{NaN")
+    (folder / "consolidated.safetensors.index.json").write_text('{"weight_map": {"a": "b"}}')
+    (folder / ".ipynb_checkpoints").mkdir()
+
+
 def merged_by_ms_swift(folder: Path) -> None:
     (folder / "args.json").write_text('{"model": "Qwen/Qwen2-7B-Instruct", "model_type": "qwen2"}')
 
@@ -87,6 +99,7 @@ SERVED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "老版本 导出": ("qwen2", saved_by_transformers_4, "its own"),
     "mine": ("qwen2", of_a_class_that_is_not_here, "its own"),
     "百川 导出": ("baichuan2", exported_by_llama_factory, "baichuan2-7b-chat"),
+    "mac": ("qwen2", on_a_disk_of_macos, "its own"),
     "checkpoint-10-merged": ("qwen2", merged_by_ms_swift, "qwen2-7b-instruct"),
 }
 
@@ -140,12 +153,63 @@ def merged_into_four_bits(folder: Path) -> None:
     change(folder / "config.json", quantization_config={"quant_method": "bitsandbytes"})
 
 
-REFUSED: dict[str, tuple[str, Callable[[Path], None], str]] = {
+def replaced(name: str, content: str | bytes) -> Callable[[Path], object]:
+    data = content.encode() if isinstance(content, str) else content
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+def sampled_by(**keys: Any) -> Callable[[Path], object]:
+    return replaced("generation_config.json", json.dumps({"do_sample": True, **keys}))
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+PULL = "it is the pointer of git-lfs to the file: run `git lfs pull` in its folder"
+REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "DeepSpeed": ("qwen2", in_parts, "in parts: join them with the zero_to_fp32.py that lies in"),
     "no tokenizer": ("qwen2", without_tokenizer, "has no tokenizer; copy the tokenizer's files"),
     "both": ("qwen2", with_an_adapter, "a model and an adapter (adapter_model.safetensors); move"),
     "newer": ("qwen2", with_a_newer_tokenizer, "tokenizer.json is damaged, or newer than this"),
     "4 bits": ("qwen2", merged_into_four_bits, "bitsandbytes has quantised the weights, which"),
+    "git without lfs": (
+        "qwen2",
+        replaced("model.safetensors", POINTER),
+        "model.safetensors is not a safetensors file: ",
+    ),
+    "lfs": ("qwen2", replaced("model.safetensors", POINTER), PULL),
+    "lfs, PyTorch": ("baichuan2", replaced("pytorch_model.bin", POINTER), PULL),
+    "HTML, PyTorch": (
+        "baichuan2",
+        replaced("pytorch_model.bin", "<html>"),
+        "pytorch_model.bin is not a PyTorch weight file; fetch the model again",
+    ),
+    "lfs, tokenizer": ("qwen2", replaced("tokenizer.json", POINTER), PULL),
+    "a page of HTML": (
+        "qwen2",
+        replaced("model.safetensors", "<!DOCTYPE html><html><title>404</title>"),
+        "model.safetensors is not a safetensors file: ",
+    ),
+    "empty": ("qwen2", replaced("model.safetensors", b""), "is not a safetensors file: "),
+    "no weights": (
+        "qwen2",
+        lambda folder: remove(folder, "model.safetensors"),
+        "holds no weights (*.safetensors, *.bin, *.pt); fetch the model again",
+    ),
+    "only macOS's": (
+        "qwen2",
+        lambda folder: (folder / "model.safetensors").rename(folder / "._model.safetensors"),
+        "holds no weights (*.safetensors, *.bin, *.pt); fetch the model again",
+    ),
+    "a mark": ("qwen2", replaced("config.json", b"\xef\xbb\xbf{}"), "config.json is not readable"),
+    "top_p": (
+        "qwen2",
+        sampled_by(top_p=0.0),
+        "generation_config.json: vLLM does not take top_p 0.0: ",
+    ),
+    "temperature": ("qwen2", sampled_by(temperature=3.0), "; set sampling.temperature in the YAML"),
+    "top_k": ("qwen2", sampled_by(top_k=-5), "; set sampling.top_k in the YAML, or correct it"),
+    "min_p": ("qwen2", sampled_by(min_p=2), "vLLM does not take min_p 2: "),
+    "penalty": ("qwen2", sampled_by(repetition_penalty="1.1"), "does not take repetition_penalty"),
+    "tokens": ("qwen2", sampled_by(max_new_tokens=0), "; set sampling.max_tokens in the YAML"),
     "no config": (
         "adapter",
         lambda folder: remove(folder, "adapter_config.json"),

@@ -6,16 +6,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import yaml
 
 from service.settings import Settings
+from testing.server import LOOPBACK, free_port
 from tests.configuration import tables
 from tests.conftest import PATIENCE
 
@@ -37,7 +39,7 @@ def serving(command: str, port: int, folder: Path) -> Iterator[None]:
             deadline = time.monotonic() + 500
             while shell.poll() is None and time.monotonic() < deadline:
                 try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health/ready").close()
+                    LOOPBACK.open(f"http://127.0.0.1:{port}/health/ready").close()
                     break
                 except OSError:
                     time.sleep(0.5)
@@ -123,6 +125,29 @@ def _default(value: object) -> str:
     return f"`{text.replace(str(Path.home()), '~')}`"
 
 
+def test_health_checks_on_this_machine_ask_no_proxy() -> None:
+    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    checks = {name: s["healthcheck"]["test"] for name, s in compose["services"].items()
+              if "healthcheck" in s}  # fmt: skip
+    for name in ("prometheus", "grafana"):
+        assert checks[name][1:4] == ["wget", "-Y", "off"]  # as busybox has it
+    kind, _, option, probe = checks["chat"]
+    assert (kind, option) == ("CMD", "-c")
+
+    class Ready(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/health/ready" else 404)
+            self.end_headers()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Ready) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        probe = probe.replace(":6006/", f":{server.server_port}/")
+        dead = {"http_proxy": f"http://127.0.0.1:{free_port()}", "no_proxy": "", "NO_PROXY": ""}
+        for env in (dead, {"HTTP_PROXY" if k == "http_proxy" else k: v for k, v in dead.items()}):
+            subprocess.run([sys.executable, "-c", probe], env=os.environ | env, check=True)
+        server.shutdown()
+
+
 def test_compose_serves_with_a_volume_and_a_healthcheck() -> None:
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
     chat = compose["services"]["chat"]
@@ -130,8 +155,7 @@ def test_compose_serves_with_a_volume_and_a_healthcheck() -> None:
     others = [s for name, s in compose["services"].items() if name != "chat"]
     assert all(port.startswith("127.0.0.1:") for s in others for port in s["ports"])
     assert chat["volumes"] == ["cache:/cache"]
-    (probe,) = (part for part in chat["healthcheck"]["test"] if "urlopen" in part)
-    assert "/health/ready" in probe
+    assert "/health/ready" in chat["healthcheck"]["test"][-1]
     pinned = (ROOT / "requirements" / "bench.txt").read_text()
     (locust,) = re.findall(r"^locust==(.*)$", pinned, re.M)
     assert compose["services"]["locust"]["image"] == f"locustio/locust:{locust}"

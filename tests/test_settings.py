@@ -59,6 +59,11 @@ def test_the_key_comes_from_a_variable_or_a_file_and_is_kept_as_a_hash(
     loaded = settings.load()
     assert loaded.clients() == {hashlib.sha256(b"secret").hexdigest(): Client("default")}
     assert "secret" not in repr(loaded)
+    monkeypatch.setenv("SERVICE_API_KEY", "SHA256:" + hashlib.sha256(b"secret").hexdigest())
+    assert settings.load().clients() == loaded.clients()
+    monkeypatch.setenv("SERVICE_API_KEY", "\ufeffsecret")  # by a file of variables with such a mark
+    with pytest.raises(ConfigError, match="^SERVICE_API_KEY: the character U\\+FEFF"):
+        settings.load().clients()
     file = tmp_path / "key"
     file.write_text("secret\n")
     monkeypatch.setenv("SERVICE_API_KEY_FILE", str(file))

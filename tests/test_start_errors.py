@@ -152,6 +152,13 @@ def test_a_whole_checkpoint_is_called_whole(name: str, tmp_path: Path) -> None:
     checkpoint.check(folder)
 
 
+@pytest.mark.parametrize("name", ["v1 [final]", "a*", "what?"])
+def test_a_path_that_vllm_takes_for_a_pattern_is_told(name: str, tmp_path: Path) -> None:
+    folder = checkpoints.write("qwen2", tmp_path / name)
+    with pytest.raises(WeightsError, match="rename the folder"):
+        checkpoint.check(folder)
+
+
 @pytest.mark.parametrize(
     ("name", "part", "message"),
     [

@@ -4,6 +4,9 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx
+import pytest
+
 from service import terminal
 from testing.server import Server, free_port
 from tests import warm
@@ -29,6 +32,26 @@ def test_a_conversation_remembers_and_outlives_a_refusal(service: Server) -> Non
     refused = warm.run("chat", "hi", "--url", service.url, "--temperature", "9")
     assert refused.returncode == 1 and refused.stdout == ""
     assert refused.stderr.startswith("error: 422: temperature should be less than or equal to 2")
+
+
+@pytest.mark.parametrize("character", "\u2028\u2029\x85\v\f\x1c\x1d\x1e")
+def test_what_python_takes_for_the_end_of_a_line_ends_no_event(
+    service: Server, character: str
+) -> None:
+    """The question comes back in the history, as each of these may come in an answer."""
+    words = ("chat", f"a{character}b", "--url", service.url, "--max-new-tokens", "2", "--json")
+    done = warm.run(*words)
+    assert done.returncode == 0, done.stderr
+    (turn,) = json.loads(done.stdout)["history"]
+    assert turn[0] == f"a{character}b"
+
+
+def test_an_event_is_whole_wherever_the_stream_is_cut() -> None:
+    stream = 'event: x\r\ndata: {"delta": "\u2028é"}\r\rdata: 2\n\n: comment\n'.encode()
+    for size in range(1, len(stream)):
+        pieces = [stream[at : at + size] for at in range(0, len(stream), size)]
+        response = httpx.Response(200, content=iter(pieces))
+        assert list(terminal._data(response)) == ['{"delta": "\u2028é"}'.encode(), b"2"]
 
 
 def test_top_shows_what_the_server_does(service: Server) -> None:

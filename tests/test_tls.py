@@ -82,6 +82,20 @@ def test_who_has_a_certificate_is_answered(served: tuple[str, ssl.SSLContext], p
         assert client.post(f"{url}{path}", json=body).json()["status"] == 200
 
 
+@pytest.mark.parametrize("prefix", ["", "/llm"])
+def test_page_health_and_redirects_are_the_same_below_a_prefix(
+    served: tuple[str, ssl.SSLContext], prefix: str
+) -> None:
+    url, context = served
+    with httpx.Client(verify=context, timeout=PATIENCE, base_url=f"{url}{prefix}") as client:
+        for path in ("/health", "/ping", "/health/live", "/health/ready", "/v1/models"):
+            assert client.get(path).status_code == client.head(path).status_code == 200, path
+        page = client.get("/", headers={"accept": "text/html"}).text
+        assert "<!doctype html>" in page and 'fetch("/' not in page
+        answer = client.post("/v1/completions/", json={}, follow_redirects=False)
+        assert (answer.status_code, answer.headers["location"]) == (307, "../completions")
+
+
 def test_who_has_none_is_not(served: tuple[str, ssl.SSLContext], tmp_path: Path) -> None:
     url, _ = served
     with pytest.raises(httpx.TransportError):

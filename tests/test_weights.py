@@ -432,5 +432,19 @@ def test_a_folder_must_be_a_checkpoint(tmp_path: Path) -> None:
         weights.fetch(Source(path=str(tmp_path / "none")), tmp_path)
     with pytest.raises(ConfigError, match=r"has no config\.json"):
         weights.fetch(Source(path=str(tmp_path)), tmp_path)
+    (tmp_path / "m.gguf").write_text("GGUF")
+    with pytest.raises(ConfigError, match="is a file; give the folder; GGUF is not served"):
+        weights.fetch(Source(path=str(tmp_path / "m.gguf")), tmp_path)
+    with pytest.raises(ConfigError, match="is a file of weights; give the folder"):
+        model_config.load(str(tmp_path / "m.gguf"))
+    (tmp_path / "snapshots" / "4ee0").mkdir(parents=True)  # as huggingface_hub keeps them
+    (tmp_path / "snapshots" / "4ee0" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="an entry of a cache: give snapshots/4ee0 in it"):
+        weights.fetch(Source(path=str(tmp_path)), tmp_path)
+    with pytest.raises(ConfigError, match="inside it, such as snapshots/4ee0"):
+        model_config.load(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="it is an adapter: give it under adapters"):
+        weights.fetch(Source(path=str(tmp_path)), tmp_path)
     (tmp_path / "config.json").write_text("{}")
     assert weights.fetch(Source(path=str(tmp_path)), tmp_path) == tmp_path

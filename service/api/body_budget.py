@@ -5,6 +5,7 @@ value: a small body of many wrong items once took 20 GB. So values are counted i
 arrays are measured after parsing, and then a validator runs that stops at its first error.
 """
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,6 +28,19 @@ _MEDIA_KEYS = frozenset({"url", "image_url", "audio_url", "video_url", "file_url
 # Bodies up to this size, with up to this many objects and arrays, are not checked.
 _SMALL_BYTES = 4096
 _SMALL_CONTAINERS = 64
+
+
+def as_utf8(body: bytes) -> bytes:
+    """Return JSON in UTF-8 without a byte order mark, from what Python's `json` reads.
+
+    That is also UTF-16 and UTF-32, as the tutorials' server and vLLM take it. Raises MalformedBody.
+    """
+    encoding = json.detect_encoding(body)
+    try:
+        text = body.decode(encoding)
+    except UnicodeDecodeError as e:
+        raise MalformedBody(f"the body is not UTF-8 text (byte {e.start}); send UTF-8") from None
+    return body if encoding == "utf-8" else text.encode()
 
 
 def parse(body: bytes) -> Any:

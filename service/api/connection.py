@@ -8,6 +8,7 @@ from http import HTTPStatus
 from typing import Any, ClassVar
 
 import uvicorn
+from httptools import HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.api import metrics
@@ -16,7 +17,6 @@ from service.errors import (
     HeadersTooLarge,
     HeadersTooSlow,
     LaunchError,
-    MalformedBody,
     RequestError,
     Unavailable,
     refusal_body,
@@ -56,6 +56,56 @@ def guard(config: uvicorn.Config, settings: Settings, max_connections: int) -> N
     config.timeout_graceful_shutdown = _GRACE_SECONDS
 
 
+class _Parser:
+    """httptools' parser, but it goes on after a request with Upgrade, as RFC 9110, 7.8 allows.
+
+    httptools takes what follows the head for the other protocol, and so loses the body. Java's
+    HttpClient offers h2c with each first request.
+    """
+
+    def __init__(self, protocol: "GuardedProtocol", parser: HttpRequestParser) -> None:
+        self._protocol = protocol
+        self._parser = parser
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._parser, name)
+
+    def feed_data(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except HttpParserUpgrade as e:
+            protocol = self._protocol
+            if protocol._refused:
+                return
+            if not protocol._ignores_upgrade():
+                raise
+            again = protocol._head_without_upgrade() + data[e.args[0] :]
+            self._parser = HttpRequestParser(protocol)
+            self._parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn
+            self.feed_data(again)
+
+
+def _unchunked(cycle: RequestResponseCycle) -> Any:
+    """Return a `send` for a client of HTTP/1.0, which knows no chunks (RFC 9112, 6.1).
+
+    A body of unknown length ends with the connection.
+    """
+    send, ends_with_connection = cycle.send, False
+
+    async def send_unchunked(message: Any) -> None:
+        nonlocal ends_with_connection
+        if message["type"] == "http.response.start":
+            names = {name.lower() for name, _ in message["headers"]}
+            ends_with_connection = b"content-length" not in names
+            if ends_with_connection:
+                cycle.chunked_encoding = False
+        elif ends_with_connection:
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    return send_unchunked
+
+
 class GuardedProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol with limits on connections, headers and slow readers."""
 
@@ -67,6 +117,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.parser = _Parser(self, self.parser)  # type: ignore[assignment]
         self._unparsed_bytes = 0  # received since headers were complete or a body part came
         self._in_headers = False
         self._header_bytes = 0
@@ -145,9 +196,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._unparsed_bytes = 0
         self._in_headers = False
         self._stop_header_timer()
-        if self.parser.should_upgrade() and self._has_body():
-            # The parser would treat the body as the next request.
-            self._refuse(MalformedBody("a request with `Upgrade` can have no body here"))
+        if self._ignores_upgrade():
+            return  # `_Parser` gives the request again
         path = self.url.partition(b"?")[0].decode("latin-1")
         if self._spare and not path.endswith(tuple(HEALTH)):  # a proxy may keep its prefix
             self._refuse_connection()
@@ -155,6 +205,8 @@ class GuardedProtocol(HttpToolsProtocol):
             self._refuse(HeadersTooLarge(f"at most {_MAX_PIPELINED} requests may be sent ahead"))
         if not self._refused:
             super().on_headers_complete()
+            if self.scope["http_version"] == "1.0":
+                self.cycle.send = _unchunked(self.cycle)  # type: ignore[method-assign]
             self._cycles.append(self.cycle)
 
     def on_body(self, body: bytes) -> None:
@@ -163,7 +215,7 @@ class GuardedProtocol(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if not self._refused:
+        if not self._refused and not self._ignores_upgrade():
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
@@ -190,9 +242,17 @@ class GuardedProtocol(HttpToolsProtocol):
         if not self._refused:
             super().send_400_response(msg)
 
-    def _has_body(self) -> bool:
-        headers = dict(self.headers)
-        return b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
+    def _ignores_upgrade(self) -> bool:
+        """Whether the parser stops here, for a protocol that is not spoken."""
+        upgrades: bool = self.parser.should_upgrade()
+        return upgrades and self.parser.get_method() != b"CONNECT"
+
+    def _head_without_upgrade(self) -> bytes:
+        """Return the head of the request that has just come, without the header Upgrade."""
+        version = self.parser.get_http_version().encode()
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
+        lines += [b"%s: %s" % (name, v) for name, v in self.headers if name != b"upgrade"]
+        return b"\r\n".join([*lines, b"", b""])
 
     def _stop_header_timer(self) -> None:
         self._cancel(self._header_timer)

@@ -51,7 +51,7 @@ class Gate:
                 return with_cors(service.create, scope)
             return functools.partial(_admit, self.app, service)
         if path not in ROUTES:
-            return self.app
+            return functools.partial(_head, self.app) if method == "HEAD" else self.app
         if method not in ("GET", "HEAD"):
             raise MethodNotAllowed("GET, HEAD, POST" if path == "/" else "GET, HEAD")
         return with_cors(_route, scope)
@@ -85,6 +85,21 @@ async def _route(scope: Scope, receive: Receive, send: Send) -> None:
     """Answer a request to one of `ROUTES`."""
     response = await ROUTES[path_of(scope)](Request(scope, receive, send))
     await response(scope, receive, send)
+
+
+async def _head(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer HEAD as GET, without the body: FastAPI's routes take GET alone (RFC 9110, 9.3.2)."""
+    get = {**scope, "method": "GET"}
+
+    async def send_without_body(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            message = {**message, "body": b""}
+        await send(message)
+
+    try:
+        await app(get, receive, send_without_body)
+    finally:
+        scope.update(get, method="HEAD")  # it names the route now
 
 
 async def _admit(

@@ -2,7 +2,7 @@
 
 import hmac
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from starlette.datastructures import Headers
@@ -16,6 +16,8 @@ _logger = logging.getLogger("service")
 
 # Health checks, which need no key.
 HEALTH = frozenset({"/health", "/health/live", "/health/ready", "/ping"})
+# Routes of Anthropic's API, whose clients send the key in a header of their own.
+_ANTHROPIC = ("/v1/messages", "/v1/models")
 
 
 def is_public(scope: Scope, path: str, *, metrics_key: bool) -> bool:
@@ -35,11 +37,14 @@ def is_preflight(scope: Scope) -> bool:
     return cors and scope["method"] == "OPTIONS"
 
 
-def bearer(scope: Scope) -> bytes:
-    """Return the request's API key as raw bytes, or empty bytes."""
-    header = Headers(scope=scope).get("authorization", "")
-    scheme, _, key = header.partition(" ")
-    return key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+def _sent(scope: Scope, path: str) -> Iterator[bytes]:
+    """Yield the API keys of a request as raw bytes, from each header that may have one."""
+    headers = Headers(scope=scope)
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        yield key.strip().encode("latin-1")
+    if path.startswith(_ANTHROPIC):
+        yield headers.get("x-api-key", "").strip().encode("latin-1")
 
 
 class Keys:
@@ -55,11 +60,14 @@ class Keys:
         """Let these keys be the valid ones."""
         self._clients = clients
 
-    def owner(self, scope: Scope) -> Client:
-        """Return the client that sends a request. Raises Unauthorized."""
-        client = self.client(bearer(scope))
+    def owner(self, scope: Scope, path: str) -> Client:
+        """Return the client that sends a request to `path`. Raises Unauthorized."""
+        client = next(filter(None, map(self.client, _sent(scope, path))), None)
         if client is None:
-            raise Unauthorized("send an API key in the header `Authorization: Bearer <key>`")
+            other = " or `x-api-key`" if path.startswith(_ANTHROPIC) else ""
+            raise Unauthorized(
+                f"send an API key in the header `Authorization: Bearer <key>`{other}"
+            )
         return client
 
     def client(self, key: bytes) -> Client | None:

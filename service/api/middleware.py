@@ -10,6 +10,7 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from typing import Any
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
@@ -18,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api import metrics, tracing, vllm_errors
 from service.api.bodies import has_body, is_form
+from service.api.body_budget import as_utf8
 from service.api.keys import HEALTH, is_public
 from service.api.record import REQUEST_ID, RequestRecord, request_id
 from service.api.refusal import refusal, refusal_event
@@ -73,7 +75,10 @@ class Observe(_HttpMiddleware):
         async def observed(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID] = record.id
+                headers = MutableHeaders(scope=message)
+                headers[REQUEST_ID] = record.id
+                if record.status == 307:
+                    headers["location"] = _other_slash(scope)
             await send(message)
 
         began = time.perf_counter()
@@ -211,7 +216,7 @@ class ApiKey(_HttpMiddleware):
         metrics_key = state.deployment.settings.metrics_key
         public = is_public(scope, path, metrics_key=metrics_key)
         if state.keys and not public:
-            RequestRecord.of(scope).client = state.keys.owner(scope)
+            RequestRecord.of(scope).client = state.keys.owner(scope, path)
         await self.app(scope, receive, send)
 
 
@@ -226,6 +231,7 @@ class Body(_HttpMiddleware):
         async with state.bodies.read(scope, receive) as body:
             path = path_of(scope)
             if path == "/" or not is_form(scope):  # POST / reads JSON, whatever its type says
+                body = as_utf8(body)
                 state.budget.check(path, body)
             message = {"type": "http.request", "body": body, "more_body": False}
             await self.app(scope, once(message, receive), send)
@@ -254,7 +260,13 @@ def with_cors(app: ASGIApp, scope: Scope) -> ASGIApp:
 def path_of(scope: Scope) -> str:
     """Return the request's path without the root path of a proxy in front of us."""
     path: str = scope["path"]
-    return path.removeprefix(scope.get("app_root_path", scope.get("root_path", "")))
+    return path.removeprefix(_root_path(scope)) or "/"
+
+
+def _root_path(scope: Scope) -> str:
+    """Return the application's root path; `root_path` itself grows where a part is mounted."""
+    root: str = scope.get("app_root_path", scope.get("root_path", ""))
+    return root
 
 
 def _route(scope: Scope) -> str:
@@ -263,12 +275,24 @@ def _route(scope: Scope) -> str:
         return str(route.path)
     if (path := path_of(scope)) in ROUTES:
         return path
-    mounted: str = scope.get("root_path", "").removeprefix(scope.get("app_root_path", ""))
+    mounted: str = scope.get("root_path", "").removeprefix(_root_path(scope))
     if mounted:
         return mounted
     # The request was refused before routing.
     paths = (getattr(route, "path", None) for route in scope["app"].routes)
-    return scope["path"] if scope["path"] in paths else "unmatched"
+    return path if path in paths else "unmatched"
+
+
+def _other_slash(scope: Scope) -> str:
+    """Return where Starlette redirects, by a slash at the end more or less, as a relative URL.
+
+    Nothing else is right for a client behind a proxy: it may have another scheme, host and prefix.
+    """
+    path, query = scope["path"], scope["query_string"].decode("latin-1")
+    bare = path.rstrip("/")
+    slashes = len(path) - len(bare)
+    name = quote(bare.rpartition("/")[2])
+    return ("../" * slashes + name if slashes else f"./{name}/") + (f"?{query}" if query else "")
 
 
 def _note_tokens(record: RequestRecord, scope: Scope) -> None:

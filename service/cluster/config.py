@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from service import own_model, settings
 from service.clients import Client
 from service.errors import ConfigError
 from service.model_config import ModelConfig, Origins, document, nearest
-from service.model_config.schema import Name
+from service.model_config.schema import Name, Section
 from service.settings import Settings
 
 # What `chat-service cluster` runs without a file.
@@ -31,11 +31,7 @@ DEREGISTER_SECONDS = 5
 _Count = Annotated[int, Field(ge=1, le=10_000)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Replicas(_Section):
+class Replicas(Section):
     """One model of the cluster, served under the key's name."""
 
     model: str | None = Field(
@@ -69,7 +65,7 @@ class Replicas(_Section):
         return self
 
 
-class ClusterFile(_Section):
+class ClusterFile(Section):
     """What the file may hold."""
 
     default: str | None = Field(

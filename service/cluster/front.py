@@ -19,7 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from service.api import metrics
 from service.api.bodies import Bodies, has_body, is_form
-from service.api.body_budget import check_values
+from service.api.body_budget import as_utf8, check_values
 from service.api.keys import Keys, is_preflight, is_public
 from service.api.record import REQUEST_ID, RequestRecord, request_id
 from service.api.refusal import refusal, refusal_event
@@ -138,7 +138,7 @@ class Front:
         if self._keys:
             self._keys.reload()
             if not is_public(scope, path, metrics_key=self._settings.metrics_key):
-                self._keys.owner(scope)
+                self._keys.owner(scope, path)
         if (own := self._own_routes.get(path)) is not None:
             if method in ("GET", "HEAD"):
                 return await own(scope)
@@ -149,7 +149,10 @@ class Front:
             await exchange.run(self._forward(self._default, request, exchange), receive)
             return None
         async with self._bodies.read(scope, receive) as body:
-            model = self._default if is_form(scope) and path != "/" else self._model_of(body)
+            model = self._default
+            if path == "/" or not is_form(scope):
+                body = as_utf8(body)
+                model = self._model_of(body)
             request = _request(scope, path, body)
             await exchange.run(self._forward(model, request, exchange), receive)
         return None

@@ -36,6 +36,7 @@ class ProgressServer(ThreadingHTTPServer):
         folder: RunFolder,
         model: str,
         instance: str,
+        root_path: str = "",
     ) -> None:
         super().__init__(listener.getsockname()[:2], _Handler, bind_and_activate=False)
         self.socket.close()
@@ -44,6 +45,7 @@ class ProgressServer(ThreadingHTTPServer):
         self.folder = folder
         self.model = model
         self.instance = instance
+        self.root_path = root_path
         self.connections = threading.Semaphore(_MAX_CONNECTIONS)
         self.handed_over = False  # whether an API process has taken over
 
@@ -90,7 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         phase, percent = self.server.folder.phase()
         headers = {"content-type": "application/json"}
-        path = self.path.partition("?")[0]
+        path = self.path.partition("?")[0].removeprefix(self.server.root_path) or "/"
         if path == "/health/live":
             status, body = 200, json.dumps({"status": "alive"}).encode()
         elif path.startswith("/health"):
@@ -108,7 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
             headers = {**web.HEADERS, "content-type": "text/html; charset=utf-8"}
         else:
             error = Unavailable(f"the model is not ready yet: {phase}", retry_after=_RETRY_AFTER)
-            status, body = error.status, refusal_body(error, uuid.uuid4().hex)
+            status, body = error.status, refusal_body(error, uuid.uuid4().hex, path)
             headers["retry-after"] = str(_RETRY_AFTER)
         self._read_body()
         self.send_response_only(status)

@@ -25,6 +25,7 @@ from typing import Any
 import psutil
 import setproctitle
 
+from service import vllm_arguments
 from service.api.application import Deployment
 from service.errors import ConfigError, LaunchError, ServiceError
 from service.launch import environment, server
@@ -66,7 +67,14 @@ def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
         )
         folder.write_deployment(deployment)
         tls = _tls(config, origins)
-        progress = ProgressServer(listener, tls, folder, config.name, deployment.instance)
+        progress = ProgressServer(
+            listener,
+            tls,
+            folder,
+            config.name,
+            deployment.instance,
+            vllm_arguments.root_path(config),
+        )
         progress.start()
         environment.prepare(folder, settings)
         print(f"Starting {config.name}; vLLM takes a while to import ...", file=sys.stderr)
@@ -90,6 +98,15 @@ def _ready_message(model: str, url: str, needs_key: bool) -> str:
         '  -d \'{"prompt": "What is the capital of France?"}\'\n\n'
         f"OpenAI clients: base_url {url}/v1   Metrics: {url}/metrics\n"
     )
+
+
+def _announce(message: str) -> None:
+    """Print a message, unless who read it has ended: that is no reason to end the server."""
+    try:
+        print(message, flush=True)
+    except OSError:
+        # What the buffer holds would fail again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _StoppedEarly(Exception):
@@ -130,7 +147,7 @@ class _Supervisor:
             while not multiprocessing.connection.wait([self.server.sentinel], _CHECK_INTERVAL):
                 self._check_beats()
                 if self.ready_message and self.folder.phase()[0] is Phase.READY:
-                    print(self.ready_message, flush=True)
+                    _announce(self.ready_message)
                     self.ready_message = None
                 if self.kill_at is None and self.folder.failure():
                     self.kill_at = time.monotonic() + _GRACE_SECONDS

@@ -1,5 +1,6 @@
 """A YAML file with the line of each key, so that an error can name its place."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from service import text_file
 from service.errors import ConfigError
 from service.model_config.spelling import nearest
 
@@ -15,6 +17,30 @@ KeyPath = tuple[str | int, ...]
 # Exceptions of PyYAML for invalid text or values, such as `!!int zz`.
 UNREADABLE = (yaml.YAMLError, ValueError, KeyError, RecursionError)
 _SHORT = 10_000  # characters
+# A number as YAML 1.2 and JSON have it. PyYAML takes it for text: YAML 1.1 wants 1.0e-6.
+_NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+# Numbers that are others in YAML 1.1 than they seem to be: 0512 is octal, and 1:30 is 90.
+_SURPRISES = re.compile(r"[-+]?0[0-7_]+|.*:.*")
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's own parser."""
+
+    def construct_yaml_int(self, node: Any) -> int:
+        value = super().construct_yaml_int(node)
+        if _SURPRISES.fullmatch(node.value):
+            problem = f"YAML reads {node.value} as {value}; write that, or put it in quotes"
+            raise yaml.constructor.ConstructorError(problem=problem, problem_mark=node.start_mark)
+        return value
+
+
+class _CLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """libyaml's, where PyYAML has it."""
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+for _loader in (_Loader, _CLoader):
+    _loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789"))
 
 
 @dataclass(frozen=True)
@@ -50,15 +76,10 @@ def read(
 
     `spell` returns the name under which a key at a path is known. Raises ConfigError.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        raise ConfigError(f"{file}: not UTF-8 text (byte {e.start})") from None
-    except OSError as e:
-        raise ConfigError(f"{file}: {e.strerror}") from None
+    text = text_file.read(file, str(file))
     try:
         node = _compose(text)
-        loader = yaml.SafeLoader("")
+        loader = _Loader("")
         lines: dict[KeyPath, int] = {}
         if isinstance(node, yaml.MappingNode):
             _record_lines(node, (), lines, file, spell)
@@ -74,6 +95,11 @@ def read(
     raise ConfigError(f"{file}: expected keys and values, such as `name: my-model`")
 
 
+def value_of(text: str) -> Any:
+    """Return the value of a short YAML text. Raises one of `UNREADABLE`."""
+    return yaml.load(text, Loader=_Loader)
+
+
 def _compose(text: str) -> yaml.Node | None:
     """Parse by libyaml, which is ten times as fast, or else by PyYAML's own parser.
 
@@ -81,11 +107,11 @@ def _compose(text: str) -> yaml.Node | None:
     """
     if len(text) <= _SHORT and yaml.__with_libyaml__:
         try:
-            node: yaml.Node | None = yaml.compose(text, Loader=yaml.CSafeLoader)
+            node: yaml.Node | None = yaml.compose(text, Loader=_CLoader)
             return node
         except yaml.YAMLError:
             pass
-    return yaml.compose(text, Loader=yaml.SafeLoader)
+    return yaml.compose(text, Loader=_Loader)
 
 
 def _record_lines(
@@ -124,6 +150,8 @@ def explain(error: Any, origins: Origins, schema: type[BaseModel], hint: str = "
     if error["type"] == "missing":
         return f"{origins.file}: {'.'.join(map(str, path))} is missing"
     message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "string_type":  # as for 1.0, no, or 2024-01-01
+        message += "; put it in quotes"
     return f"{place}: {message[0].lower()}{message[1:]}"
 
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from service.errors import ConfigError
@@ -13,6 +12,9 @@ from service.model_config import document
 from service.model_config.document import KeyPath, Origins
 from service.model_config.schema import ModelConfig
 from service.model_config.spelling import nearest
+
+# What a folder has that can be served.
+_CONFIGS = ("config", "adapter_config")
 
 
 def catalogue() -> dict[str, Path]:
@@ -96,16 +98,19 @@ def _parse(file: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
         if not (file / "config.json").is_file():
             raise ConfigError(f"{file}: has no config.json, so it is not a model{_inner(file)}")
         return {"name": name_of(file), "source": {"path": str(file)}}, {}
+    if file.suffix in (".bin", ".gguf", ".pt", ".safetensors"):
+        raise ConfigError(f"{file}: is a file of weights; give the folder of a whole model")
     return document.read(file, _spell)
 
 
 def _inner(folder: Path) -> str:
     """Return advice that names a folder inside of `folder` that holds a model or an adapter."""
-    files = [f for name in ("config", "adapter_config") for f in folder.glob(f"*/{name}.json")]
+    places = [f"{at}/{name}.json" for at in ("*", "snapshots/*") for name in _CONFIGS]
+    files = [file for place in places for file in folder.glob(place)]
     if not files:
         return "; give the folder that your training or its export wrote"
     newest = max(files, key=lambda file: file.stat().st_mtime)
-    return f"; give the folder inside it, such as {newest.parent.name}"
+    return f"; give the folder inside it, such as {newest.parent.relative_to(folder)}"
 
 
 def _assign(data: dict[str, Any], assignment: str) -> KeyPath:
@@ -119,7 +124,7 @@ def _assign(data: dict[str, Any], assignment: str) -> KeyPath:
             f"--set {assignment!r}: expected key.path=value, such as engine.max_model_len=2048"
         )
     try:
-        value = yaml.safe_load(text)
+        value = document.value_of(text)
     except document.UNREADABLE:
         raise ConfigError(f"--set {key[:100]}: the value is not valid YAML") from None
     section: Any = data

@@ -1,8 +1,10 @@
 """The YAML schema of `model_configs/`."""
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -22,15 +24,36 @@ RepetitionPenalty = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
 TokenLimit = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a YAML file. A key without a value is as if it were not there.
+
+    People leave a section empty when they turn its keys into comments.
+    """
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty_keys(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return {} if value is None else value
+        return {k: v for k, v in value.items() if v is not None or k not in cls.model_fields}
+
+
+def _name(name: str) -> str:
+    if not re.fullmatch(r"\w[\w.-]{0,63}", name):
+        raise ValueError(
+            "a name has up to 64 letters, digits, _ . and -, and begins with none of the last two; "
+            "for owner/model write model, as a name is part of paths"
+        )
+    return name
 
 
 # As clients write it; letters of any language, for folders are named in them.
-Name = Annotated[str, Field(pattern=r"^\w[\w.-]{0,63}$")]
+Name = Annotated[str, AfterValidator(_name)]
 
 
-class Source(_Section):
+class Source(Section):
     """Where the model's files come from; exactly one of `modelscope`, `path` and `embedded`."""
 
     modelscope: str | None = Field(None, description="ModelScope id, `owner/name`.")
@@ -51,7 +74,7 @@ class Source(_Section):
         return self
 
 
-class AdapterSource(_Section):
+class AdapterSource(Section):
     """Where a LoRA adapter's files come from; exactly one of `path` and `modelscope`."""
 
     path: str | None = Field(None, description="A folder on this machine; a text alone means it.")
@@ -70,7 +93,7 @@ class AdapterSource(_Section):
         return self
 
 
-class Prompt(_Section):
+class Prompt(Section):
     """How one request becomes the model's input."""
 
     style: Literal["chat", "completion"] = Field(
@@ -94,7 +117,7 @@ class Prompt(_Section):
     echo: bool = Field(False, description="Whether the answer of `POST /` begins with the prompt.")
 
 
-class History(_Section):
+class History(Section):
     """How `history` comes back from `POST /`."""
 
     always: bool = Field(
@@ -110,7 +133,7 @@ class History(_Section):
     )
 
 
-class Answer(_Section):
+class Answer(Section):
     """What an answer of `POST /` holds beside `response`."""
 
     think: Annotated[list[str], Field(min_length=2, max_length=2)] | None = Field(
@@ -125,7 +148,7 @@ class Answer(_Section):
     )
 
 
-class About(_Section):
+class About(Section):
     """For `chat-service models` alone."""
 
     family: str = Field("", description="Groups the list.")
@@ -138,7 +161,7 @@ class About(_Section):
         return None if self.parameters is None else self.parameters * 1e9 * bytes_each / 2**30
 
 
-class Sampling(_Section):
+class Sampling(Section):
     """Sampling defaults by vLLM's names, for `POST /` and for /v1.
 
     A request's own values come first; what is absent here comes from generation_config.json.
@@ -158,7 +181,7 @@ class Sampling(_Section):
     )
 
 
-class MaxLength(_Section):
+class MaxLength(Section):
     """What `max_length` of `POST /` means for this model."""
 
     counts: Literal["new_tokens", "prompt_and_new_tokens"] = Field(
@@ -169,7 +192,7 @@ class MaxLength(_Section):
     )
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """One model of the catalogue."""
 
     name: Name = Field(description="The name clients see, here and in /v1/models.")

@@ -28,6 +28,7 @@ def register() -> None:
     from service.models.vllm_private import (
         assume_model_type,
         compile_nothing_for_requests,
+        ignore_hidden_weights,
         keep_adapters_from_the_base,
         let_tokenizer_mode_decide,
         use_fast_penalties,
@@ -66,6 +67,7 @@ def register() -> None:
     ):
         AutoConfig.register(config.model_type, config, exist_ok=True)
     assume_model_type("MiniCPMForCausalLM", MiniCPMConfig.model_type)
+    ignore_hidden_weights()
     register_tokenizers()
     let_tokenizer_mode_decide("internlm2")
     if current_platform.is_cpu():

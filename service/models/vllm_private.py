@@ -6,12 +6,14 @@ import os
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.models.auto import tokenization_auto
 from vllm.tokenizers import registry
 from vllm.transformers_utils import config as vllm_config
+from vllm.transformers_utils import utils
 from vllm.v1.engine import utils as engine_processes
 from vllm.v1.sample import sampler
 from vllm.v1.sample.ops import penalties, topk_topp_sampler
@@ -29,6 +31,20 @@ _vllm_apply_top_k_top_p = topk_topp_sampler.apply_top_k_top_p
 def assume_model_type(architecture: str, model_type: str) -> None:
     """Load a config.json that names `architecture` but has no model_type as `model_type`."""
     vllm_config._ARCHITECTURE_TO_MODEL_TYPE[architecture] = model_type
+
+
+def ignore_hidden_weights() -> None:
+    """Make vLLM read no header of a hidden file, such as `._model.safetensors` of macOS.
+
+    It guesses a dtype that config.json lacks from all headers, and skips such files otherwise.
+    """
+
+    def read(file: Path) -> dict[str, Any]:
+        hidden = file.name.startswith(".")
+        return {} if hidden else utils.parse_safetensors_file_metadata(file)
+
+    assert callable(vllm_config.parse_safetensors_file_metadata)
+    vllm_config.parse_safetensors_file_metadata = read
 
 
 def let_tokenizer_mode_decide(model_type: str) -> None:

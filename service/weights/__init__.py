@@ -6,7 +6,7 @@ from pathlib import Path
 from service.errors import ConfigError, WeightsError
 from service.model_config import Source
 from service.model_config.schema import AdapterSource
-from service.weights import embedded, modelscope
+from service.weights import adapter, embedded, modelscope
 
 
 def fetch(
@@ -65,7 +65,20 @@ def _local_folder(path: str, *, weights: bool) -> Path:
     except RuntimeError:
         raise ConfigError(f"source.path: {path}: no such user") from None
     if not folder.is_dir():
-        raise ConfigError(f"source.path: {path}: no such folder")
+        what = "is a file; give the folder" if folder.exists() else "no such folder"
+        gguf = "; GGUF is not served: fetch the model's safetensors" * (folder.suffix == ".gguf")
+        raise ConfigError(f"source.path: {path}: {what}{gguf}")
     if weights and not (folder / "config.json").is_file():
-        raise ConfigError(f"source.path: {path}: has no config.json, so it is not a checkpoint")
+        raise ConfigError(
+            f"source.path: {path}: has no config.json, so it is not a checkpoint{_hint(folder)}"
+        )
     return folder
+
+
+def _hint(folder: Path) -> str:
+    """Say what a folder without a model may be."""
+    if adapter.is_adapter(folder):
+        return "; it is an adapter: give it under adapters, and its base here"
+    if inner := sorted(folder.glob("snapshots/*/config.json")):
+        return f"; it is an entry of a cache: give {inner[-1].parent.relative_to(folder)} in it"
+    return ""

@@ -14,7 +14,7 @@ from typing import Any
 
 from service.errors import WeightsError
 from service.weights import tensor_files
-from service.weights.tensor_files import Tensor, read_object, weight_files
+from service.weights.tensor_files import Tensor, read_object, visible, weight_files
 
 CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the order of vLLM
@@ -67,7 +67,9 @@ def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter, and no whole model beside it."""
     if not (folder / CONFIG).is_file():
         return False
-    others = {file.name for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern)}
+    others = {
+        file.name for pattern in ("*.safetensors", "*.bin") for file in visible(folder, pattern)
+    }
     others -= {*_WEIGHTS, "training_args.bin", "optimizer.bin", "scheduler.bin"}
     return not (others and (folder / "config.json").is_file())
 

@@ -6,12 +6,19 @@ vLLM 0.32 serves garbage from one that lacks matrices or its head: its check
 
 import re
 from collections import defaultdict
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from service.errors import WeightsError
 from service.weights import adapter, tensor_files
-from service.weights.tensor_files import REMEDY, read_json, read_object, weight_files
+from service.weights.tensor_files import (
+    REMEDY,
+    read_json,
+    read_object,
+    visible,
+    weight_files,
+)
 
 # Architectures with a separate head unless config.json sets tie_word_embeddings.
 _UNTIED = frozenset(
@@ -43,18 +50,31 @@ _EMBEDDING = re.compile(r"embed|\.wte\.")
 _HEAD = re.compile(r"lm_head|^output\.|\.output_layer\.")
 _LAYER = re.compile(r"\.(\d+)\.")
 _TOKENIZERS = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.*", "tekken.json", "*.gguf")
+# JSON that vLLM or transformers reads, beside the indexes of weights.
+_JSON = (
+    *("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "chat_template.json"),
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+)
 # What a Trainer leaves of its own.
 _STATES = {"optimizer.pt", "scheduler.pt", "scaler.pt"}
 
 
 def check(folder: Path) -> None:
     """Raise WeightsError if a file is damaged, cut short or missing, as far as can be checked."""
+    if escape(str(folder)) != str(folder):
+        raise WeightsError(
+            f"{folder}: vLLM looks for weights by a pattern, in which [, ? and * of a path mean "
+            "something else; rename the folder"
+        )
     _check_json(folder)
     files = weight_files(folder, "*.safetensors")
     names = {name for file in files for name in tensor_files.read(file)}
     if not files:
         files = weight_files(folder, "*.bin")
-    if not files and not {file.name for file in folder.glob("*.pt")} - _STATES:
+        for file in files:
+            tensor_files.check_pickled(file)
+    if not files and not {file.name for file in visible(folder, "*.pt")} - _STATES:
         raise WeightsError(
             f"{folder} holds no weights (*.safetensors, *.bin, *.pt); {_where_they_are(folder)}"
         )
@@ -81,7 +101,7 @@ def check(folder: Path) -> None:
 
 def check_tokenizer(folder: Path) -> None:
     """Raise WeightsError if a folder has no tokenizer: transformers makes an empty one then."""
-    if not any(file for pattern in _TOKENIZERS for file in folder.glob(pattern)):
+    if not any(file for pattern in _TOKENIZERS for file in visible(folder, pattern)):
         raise WeightsError(
             f"{folder} has no tokenizer; copy the tokenizer's files from the model that it was "
             "trained from"
@@ -99,8 +119,9 @@ def _where_they_are(folder: Path) -> str:
 
 def _check_json(folder: Path) -> None:
     """Raise WeightsError for invalid JSON; the libraries that read it do not name the file."""
-    for file in folder.glob("*.json"):
-        read_json(file)
+    for file in map(folder.joinpath, _JSON):
+        if file.exists():
+            read_json(file)
 
 
 def _check_layers(names: set[str], config: dict[str, Any]) -> None:

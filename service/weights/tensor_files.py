@@ -3,13 +3,21 @@
 import json
 import math
 import re
+from contextlib import suppress
+from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from service.errors import WeightsError
 
 _NOT_WEIGHTS = ("training_args.bin", "optimizer.bin")  # vLLM ignores them too
+# Pattern of weight files -> the index that vLLM reads.
+_INDEX = {
+    "*.safetensors": "model.safetensors.index.json",
+    "*.bin": "pytorch_model.bin.index.json",
+}
 REMEDY = "fetch the model again"
+_LFS_POINTER = b"version https://git-lfs"  # the file's beginning
 
 
 class Tensor(NamedTuple):
@@ -20,12 +28,31 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...] = ()
 
 
+def visible(folder: Path, pattern: str) -> list[Path]:
+    """Return the files of a pattern, without hidden ones, such as `._config.json` of macOS.
+
+    vLLM skips those too.
+    """
+    return [folder / name for name in sorted(glob(pattern, root_dir=folder))]
+
+
+def remedy(file: Path) -> str:
+    """Say what to do about a file whose content is not what its name says."""
+    with suppress(OSError), file.open("rb") as f:
+        if f.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            return "it is the pointer of git-lfs to the file: run `git lfs pull` in its folder"
+    return REMEDY
+
+
 def read_json(file: Path) -> Any:
-    """Return the value in a JSON file of a checkpoint. Raises WeightsError."""
+    """Return the value in a JSON file of a checkpoint. Raises WeightsError.
+
+    It must be UTF-8 without a byte order mark, as the libraries that read it want it.
+    """
     try:
-        return json.loads(file.read_bytes())
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
-        raise WeightsError(f"{file} is not readable JSON: {e}") from None
+        raise WeightsError(f"{file} is not readable JSON: {e}; {remedy(file)}") from None
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -38,10 +65,8 @@ def read_object(file: Path) -> dict[str, Any]:
 
 def index(folder: Path, pattern: str) -> dict[str, Any]:
     """Return the index of the weight files of one pattern, or an empty dict."""
-    content: dict[str, Any] = {}
-    for file in folder.glob(f"{pattern}.index.json"):
-        content = read_object(file)
-    return content
+    file = folder / _INDEX[pattern]
+    return read_object(file) if file.is_file() else {}
 
 
 def weight_files(folder: Path, pattern: str) -> list[Path]:
@@ -49,7 +74,7 @@ def weight_files(folder: Path, pattern: str) -> list[Path]:
     names = set(index(folder, pattern).get("weight_map", {}).values())
     return [
         file
-        for file in sorted(folder.glob(pattern))
+        for file in visible(folder, pattern)
         if file.name in names or not names and file.name not in _NOT_WEIGHTS
     ]
 
@@ -88,8 +113,23 @@ def _safetensors(file: Path) -> dict[str, Tensor]:
                     count * bits // 8, count if is_float and bits > 8 else 0, shape
                 )
     except (OSError, SafetensorError) as e:
-        raise WeightsError(f"{file} is damaged or cut short: {e}; {REMEDY}") from None
+        what = "damaged or cut short" if _has_header(file) else "not a safetensors file"
+        raise WeightsError(f"{file} is {what}: {e}; {remedy(file)}") from None
     return tensors
+
+
+def check_pickled(file: Path) -> None:
+    """Raise WeightsError if a file does not begin as PyTorch's do: a zip file, or a pickle."""
+    with file.open("rb") as f:
+        if not f.read(2).startswith((b"PK", b"\x80")):
+            raise WeightsError(f"{file} is not a PyTorch weight file; {remedy(file)}")
+
+
+def _has_header(file: Path) -> bool:
+    """Whether JSON follows a length, as in a safetensors file."""
+    with suppress(OSError), file.open("rb") as f:
+        return f.read(9)[8:] == b"{"
+    return False
 
 
 def _pickled(file: Path) -> dict[str, Any]:
@@ -101,4 +141,6 @@ def _pickled(file: Path) -> dict[str, Any]:
         return state
     except Exception as e:
         reason = " ".join(str(e).split())[:200]
-        raise WeightsError(f"{file} is not a PyTorch weight file: {reason}; {REMEDY}") from None
+        raise WeightsError(
+            f"{file} is not a PyTorch weight file: {reason}; {remedy(file)}"
+        ) from None
