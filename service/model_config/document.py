@@ -46,7 +46,7 @@ class Mistake:
 
 
 class InvalidConfig(ConfigError):
-    """All mistakes of a file and of `--set`, in the order of the file; each is a line of the text.
+    """All mistakes of a file, in its order, then those of `--set`; each is a line of the text.
 
     `engine` are the arguments of vLLM in it, which nobody has checked yet.
     """
@@ -57,7 +57,9 @@ class InvalidConfig(ConfigError):
         origins: "Origins",
         engine: Mapping[str, Any] | None = None,
     ) -> None:
-        self.mistakes = sorted(dict.fromkeys(mistakes), key=lambda mistake: mistake.line)
+        self.mistakes = sorted(
+            dict.fromkeys(mistakes), key=lambda each: (each.line, each.text.startswith("--set"))
+        )
         self.origins = origins
         self.engine = engine or {}
         super().__init__(self.mistakes, origins, self.engine)

@@ -109,7 +109,8 @@ class _Conversation:
     def _choose(self, name: str) -> None:
         models = self.remote.models()
         if name not in models:
-            problem = f"no model has this name{nearest(name, models)}" if name else "which model?"
+            near = nearest(name, models)
+            problem = f"no model has this name{near}" if name else "the name is missing"
             raise ConfigError(f"/model NAME: {problem}; there are {', '.join(models)}")
         self.options["model"] = name
         _note(f"{name} answers from now on")
@@ -132,7 +133,7 @@ class _Conversation:
 
     def _save(self, name: str) -> None:
         if not name:
-            raise ConfigError("/save FILE: which file?")
+            raise ConfigError("/save FILE: the name of the file is missing")
         if not self.history:
             raise ConfigError("/save FILE: there is no conversation yet")
         file = Path(name).expanduser().absolute()
