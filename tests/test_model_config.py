@@ -1,6 +1,5 @@
 """The YAML of a model: what is accepted, and what each mistake is told."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -124,9 +123,7 @@ def test_one_mistake_hides_no_other(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         load(tmp_path, text, "name.first=x", "sampling", "sampling.top_k=hot")
     lines = str(error.value).replace(str(tmp_path / "mine.yaml"), "FILE").splitlines()
-    assert [
-        re.split(r": (?!.*is (?:given|missing)|YAML)(?=[a-z]+ )", line)[0] for line in lines
-    ] == [
+    begins = [
         "FILE:1: name",
         "FILE:2: prompt.echo is given twice; it was first given on line 2",
         "FILE:3: answer.thnik",
@@ -143,6 +140,8 @@ def test_one_mistake_hides_no_other(tmp_path: Path) -> None:
         "--set 'sampling'",
         "--set sampling.top_k",
     ]
+    assert len(lines) == len(begins)
+    assert [line for line, begin in zip(lines, begins, strict=True) if begin not in line] == []
 
 
 @pytest.mark.parametrize("number", ["1e-6", "1E-6", "+1e-06", "1.e-6", "1.0e-6", "0.000001"])

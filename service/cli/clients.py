@@ -22,7 +22,7 @@ def chat(
         bool, typer.Option("--json", help="Print the answers as JSON lines.")
     ] = False,
 ) -> None:
-    """Talk to a running server. Ctrl-C ends an answer, Ctrl-D the conversation.
+    """Talk to a running server. Ctrl-C ends an answer, Ctrl-D the conversation; /help says more.
 
     Examples:
 
@@ -49,6 +49,8 @@ def top(
     as_json: Annotated[bool, typer.Option("--json", help="A JSON line for each look.")] = False,
 ) -> None:
     """Show what a running server does: throughput, queue, time to first token, KV cache.
+
+    In all, by model, by key, and in a cluster by replica.
 
     Examples:
 

@@ -45,7 +45,7 @@ def chat(remote: Remote, prompt: str | None, options: dict[str, Any], *, as_json
         try:
             conversation.take(line)
         except KeyboardInterrupt:  # closes the connection, which cancels the request
-            print()
+            print(file=sys.stderr)
         except ServiceError as e:
             if not at_terminal:
                 raise
@@ -67,7 +67,8 @@ class _Conversation:
 
     def take(self, line: str) -> None:
         """Do what a line says. Raises ServiceError."""
-        word, _, rest = line.strip().partition(" ")
+        word, *rest = line.split(maxsplit=1)
+        argument = rest[0].strip() if rest else ""
         if not word.startswith("/") or word.startswith("//"):
             self.ask(line.replace("//", "/", 1) if word.startswith("//") else line)
             return
@@ -75,7 +76,6 @@ class _Conversation:
             known = ", ".join(_with_argument(command) for command in _COMMANDS)
             near = nearest(word, _COMMANDS)
             raise ConfigError(f"there is no such command{near}; there are {known}; {_LITERAL}")
-        rest = rest.strip()
         match word:
             case "/help":
                 width = max(len(_with_argument(command)) for command in _COMMANDS)
@@ -83,13 +83,13 @@ class _Conversation:
                     _note(f"{_with_argument(command):{width}}  {meaning}")
                 _note(f"{_LITERAL}; Ctrl-C ends an answer, Ctrl-D the conversation")
             case "/model":
-                self._choose(rest)
+                self._choose(argument)
             case "/regenerate":
                 self._regenerate()
             case "/save":
-                self._save(rest)
+                self._save(argument)
             case "/system":
-                self._set_system(rest)
+                self._set_system(argument)
 
     def ask(self, prompt: str) -> None:
         """Print the answer to a prompt, and remember both. Raises ServiceError."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.text import Text
 
 from service.terminal import output
 from service.terminal.remote import Metrics, Remote
@@ -62,7 +63,7 @@ def top(remote: Remote, interval: float, count: int | None, *, as_json: bool) ->
             elif live:
                 tables = [output.rich_table(*table) for table in _tables(figures)]
                 spaced = [part for table in tables for part in (table, "")]
-                live.update(Group(remote.url, *spaced[:-1]), refresh=True)
+                live.update(Group(Text(remote.url), *spaced[:-1]), refresh=True)
             else:
                 lines = ["\n".join(output.plain_rows(*table)) for table in _tables(figures)]
                 print(f"{remote.url}\n" + "\n\n".join(lines), flush=True)
@@ -161,7 +162,8 @@ class _Look:
             {"client": name, **self._of_requests(lambda labels, n=name: labels.get("client") == n)}
             for name in sorted(names)
         ]
-        return sorted(rows, key=lambda row: [-figure for figure in [*row.values()][:0:-1]])
+        busy = ("generation_tokens_per_second", "requests_per_second")
+        return sorted(rows, key=lambda row: [row[figure] for figure in busy], reverse=True)
 
     def _of_requests(self, mine: _Chosen) -> dict[str, float]:
         def tokens(kind: str) -> float:
