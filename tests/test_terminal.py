@@ -246,7 +246,7 @@ def test_top_shows_each_model_each_client_and_each_replica(service: Server) -> N
         lines = warm.run(*words, url).stdout.splitlines()
     assert max(map(len, lines)) <= 80
     heads = [line.split()[:2] for line in lines if "req/s" in line]
-    assert heads == [["model", "req/s"], ["model", "replica"], ["key", "of"]]
+    assert heads == [["model", "req/s"], ["model", "replica"], ["client", "req/s"]]
     assert ["b", "three"] in [line.split()[:2] for line in lines]
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 # Characters that move a terminal's cursor, end a row, or turn the text around.
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _GAP = 2  # blanks between two columns
-# A table's first column is not broken up to this width.
+# A table's first column keeps this width, whatever the others need.
 _UNBROKEN = 40
 
 
@@ -105,7 +105,7 @@ def rich_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Tabl
         table.add_column(
             columns[place] if columns else "",
             overflow="fold",
-            min_width=None if place else min(first, _UNBROKEN),
+            width=None if place else min(first, _UNBROKEN, Console().width // 2),
         )
     for row in cells:
         table.add_row(*map(escape, row))
