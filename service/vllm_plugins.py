@@ -1,6 +1,7 @@
 """Our vLLM plugins, and the choice of plugins that vLLM's processes load."""
 
 import os
+import sys
 from importlib.metadata import entry_points
 
 from service.errors import LaunchError
@@ -10,6 +11,11 @@ OURS = (
     ("vllm.general_plugins", "chat_service_models"),
     ("vllm.stat_logger_plugins", "chat_service_statistics"),
     ("vllm.endpoint_plugins", "chat_service"),
+)
+# Beside a CPU build of torch, pip installs the torchvision for CUDA, which vLLM's wheel asks for.
+_OTHER_BUILD = (
+    "; the installed torchvision is for another build of torch, and no model needs it here: "
+    "`uv pip uninstall --python {} torchvision`"
 )
 
 
@@ -43,4 +49,5 @@ def load() -> None:
                 plugin()
         except Exception as e:
             reason = " ".join(f"{type(e).__name__}: {e}".split())
-            raise LaunchError(f"vLLM's plugin {name} fails to load: {reason}") from e
+            remedy = _OTHER_BUILD.format(sys.prefix) if "torchvision" in reason else ""
+            raise LaunchError(f"vLLM's plugin {name} fails to load: {reason}{remedy}") from e

@@ -132,7 +132,7 @@ def test_any_encoding_and_a_broken_byte_are_survived(
     (turn,) = json.loads(done.stdout)["history"]
     assert turn[0] == "\u4f60\u597d\ufffd?"
     # As an argument, and on stdout.
-    asked = [*command, b"\xe4\xbd\xa0\xff"]
+    asked = [*map(os.fsencode, command), b"\xe4\xbd\xa0\xff"]
     done = subprocess.run(asked, capture_output=True, env=env, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["history"][0][0] == "\u4f60\ufffd"
@@ -172,7 +172,7 @@ def test_a_mistake_at_a_terminal_does_not_end_the_conversation(service: Server) 
         pass
     os.close(ours)
     assert process.wait(PATIENCE) == 0, shown
-    text = shown.decode()
+    text = shown.decode(errors="replace")  # the terminal echoes what was typed
     assert "error: there is no such command; did you mean '/help'?" in text
     assert "writes the conversation as JSON" in text and "Traceback" not in text
 

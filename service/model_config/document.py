@@ -190,7 +190,11 @@ class _Walk:
         elif isinstance(node, yaml.SequenceNode):
             for index, value in enumerate(node.value):
                 self.record(value, (*path, index))
-        elif node.tag == _INTEGER and _SURPRISES.fullmatch(node.value):
+        elif (
+            isinstance(node, yaml.ScalarNode)
+            and node.tag == _INTEGER
+            and _SURPRISES.fullmatch(node.value)
+        ):
             value = _Loader("").construct_yaml_int(node)
             text = f"YAML reads {node.value} as {value}; write that, or put it in quotes"
             self._wrong(node.start_mark.line + 1, text)

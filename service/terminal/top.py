@@ -158,10 +158,13 @@ class _Look:
         """Rows of all clients, the busiest first."""
         names = self._values("service_client_requests_total", "client")
         names |= self._values("service_tokens_total", "client")
-        rows = [
-            {"client": name, **self._of_requests(lambda labels, n=name: labels.get("client") == n)}
-            for name in sorted(names)
-        ]
+        rows = []
+        for name in sorted(names):
+
+            def mine(labels: dict[str, str], name: str = name) -> bool:
+                return labels.get("client") == name
+
+            rows.append({"client": name, **self._of_requests(mine)})
         busy = ("generation_tokens_per_second", "requests_per_second")
         return sorted(rows, key=lambda row: [row[figure] for figure in busy], reverse=True)
 
