@@ -12,11 +12,8 @@ OURS = (
     ("vllm.stat_logger_plugins", "chat_service_statistics"),
     ("vllm.endpoint_plugins", "chat_service"),
 )
-# Beside a CPU build of torch, pip installs the torchvision for CUDA, which vLLM's wheel asks for.
-_OTHER_BUILD = (
-    "; the installed torchvision is for another build of torch, and no model needs it here: "
-    "`uv pip uninstall --python {} torchvision`"
-)
+# vLLM's wheel asks for these. Beside a CPU build of torch, pip takes those for CUDA.
+_OTHER_BUILD = ("torchvision", "torchaudio", "torchcodec")
 
 
 def choose() -> None:
@@ -49,5 +46,14 @@ def load() -> None:
                 plugin()
         except Exception as e:
             reason = " ".join(f"{type(e).__name__}: {e}".split())
-            remedy = _OTHER_BUILD.format(sys.prefix) if "torchvision" in reason else ""
-            raise LaunchError(f"vLLM's plugin {name} fails to load: {reason}{remedy}") from e
+            raise LaunchError(f"vLLM's plugin {name} fails to load: {reason}{_remedy(reason)}") from e
+
+
+def _remedy(reason: str) -> str:
+    if not any(name in reason for name in _OTHER_BUILD):
+        return ""
+    names = " ".join(_OTHER_BUILD)
+    return (
+        f"; it is not of this build of torch, and no model needs it here: `pip uninstall {names}`, "
+        f"or `uv pip uninstall --python {sys.prefix} {names}`"
+    )

@@ -286,6 +286,17 @@ def test_nothing_goes_on_without_the_plugins(module: str, plugin: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_library_of_another_build_of_torch_is_told_with_its_remedy() -> None:
+    fails = "raise RuntimeError('operator torchvision::nms does not exist')"
+    code = (
+        "import sys, types; module = types.ModuleType('service.models'); "
+        f"module.register = lambda: exec({fails!r}); sys.modules['service.models'] = module; "
+    )
+    done = run("-c", code + "from service.cli import main; main()", "check")
+    assert done.returncode == 1
+    assert "`pip uninstall torchvision torchaudio torchcodec`" in done.stderr.splitlines()[-1]
+
+
 def test_a_template_that_cannot_be_rendered_ends_the_start() -> None:
     eager = ("--set", "engine.enforce_eager=true")
     template = ("--set", "prompt.template='{{ messages | nope }}'")
