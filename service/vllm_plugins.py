@@ -46,7 +46,9 @@ def load() -> None:
                 plugin()
         except Exception as e:
             reason = " ".join(f"{type(e).__name__}: {e}".split())
-            raise LaunchError(f"vLLM's plugin {name} fails to load: {reason}{_remedy(reason)}") from e
+            raise LaunchError(
+                f"vLLM's plugin {name} fails to load: {reason}{_remedy(reason)}"
+            ) from e
 
 
 def _remedy(reason: str) -> str:

@@ -54,7 +54,7 @@ def check(
     from service.preflight import check as checker
 
     config, origins = options.load(model, assignments, adapters)
-    print("Asking vLLM, which takes a while to import ...", file=sys.stderr, flush=True)
+    print(options.ASKING_VLLM, file=sys.stderr, flush=True)
     report = checker.check(
         config,
         origins,

@@ -1,5 +1,6 @@
 """Arguments and options that several commands have."""
 
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Annotated
@@ -7,10 +8,10 @@ from typing import Annotated
 import typer
 
 from service import model_config, own_model, settings
-from service.errors import ServiceError
 from service.model_config import InvalidConfig, ModelConfig, Origins
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+ASKING_VLLM = "Asking vLLM, which takes a while to import ..."
 
 Model = Annotated[
     str,
@@ -58,6 +59,7 @@ def load(
         if e.engine:  # else nobody waits for the import of vLLM
             from service.launch import server
 
-            with suppress(ServiceError):  # then ours are told
+            print(ASKING_VLLM, file=sys.stderr, flush=True)
+            with suppress(Exception):  # whatever fails there, ours are told
                 error = server.with_those_of_vllm(e, settings.load())
     raise error
