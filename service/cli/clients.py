@@ -102,5 +102,5 @@ def usage(
         print(output.json_line(rows))
         return
     columns = ("client", "model", *used.COUNTS)
-    table = [tuple(row[column] if row[column] != "" else "-" for column in columns) for row in rows]
+    table = [tuple(row[column] for column in columns) for row in rows]
     output.print_table(tuple(column.replace("_", " ") for column in columns), table)
