@@ -10,6 +10,10 @@ class ServiceError(Exception):
 
     exit_status = 1
 
+    def lines(self) -> str:
+        """Return the text for a terminal; each line of it begins with what it is."""
+        return "\n".join(f"error: {line}" for line in str(self).splitlines())
+
 
 class ConfigError(ServiceError):
     """A mistake in a YAML file, a flag or an environment variable."""

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from service.errors import ConfigError, WeightsError
-from service.model_config import ModelConfig, Origins, nearest
+from service.errors import WeightsError
+from service.model_config import InvalidConfig, Mistake, ModelConfig, Origins, nearest
 from service.model_config.schema import Sampling
 from service.settings import Settings
 from service.weights import adapter
@@ -62,30 +62,12 @@ _REFUSED = {
 def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argparse.Namespace:
     """Return vLLM's arguments for a model, without its files.
 
-    Raises ConfigError with file, line and nearest name if vLLM's parser does not accept a value.
+    Raises InvalidConfig with all values that vLLM's parser does not accept.
     """
-    try:
-        from vllm.entrypoints.common.cli_args import make_arg_parser
-    except ImportError:  # vLLM 0.32
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    class Parser(FlexibleArgumentParser):  # type: ignore[misc]  # vLLM is not typed for us
-        def error(self, message: str) -> NoReturn:
-            raise ValueError(message)
-
-    parser = make_arg_parser(Parser())
-    args: argparse.Namespace = parser.parse_args([])
+    args, mistakes = parse(config.engine, origins)
+    if mistakes:
+        raise InvalidConfig(mistakes, origins)
     names = config.engine.keys()
-    for name, value in config.engine.items():
-        place = origins.of(("engine", name))
-        if name in _OWNED:
-            raise ConfigError(f"{place}: given by {_OWNED[name]} here")
-        if name in _REFUSED:
-            raise ConfigError(f"{place}: cannot be set: {_REFUSED[name]}")
-        setattr(args, name, _parse(parser, name, value, place))
-    if args.api_server_count is not None and args.api_server_count < 1:
-        raise ConfigError(f"{origins.of(('engine', 'api_server_count'))}: must be 1 or more")
     args.host, args.port = settings.host, settings.port
     args.root_path = root_path(config)
     args.served_model_name = [config.name, *config.aliases]
@@ -108,6 +90,29 @@ def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argp
     if "distributed_executor_backend" not in names and _is_one_cpu(args):
         args.distributed_executor_backend = CPU_EXECUTOR
     return args
+
+
+def parse(engine: Mapping[str, Any], origins: Origins) -> tuple[argparse.Namespace, list[Mistake]]:
+    """Return vLLM's arguments with those of a YAML's `engine`, and what is wrong with these."""
+    try:
+        from vllm.entrypoints.common.cli_args import make_arg_parser
+    except ImportError:  # vLLM 0.32
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]  # vLLM is not typed for us
+        def error(self, message: str) -> NoReturn:
+            raise ValueError(message)
+
+    parser = make_arg_parser(Parser())
+    args: argparse.Namespace = parser.parse_args([])
+    mistakes = []
+    for name, value in engine.items():
+        try:
+            setattr(args, name, _parse(parser, name, value))
+        except ValueError as e:
+            mistakes.append(origins.mistake(("engine", name), str(e)))
+    return args, mistakes
 
 
 def root_path(config: ModelConfig) -> str:
@@ -230,11 +235,15 @@ def serves_here(args: argparse.Namespace) -> bool:
     return bool(args.data_parallel_size == 1)
 
 
-def _parse(parser: "FlexibleArgumentParser", name: str, value: object, place: str) -> object:
-    """Parse one YAML value with vLLM's command line parser. Raises ConfigError."""
+def _parse(parser: "FlexibleArgumentParser", name: str, value: object) -> object:
+    """Parse one YAML value with vLLM's command line parser. Raises ValueError."""
+    if name in _OWNED:
+        raise ValueError(f"given by {_OWNED[name]} here")
+    if name in _REFUSED:
+        raise ValueError(f"cannot be set: {_REFUSED[name]}")
     actions = {action.dest: action for action in parser._actions}
     if name not in actions:
-        raise ConfigError(f"{place}: vLLM has no such argument{nearest(name, actions)}")
+        raise ValueError(f"vLLM has no such argument{nearest(name, actions)}")
     action = actions[name]
     flag, no_flag = f"--{name.replace('_', '-')}", f"--no-{name.replace('_', '-')}"
     try:
@@ -250,11 +259,14 @@ def _parse(parser: "FlexibleArgumentParser", name: str, value: object, place: st
             words = [flag, json.dumps(value)]
         else:
             words = [f"{flag}={value}"]
-        return getattr(parser.parse_args(words), name)
+        parsed: object = getattr(parser.parse_args(words), name)
     except (ValueError, TypeError, argparse.ArgumentError) as e:
         reason = str(e).partition(": ")[2] or str(e)
         reason = re.sub(r"<function (\w+) at \w+>", r"\1", reason)
-        raise ConfigError(f"{place}: {' '.join(reason.split())[:300]}") from None
+        raise ValueError(" ".join(reason.split())[:300]) from None
+    if name == "api_server_count" and isinstance(parsed, int) and parsed < 1:
+        raise ValueError("must be 1 or more")
+    return parsed
 
 
 def on_cpu() -> bool:

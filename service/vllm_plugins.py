@@ -1,6 +1,7 @@
 """Our vLLM plugins, and the choice of plugins that vLLM's processes load."""
 
 import os
+import sys
 from importlib.metadata import entry_points
 
 from service.errors import LaunchError
@@ -11,6 +12,8 @@ OURS = (
     ("vllm.stat_logger_plugins", "chat_service_statistics"),
     ("vllm.endpoint_plugins", "chat_service"),
 )
+# vLLM's wheel asks for these. Beside a CPU build of torch, pip takes those for CUDA.
+_OTHER_BUILD = ("torchvision", "torchaudio", "torchcodec")
 
 
 def choose() -> None:
@@ -43,4 +46,16 @@ def load() -> None:
                 plugin()
         except Exception as e:
             reason = " ".join(f"{type(e).__name__}: {e}".split())
-            raise LaunchError(f"vLLM's plugin {name} fails to load: {reason}") from e
+            raise LaunchError(
+                f"vLLM's plugin {name} fails to load: {reason}{_remedy(reason)}"
+            ) from e
+
+
+def _remedy(reason: str) -> str:
+    if not any(name in reason for name in _OTHER_BUILD):
+        return ""
+    names = " ".join(_OTHER_BUILD)
+    return (
+        f"; it is not of this build of torch, and no model needs it here: `pip uninstall {names}`, "
+        f"or `uv pip uninstall --python {sys.prefix} {names}`"
+    )

@@ -101,7 +101,7 @@ ROWS: dict[int, tuple[str, str]] = {
         "Disk full, download cut, wrong hash, two downloads at once",
         "one line that says what is wrong; a download resumes, and the second of two waits; nothing half-loaded is served",
     ),
-    24: ("A YAML with unknown keys, wrong types, tabs, duplicates", "exit 2: file, line, nearest name"),
+    24: ("A YAML with unknown keys, wrong types, tabs, duplicates", "exit 2: all of them in their order, each with file, line, nearest name"),
     25: (
         "Line breaks, escapes, keys and prompts for logs; paths for metric labels",
         "logs and labels hold nothing of a client's choosing but a harmless request id; with `SERVICE_LOG_PROMPTS=true` a prompt is on one line, its escapes written out",

@@ -1,11 +1,16 @@
 """chat-service as its user types it: data on stdout, one line on stderr for a mistake."""
 
+import fcntl
 import json
 import os
+import pty
 import re
 import socket
+import struct
 import subprocess
 import sys
+import termios
+import threading
 from importlib.metadata import version
 from pathlib import Path
 
@@ -64,6 +69,63 @@ def test_models_is_a_table_with_a_line_for_each() -> None:
     assert refused.returncode == 2 and "no model has 'nothing' in its name" in refused.stderr
 
 
+def at_terminal(width: int, *arguments: str) -> tuple[int, list[str]]:
+    """The status and the lines of a command whose stdout is a terminal of this width."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+    output: list[bytes] = []
+
+    def read() -> None:
+        try:
+            while piece := os.read(ours, 10_000):
+                output.append(piece)
+        except OSError:  # how Linux tells that nobody has the other side any more
+            pass
+
+    env = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "service", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=subprocess.DEVNULL,
+        env={**env, "TERM": "xterm"},
+    )
+    os.close(theirs)
+    reader = threading.Thread(target=read)
+    reader.start()
+    status = process.wait(PATIENCE)
+    reader.join(PATIENCE)
+    os.close(ours)
+    text = re.sub(rb"\x1b\[[0-9;]*m", b"", b"".join(output)).decode()
+    return status, text.splitlines()
+
+
+@pytest.mark.parametrize("command", ["models", "check"])
+def test_a_table_fits_a_terminal_and_is_plain_in_a_pipe(embedded_model: Path, command: str) -> None:
+    template = ("--set", "prompt.template='{{ messages[0].content }}" + "{# long #}" * 60 + "'")
+    more = template if command == "check" else ()
+    status, lines = at_terminal(80, command, *more)
+    assert status == 0
+    assert 60 < max(map(len, lines)) <= 80
+    if command == "models":
+        assert {*model_config.catalogue()} <= {line.split(" ")[0] for line in lines}
+    piped = run(command, *more, FORCE_COLOR="1", COLUMNS="40")
+    assert "\x1b" not in piped.stdout
+    _, *rows = piped.stdout.splitlines()
+    if command == "check":
+        (row,) = [row for row in rows if row.startswith("prompt.template ")]
+        assert re.split(r"\s{2,}", row)[2] == "--set"
+    else:
+        assert len(rows) == len(model_config.catalogue())
+        assert all(len(re.split(r"\s{2,}", row)) == 6 for row in rows)
+
+
+def test_json_is_all_of_stdout(embedded_model: Path) -> None:
+    assert json.loads(run("check", "--json").stdout)["model"] == MODEL
+    listed = run("models", "--json", "phi").stdout
+    assert [entry["model"] for entry in json.loads(listed)] == ["phi-3-mini-4k-instruct", "phi-4"]
+
+
 def test_check_says_where_each_value_is_from(embedded_model: Path) -> None:
     done = typed("check", "--set", "sampling.top_k=7")
     assert done.returncode == 0, done.stderr
@@ -73,7 +135,7 @@ def test_check_says_where_each_value_is_from(embedded_model: Path) -> None:
     assert re.search(rf"model_configs/{MODEL}\.yaml:\d+", origin)
     assert rows["sampling.top_k"][1:] == ["7", "--set"]
     assert rows["files"][1] == str(embedded_model)
-    assert done.stdout.endswith(f"{MODEL}: ok\n")
+    assert done.stdout.startswith("key ") and done.stdout.endswith(f"{MODEL}: ok\n")
 
 
 def test_check_ends_with_1_when_it_does_not_fit(embedded_model: Path) -> None:
@@ -113,6 +175,51 @@ def test_a_mistake_in_a_yaml_ends_the_start_with_2(tmp_path: Path) -> None:
         "samplign: unknown key; did you mean 'sampling'? (vLLM's arguments are keys of engine)"
     )
     assert done.stderr == f"error: {file}:3: {mistake}\n"
+
+
+@hardening(24)
+@pytest.mark.parametrize("command", ["check", "serve"])
+def test_all_mistakes_of_a_yaml_are_told_in_its_order(tmp_path: Path, command: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "nmae: mine\n"
+        "name: mine\n"
+        "engine:\n"
+        "  max-model-ln: 5\n"
+        "  max_num_seqs: many\n"
+        "  host: x\n"
+        "sampling:\n"
+        "  temprature: 1\n"
+        "  top_k: 0512\n"
+        "  top_p: 7\n"
+        "  max_tokens: 5\n"
+        "  max_tokens: 6\n"
+        "source: {path: ., pth: x}\n"
+    )
+    done = run(command, str(file), "--set", "prompt.ecko=true")
+    assert (done.returncode, done.stdout) == (2, "")
+    told = [
+        f"{file}:1: nmae: unknown key; did you mean 'name'? (vLLM's arguments are keys of engine)",
+        f"{file}:4: engine.max_model_ln: vLLM has no such argument; did you mean 'max_model_len'?",
+        f"{file}:5: engine.max_num_seqs: invalid int value: 'many'",
+        f"{file}:6: engine.host: given by --host here",
+        f"{file}:8: sampling.temprature: unknown key; did you mean 'temperature'?",
+        f"{file}:9: YAML reads 0512 as 330; write that, or put it in quotes",
+        f"{file}:10: sampling.top_p: input should be less than or equal to 1",
+        f"{file}:12: sampling.max_tokens is given twice; it was first given on line 11",
+        f"{file}:13: source.pth: unknown key; did you mean 'path'?",
+        "--set prompt.ecko: unknown key; did you mean 'echo'?",
+    ]
+    asking, *lines = done.stderr.splitlines()
+    assert asking.startswith("Asking vLLM")
+    assert lines == [f"error: {mistake}" for mistake in told]
+    file.write_text("name: mine\nsource: {path: .}\nengine: {dtipe: x,\n  max_num_seqs: many}\n")
+    done = run(command, str(file))
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-2:] == [
+        f"error: {file}:3: engine.dtipe: vLLM has no such argument; did you mean 'dtype'?",
+        f"error: {file}:4: engine.max_num_seqs: invalid int value: 'many'",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -179,6 +286,17 @@ def test_nothing_goes_on_without_the_plugins(module: str, plugin: str) -> None:
     assert done.returncode == 1
     assert f"error: vLLM's plugin {plugin} fails to load" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_library_of_another_build_of_torch_is_told_with_its_remedy() -> None:
+    fails = "raise RuntimeError('operator torchvision::nms does not exist')"
+    code = (
+        "import sys, types; module = types.ModuleType('service.models'); "
+        f"module.register = lambda: exec({fails!r}); sys.modules['service.models'] = module; "
+    )
+    done = run("-c", code + "from service.cli import main; main()", "check")
+    assert done.returncode == 1
+    assert "`pip uninstall torchvision torchaudio torchcodec`" in done.stderr.splitlines()[-1]
 
 
 def test_a_template_that_cannot_be_rendered_ends_the_start() -> None:

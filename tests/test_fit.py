@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from service import cli, model_config, settings
+from service import model_config, settings
+from service.cli import models
 from service.errors import ConfigError, WeightsError
 from service.preflight import check, fit
 from service.preflight.fit import GIB
@@ -335,13 +336,13 @@ def test_lines_for_a_person() -> None:
     ],
 )
 def test_sizes(text: str, size: int) -> None:
-    assert cli._size(text) == size
+    assert models._size(text) == size
 
 
 @pytest.mark.parametrize("text", ["24", "GiB", "-1G", "24 cards", "0GiB"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ConfigError, match="--memory .*: expected a size"):
-        cli._size(text)
+        models._size(text)
 
 
 def test_a_fit_that_is_asked_for_needs_the_files(

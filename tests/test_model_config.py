@@ -110,6 +110,40 @@ def test_a_mistake_is_told_with_its_line_and_the_nearest_name(
     assert str(error.value) == message.format(file=tmp_path / "mine.yaml")
 
 
+@hardening(24)
+def test_one_mistake_hides_no_other(tmp_path: Path) -> None:
+    text = (
+        "name: [mine]\n"
+        "prompt: {style: completion, system: x, echo: true, echo: yes}\n"
+        "answer: {strip: true, thnik: [a, b]}\n"
+        "sampling: {top_p: 2, max_tokens: 5}\n"
+        "max_length: {default: 0777, conuts: x}\n"
+        "aliases: [a/b, 1.0]\n"
+    )
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, text, "name.first=x", "sampling", "sampling.top_k=hot")
+    lines = str(error.value).replace(str(tmp_path / "mine.yaml"), "FILE").splitlines()
+    begins = [
+        "FILE:1: name",
+        "FILE:2: prompt.echo is given twice; it was first given on line 2",
+        "FILE:3: answer.thnik",
+        "FILE:4: sampling.top_p",
+        "FILE:5: YAML reads 0777 as 511; write that, or put it in quotes",
+        "FILE:5: max_length.conuts",
+        "FILE:6: aliases.0",
+        "FILE:6: aliases.1",
+        "FILE: source is missing",
+        "FILE: top level",
+        "FILE: top level",
+        "FILE: top level",
+        "--set name.first",
+        "--set 'sampling'",
+        "--set sampling.top_k",
+    ]
+    assert len(lines) == len(begins)
+    assert [line for line, begin in zip(lines, begins, strict=True) if begin not in line] == []
+
+
 @pytest.mark.parametrize("number", ["1e-6", "1E-6", "+1e-06", "1.e-6", "1.0e-6", "0.000001"])
 def test_a_number_may_be_written_as_in_json(tmp_path: Path, number: str) -> None:
     sampling = load(tmp_path, GOOD.replace("0.5", number)).sampling

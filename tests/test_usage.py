@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from service.terminal import Remote
+from service.terminal.remote import Remote
 from testing.server import Server, free_port
 from tests import warm
 from tests.conftest import LOOPBACK, MODEL, PATIENCE, hardening

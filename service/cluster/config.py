@@ -11,7 +11,8 @@ from pydantic import Field, ValidationError, model_validator
 from service import own_model, settings
 from service.clients import Client
 from service.errors import ConfigError
-from service.model_config import ModelConfig, Origins, document, nearest
+from service.model_config import InvalidConfig, ModelConfig, Origins, document, nearest
+from service.model_config.document import Document
 from service.model_config.schema import Name, Section
 from service.settings import Settings
 
@@ -143,17 +144,15 @@ def load(file: Path | None) -> Cluster:
 
     Raises ConfigError with file, line, key and the nearest valid name.
     """
-    data, lines = document.read(file) if file else (DEFAULT, {})
-    origins = Origins(file or Path("the default cluster"), lines, frozenset())
+    read = document.read(file) if file else Document(DEFAULT, {}, [])
+    origins = Origins(file or Path("the default cluster"), read.lines, frozenset())
+    mistakes = read.mistakes
     try:
-        parsed = ClusterFile.model_validate(data)
+        parsed = ClusterFile.model_validate(read.data)
     except ValidationError as e:
-        raise ConfigError(
-            "\n".join(
-                document.explain(error, origins, ClusterFile)
-                for error in e.errors(include_url=False)
-            )
-        ) from None
+        mistakes += document.explain(e.errors(include_url=False), origins, ClusterFile)
+    if mistakes:
+        raise InvalidConfig(mistakes, origins)
     models: dict[str, ClusterModel] = {}
     owner: dict[str, str] = {}
     for name, section in parsed.models.items():

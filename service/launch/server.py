@@ -28,7 +28,7 @@ from service.launch import (
     tokenizer_choice,
 )
 from service.launch.run_folder import RunFolder
-from service.model_config import ModelConfig, Origins
+from service.model_config import InvalidConfig, ModelConfig, Origins
 from service.phase import Phase
 from service.settings import Settings
 from service.weights import adapter, checkpoint
@@ -69,13 +69,28 @@ def prepared(
 
     Yields the arguments and a temporary run folder. Raises ServiceError.
     """
+    with _ready_for_vllm(settings) as folder:
+        args = vllm_arguments.arguments(config, origins, settings)
+        _work_around_vllm()
+        yield args, folder
+
+
+def with_those_of_vllm(error: InvalidConfig, settings: Settings) -> InvalidConfig:
+    """Return the mistakes of a YAML together with those that vLLM finds in its `engine`."""
+    engine = {name: value for name, value in error.engine.items() if isinstance(name, str)}
+    with _ready_for_vllm(settings):
+        _, mistakes = vllm_arguments.parse(engine, error.origins)
+    return InvalidConfig([*error.mistakes, *mistakes], error.origins)
+
+
+@contextmanager
+def _ready_for_vllm(settings: Settings) -> Iterator[RunFolder]:
+    """Prepare the environment, in which vLLM can be imported. Yields a temporary run folder."""
     with tempfile.TemporaryDirectory(prefix="chat-service-") as path:
         folder = RunFolder(Path(path))
         environment.prepare(folder, settings)
         vllm_plugins.load()
-        args = vllm_arguments.arguments(config, origins, settings)
-        _work_around_vllm()
-        yield args, folder
+        yield folder
 
 
 def use_files(

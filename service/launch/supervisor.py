@@ -249,7 +249,7 @@ def _run_server(path: str, origins: Origins, listener: socket.socket) -> None:
         server.run(folder, origins, listener)
     except ServiceError as e:
         if not folder.failure():  # else the supervisor reports it
-            print(f"error: {e}", file=sys.stderr)
+            print(e.lines(), file=sys.stderr)
         raise SystemExit(e.exit_status) from None
 
 

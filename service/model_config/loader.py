@@ -1,5 +1,6 @@
 """Reads a model's YAML: finds it, applies `--set`, and names the line of each mistake."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,11 +9,22 @@ from typing import Any
 from pydantic import ValidationError
 
 from service.errors import ConfigError
-from service.model_config import document
-from service.model_config.document import KeyPath, Origins
+from service.model_config.document import (
+    UNREADABLE,
+    Document,
+    InvalidConfig,
+    KeyPath,
+    Mistake,
+    Origins,
+    explain,
+    read,
+    value_of,
+)
 from service.model_config.schema import ModelConfig
 from service.model_config.spelling import nearest
 
+# What must be in a YAML, to look at the rest where it is wrong or missing.
+_STAND_INS: dict[str, Any] = {"name": "model", "source": {"path": "."}}
 # What a folder has that can be served.
 _CONFIGS = ("config", "adapter_config")
 
@@ -51,34 +63,71 @@ def load(
     """Read one model's YAML, apply `--set key.path=value` assignments, and validate it.
 
     `adapters` are further ones, name -> folder. A folder with a model stands for a YAML with no
-    more than its name and source. Raises ConfigError with file, line, key and the nearest valid
-    name.
+    more than its name and source. Raises ConfigError; InvalidConfig has all mistakes, each with
+    file, line, key and the nearest valid name.
     """
     file = file or find(name_or_file)
-    data, lines = _parse(file)
-    overridden = frozenset(_assign(data, assignment) for assignment in assignments)
-    for path in overridden:
+    document = _parse(file)
+    data, lines, mistakes = document.data, document.lines, document.mistakes
+    assigned: set[KeyPath] = set()
+    for assignment in assignments:
+        try:
+            assigned.add(_assign(data, assignment))
+        except ConfigError as e:
+            mistakes.append(Mistake(math.inf, str(e)))
+    for path in assigned:
         for written in [line for line in lines if line[: len(path)] == path]:
             del lines[written]
     if adapters:
         section = data.setdefault("adapters", {})
         if isinstance(section, dict):  # else validation says what it must be
             section.update(adapters)
-            overridden |= {("adapters", name) for name in adapters}
-    origins = Origins(file, lines, overridden)
-    if isinstance(engine := data.get("engine"), dict):
-        data["engine"] = {_argument(key): value for key, value in engine.items()}
+            assigned |= {("adapters", name) for name in adapters}
+    origins = Origins(file, lines, frozenset(assigned))
+    engine = data.get("engine")
+    if isinstance(engine, dict):
+        engine = data["engine"] = {_argument(key): value for key, value in engine.items()}
     try:
-        return ModelConfig.model_validate(data), origins
+        config = ModelConfig.model_validate(data)
+        errors = []
     except ValidationError as e:
-        raise ConfigError(
-            "\n".join(
-                document.explain(
-                    error, origins, ModelConfig, " (vLLM's arguments are keys of engine)"
-                )
-                for error in e.errors(include_url=False)
-            )
-        ) from None
+        errors = e.errors(include_url=False)
+        errors += _of_rules(data, errors)
+    hint = " (vLLM's arguments are keys of engine)"
+    if mistakes := mistakes + explain(errors, origins, ModelConfig, hint):
+        raise InvalidConfig(mistakes, origins, engine if isinstance(engine, dict) else None)
+    return config, origins
+
+
+def _of_rules(data: dict[str, Any], errors: Sequence[Any]) -> list[Any]:
+    """Return errors of rules over several keys. pydantic asks them when each key is right.
+
+    Leaves keys with `errors` out of `data`, and gives it those that must be there.
+    """
+    for _ in range(3):  # without a key its section may be wrong
+        for error in errors:
+            _leave_out(data, error["loc"])
+        try:
+            ModelConfig.model_validate({**_STAND_INS, **data})
+            break
+        except ValidationError as e:
+            errors = e.errors(include_url=False)
+            if rules := [error for error in errors if not error["loc"]]:
+                return rules
+    return []
+
+
+def _leave_out(data: dict[str, Any], path: KeyPath) -> None:
+    """Delete the innermost key on a path; all of the section, where one must be there."""
+    section: Any = data
+    last: tuple[dict[Any, Any], Any] | None = None
+    for part in path[:1] if path[:1] in [(key,) for key in _STAND_INS] else path:
+        if not isinstance(section, dict) or part not in section:
+            break
+        last = section, part
+        section = section[part]
+    if last:
+        del last[0][last[1]]
 
 
 def name_of(folder: Path) -> str:
@@ -93,14 +142,14 @@ def name_of(folder: Path) -> str:
     return re.sub(r"[^\w.-]+|\s+", "-", name).strip("-.")[:64] or "model"
 
 
-def _parse(file: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
+def _parse(file: Path) -> Document:
     if file.is_dir():
         if not (file / "config.json").is_file():
             raise ConfigError(f"{file}: has no config.json, so it is not a model{_inner(file)}")
-        return {"name": name_of(file), "source": {"path": str(file)}}, {}
+        return Document({"name": name_of(file), "source": {"path": str(file)}}, {}, [])
     if file.suffix in (".bin", ".gguf", ".pt", ".safetensors"):
         raise ConfigError(f"{file}: is a file of weights; give the folder of a whole model")
-    return document.read(file, _spell)
+    return read(file, _spell)
 
 
 def _inner(folder: Path) -> str:
@@ -124,8 +173,8 @@ def _assign(data: dict[str, Any], assignment: str) -> KeyPath:
             f"--set {assignment!r}: expected key.path=value, such as engine.max_model_len=2048"
         )
     try:
-        value = document.value_of(text)
-    except document.UNREADABLE:
+        value = value_of(text)
+    except UNREADABLE:
         raise ConfigError(f"--set {key[:100]}: the value is not valid YAML") from None
     section: Any = data
     for part in path[:-1]:

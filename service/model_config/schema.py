@@ -232,21 +232,17 @@ class ModelConfig(Section):
     max_length: MaxLength = Field(default_factory=MaxLength, description=MaxLength.__doc__ or "")
 
     @model_validator(mode="after")
-    def _one_default_length(self) -> Self:
+    def _agrees_with_itself(self) -> Self:
+        """The text of the error has a line for each mistake."""
+        wrong = []
         if self.sampling.max_tokens is not None and self.max_length.default is not None:
-            raise ValueError("give sampling.max_tokens or max_length.default, not both")
-        return self
-
-    @model_validator(mode="after")
-    def _fits_completion(self) -> Self:
+            wrong.append("give sampling.max_tokens or max_length.default, not both")
         if self.prompt.style == "completion" and self.prompt.system is not None:
-            raise ValueError("prompt.system: a completion model has no system prompt")
-        return self
-
-    @model_validator(mode="after")
-    def _echoes_whole_answers(self) -> Self:
+            wrong.append("prompt.system: a completion model has no system prompt")
         if self.prompt.echo and self.answer.strip:
-            raise ValueError("give prompt.echo or answer.strip, not both")
+            wrong.append("give prompt.echo or answer.strip, not both")
+        if wrong:
+            raise ValueError("\n".join(wrong))
         return self
 
     @field_validator("adapters")

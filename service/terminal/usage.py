@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 from service.errors import ConfigError, ServiceError
-from service.terminal import Remote
+from service.terminal.remote import Remote
 
 # The columns after client and model.
 COUNTS = ("requests", "refused", "prompt_tokens", "generation_tokens")

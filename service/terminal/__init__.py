@@ -1,0 +1,1 @@
+"""What people see and type: clients of a running server, and how every command prints."""

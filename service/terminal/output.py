@@ -1,0 +1,121 @@
+"""How every command prints, whatever the encoding of the terminal or the pipe behind it."""
+
+import io
+import json
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+# Characters that move a terminal's cursor, end a row, or turn the text around.
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_GAP = 2  # blanks between two columns
+# A table's first column keeps this width, whatever the others need.
+_UNBROKEN = 40
+
+
+def prepare() -> None:
+    """Let no character end a command that the terminal cannot show, or that was typed broken."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
+def typed(text: str) -> str:
+    """Return what came from the command line or stdin, with U+FFFD for bytes that are no text.
+
+    What an ASCII terminal gives is taken for UTF-8.
+    """
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def is_terminal() -> bool:
+    """Whether stdout is a terminal; colours and a width are for those alone."""
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
+def visible(text: str, keep: str = "") -> str:
+    """Return a text with control characters as escapes, but for those in `keep`."""
+
+    def escaped(match: re.Match[str]) -> str:
+        character = match[0]
+        return character if character in keep else ascii(character)[1:-1]
+
+    return _UNSEEN.sub(escaped, text)
+
+
+def json_line(value: Any) -> str:
+    """Return a value as a line of JSON, in ASCII where stdout is not UTF-8."""
+    encoding = getattr(sys.stdout, "encoding", None) or ""
+    return json.dumps(value, ensure_ascii=encoding.lower().replace("-", "") != "utf8")
+
+
+def print_text(line: str) -> None:
+    """Print a line, in words at a terminal's width."""
+    if is_terminal():
+        Console().print(visible(line), markup=False, highlight=False, overflow="fold")
+    else:
+        print(visible(line))
+
+
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[object]], optional: Sequence[str] = ()
+) -> None:
+    """Print a table: folded at a terminal's width; in a pipe a line for each row, never folded.
+
+    Columns in `optional` are left out at a terminal that is too narrow for all.
+    """
+    cells = [list(map(_cell, row)) for row in rows]
+    if not is_terminal():
+        print("\n".join(plain_rows(columns, cells)))
+        return
+    console = Console()
+    if sum(_widths(columns, cells)) + _GAP * (len(columns) - 1) > console.width:
+        shown = [place for place, column in enumerate(columns) if column not in optional]
+        columns = [columns[place] for place in shown]
+        cells = [[row[place] for place in shown] for row in cells]
+    console.print(rich_table(columns, cells))
+
+
+def plain_rows(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """Return a line for each row, below one of the columns' names, if they have some."""
+    cells = [list(map(_cell, row)) for row in rows]
+    widths = _widths(columns, cells)
+    return [
+        (" " * _GAP)
+        .join(
+            cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)
+        )
+        .rstrip()
+        for row in ([list(columns)] if columns else []) + cells
+    ]
+
+
+def rich_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    """Return a table for a terminal; it never truncates a path."""
+    cells = [list(map(_cell, row)) for row in rows]
+    first, *_ = _widths(columns, cells)
+    table = Table(box=None, pad_edge=False, header_style="bold", show_header=bool(columns))
+    for place in range(len(columns) or len(cells[0])):
+        table.add_column(
+            columns[place] if columns else "",
+            overflow="fold",
+            width=None if place else min(first, _UNBROKEN, Console().width // 2),
+        )
+    for row in cells:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def _cell(value: object) -> str:
+    return visible(str(value)) or "-"
+
+
+def _widths(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> list[int]:
+    table = [columns, *cells] if columns else cells
+    return [max(map(cell_len, column)) for column in zip(*table, strict=True)]
