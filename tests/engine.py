@@ -57,11 +57,9 @@ def imports_are_no_garbage() -> Iterator[None]:
 @contextmanager
 def engine(folder: Path, **arguments: Any) -> Iterator[Any]:
     """vLLM's LLM. It changes the environment of its process, which is put back."""
-    saved = dict(os.environ)
-    os.environ |= ENVIRONMENT
-    from vllm import LLM
+    with mock.patch.dict(os.environ, ENVIRONMENT), imports_are_no_garbage():
+        from vllm import LLM
 
-    with imports_are_no_garbage():
         llm = LLM(
             str(folder),
             **{
@@ -80,8 +78,6 @@ def engine(folder: Path, **arguments: Any) -> Iterator[Any]:
             yield llm
         finally:
             llm.llm_engine.engine_core.shutdown()
-            os.environ.clear()
-            os.environ.update(saved)
 
 
 def ask(llm: Any, prompts: Sequence[list[int]] = PROMPTS, lora: str | None = None) -> list[Answer]:
