@@ -1,4 +1,4 @@
-"""Who is compared: this service, bare vLLM, the tutorial's server, and vLLM's engine alone."""
+"""Who is compared: this service, bare vLLM, vLLM's engine alone, the tutorial's, llama.cpp's."""
 
 import json
 import subprocess
@@ -13,9 +13,13 @@ from typing import Any, Self
 import psutil
 
 from service import model_config, settings, weights
+from service.weights import embedded
 from testing.server import LOOPBACK, Server, free_port
 
 _CHAT = {"plain": "Chat", "stream": "ChatStream"}
+# llama.cpp from PyPI, in an environment of its own; how many it answers at once, and their tokens.
+_LLAMA_CPP = "xllamacpp==2026.10.11549"
+_SLOTS, _SLOT_TOKENS = 64, 1024
 
 
 class HttpContender:
@@ -130,6 +134,26 @@ def tutorial(model: str, sets: Sequence[str], log: Path) -> HttpContender:
     if config.prompt.template:
         command += ["--template", config.prompt.template]
     return HttpContender(Server(command, log, port=port), time.monotonic(), {"plain": "Plain"})
+
+
+def llama_cpp(model: str, sets: Sequence[str], log: Path) -> HttpContender:
+    """llama.cpp's server on the embedded model's own file, whose weights have 4 bits."""
+    config, _ = model_config.load(model, sets)
+    source = config.source
+    if not (source.embedded and source.sha256):
+        raise SystemExit(f"error: {model} is not embedded: there is no GGUF file for llama.cpp")
+    folder = settings.load().cache_dir / "benchmarks"
+    files = sorted(folder.rglob("*.gguf"))
+    if not files:
+        folder.mkdir(parents=True, exist_ok=True)
+        files = [embedded.download(source.embedded, source.sha256, folder)]
+    port = free_port()
+    script = Path(__file__).with_name("llama_cpp_server.py")
+    command = [str(Path(sys.executable).with_name("uv")), "run", "--no-project", "--isolated"]
+    command += ["--with", _LLAMA_CPP, "python", str(script), str(files[0]), "--port", str(port)]
+    command += ["--slots", str(_SLOTS), "--context", str(_SLOT_TOKENS)]
+    began = time.monotonic()
+    return HttpContender(Server(command, log, port=port), began, _CHAT, _first_chat(config.name))
 
 
 class Offline:

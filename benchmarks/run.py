@@ -1,4 +1,4 @@
-"""The benchmark: four ways to serve one model, interleaved, and a report of it.
+"""The benchmark: five ways to serve one model, interleaved, and a report of it.
 
     python -m benchmarks.run [--model NAME] [--rounds 5] [--concurrency 1 8 64 256]
 
@@ -32,6 +32,7 @@ from benchmarks import contenders, report, workload
 from benchmarks.contenders import HttpContender, Offline
 from service import model_config, settings, weights
 from service.launch import compile_cache
+from service.launch.float_type import has_products
 
 Key = tuple[int, str, str, int]  # round, contender, mode, concurrency
 
@@ -41,6 +42,7 @@ CONTENDERS: dict[str, Callable[[str, Sequence[str], Path], HttpContender | Offli
     "vllm": contenders.bare_vllm,
     "offline": Offline,
     "tutorial": contenders.tutorial,
+    "llama.cpp": contenders.llama_cpp,
 }
 MODES = {
     "service": ("plain", "stream"),
@@ -48,8 +50,9 @@ MODES = {
     "vllm": ("plain", "stream"),
     "offline": ("plain",),
     "tutorial": ("plain",),
+    "llama.cpp": ("plain", "stream"),
 }
-_COMPARED = ["service", "vllm", "offline", "tutorial"]
+_COMPARED = ["service", "vllm", "offline", "tutorial", "llama.cpp"]
 # Answers after which the tutorials' server has shown its speed, which is the same at any load.
 _TUTORIAL_ANSWERS = 6
 _WARM_UP = 4
@@ -64,13 +67,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 64, 256])
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for all")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=_COMPARED)
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        choices=CONTENDERS,
+        help="[default: all but `chat`; llama.cpp on a CPU, for the embedded model]",
+    )
     parser.add_argument("--prompt-tokens", type=int, default=lengths.prompt, help="median")
     parser.add_argument("--answer-tokens", type=int, default=lengths.answer, help="median")
     results = Path(__file__).parent / "results"
     today = results / datetime.date.today().isoformat()
     parser.add_argument("--folder", type=Path, default=today, help="[default: results/<date>]")
     asked = parser.parse_args()
+    if asked.contenders is None:
+        config, _ = model_config.load(asked.model, asked.set)
+        has_gguf = config.source.embedded and not torch.cuda.is_available()
+        asked.contenders = [n for n in _COMPARED if n != "llama.cpp" or has_gguf]
     try:
         Benchmark(asked).run()
     except KeyboardInterrupt:
@@ -244,6 +256,7 @@ def _machine() -> dict[str, Any]:
             "cores": len(os.sched_getaffinity(0)),
             "memory_gb": round(psutil.virtual_memory().total / 2**30),
             "gpu": gpu,
+            "bfloat16": bool(gpu) or has_products("bfloat16", torch.cpu.get_capabilities()),
             "system": platform.platform(),
         },
         "versions": {"python": platform.python_version(), **versions},

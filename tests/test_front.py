@@ -97,7 +97,7 @@ class Replicas:
 def ask(replicas: Replicas, path: str = "/") -> httpx.Response:
     async def run() -> httpx.Response:
         app: Any = Front(replicas, Settings(queue_timeout=0.5))
-        app.configure("a", {"a": "a"}, None)
+        app.configure("a", {"a": "a"}, None, ["https://page.example"])
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://front") as client:
             return await client.post(path, json={"prompt": "hi"})
@@ -170,3 +170,20 @@ def test_kubernetes_has_the_environment_of_ray() -> None:
         if document["metadata"]["name"] == "chat-service-ray-environment"
     )
     assert data | {"RAY_AUTH_MODE": "token"} == environment.VARIABLES
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", "/"), ("GET", "/health/live")])
+def test_a_page_elsewhere_may_read_what_the_front_answers_itself(method: str, path: str) -> None:
+    async def run(origin: str) -> httpx.Response:
+        app: Any = Front(Replicas(well), Settings())
+        app.configure("a", {"a": "a"}, None, ["https://page.example"])
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://front") as client:
+            body = {"prompt": "hi", "model": "b"} if method == "POST" else None
+            return await client.request(method, path, json=body, headers={"origin": origin})
+
+    response = asyncio.run(run("https://page.example"))
+    assert response.status_code == (404 if method == "POST" else 200)
+    assert response.headers["access-control-allow-origin"] == "https://page.example"
+    response = asyncio.run(run("https://other.example"))
+    assert "access-control-allow-origin" not in response.headers

@@ -276,7 +276,7 @@ class Front:
         await asyncio.to_thread(self._handles.use, sorted(set(owners.values())))
         keys = config["keys"]
         clients = _clients(keys) if keys is not None else self._settings.clients()
-        self._front.configure(config["default"], owners, clients)
+        self._front.configure(config["default"], owners, clients, config["allowed_origins"])
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._front
@@ -386,7 +386,14 @@ def _front(cluster: Cluster, keys: dict[str, dict[str, Any]] | None) -> serve.Ap
         ray_actor_options={"num_cpus": 0},
         # A node that dies must not take all of them. On one node new ones come before old ones go.
         **({"max_replicas_per_node": per_node} if nodes > 1 else {"max_surge_percent": 100}),
-        user_config={"default": cluster.default, "owners": cluster.owners(), "keys": keys},
+        user_config={
+            "default": cluster.default,
+            "owners": cluster.owners(),
+            "keys": keys,
+            "allowed_origins": cluster.models[cluster.default].config.engine.get(
+                "allowed_origins", ["*"]
+            ),
+        },
     )
     return front.bind(**arguments)
 

