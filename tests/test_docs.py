@@ -1,23 +1,33 @@
 """What the pages say exists, and what is made from the schemas is as they are."""
 
+import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
+from service import errors
 from service.api import body_budget, grammar_limits
+from service.launch import start_errors
 from service.phase import PATIENCE, Phase
 from service.settings import Settings
 from tests import configuration, hardening
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+CHINESE = sorted(ROOT.glob("docs/zh/*.md"))
+TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def path_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=path_of)
 def test_every_link_leads_to_a_file_and_its_heading(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if re.match(r"https?:", target):
@@ -31,7 +41,7 @@ def test_every_link_leads_to_a_file_and_its_heading(page: Path) -> None:
             assert heading in anchors, f"{page.name}: {target}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=path_of)
 def test_every_file_of_the_code_that_is_named_exists(page: Path) -> None:
     for name in re.findall(r"`([a-z_]+/[\w/]+\.py)`", page.read_text(encoding="utf-8")):
         assert (ROOT / name).exists() or (ROOT / "service" / name).exists(), f"{page.name}: {name}"
@@ -88,6 +98,79 @@ def test_the_chinese_readme_has_the_same_commands() -> None:
     chinese = blocks("README.zh.md")
     assert len(chinese) > 5
     assert set(chinese) <= set(blocks("README.md"))
+
+
+class Page:
+    """The parts of a page that do not depend on its language."""
+
+    def __init__(self, file: Path) -> None:
+        text = file.read_text(encoding="utf-8")
+        fences = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.M | re.S)
+        comments = re.compile(r"(^|\s+)#.*$", re.M)
+        self.blocks = [(kind, comments.sub("", body)) for _, kind, body in fences.findall(text)]
+        prose = fences.sub("", text)
+        self.headings = [len(marks) for marks in re.findall(r"^(#+) ", prose, re.M)]
+        # Of each row of each table, the number of cells and what is code in them.
+        self.tables = [
+            [
+                (len(re.findall(r"(?<!\\)\|", row)), sorted(code_in(row)))
+                for row in rows.splitlines()
+            ]
+            for rows in re.findall(r"(?:^\|.*\n)+", prose, re.M)
+        ]
+
+
+def code_in(text: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", text)
+
+
+@pytest.mark.parametrize("page", CHINESE, ids=path_of)
+def test_a_chinese_page_has_what_the_english_one_has(page: Path) -> None:
+    chinese, english = Page(page), Page(ROOT / "docs" / page.name)
+    assert chinese.headings == english.headings
+    assert chinese.blocks == english.blocks
+    assert chinese.tables == english.tables
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.zh.md", *CHINESE], ids=path_of)
+def test_a_chinese_page_leads_to_chinese_ones(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s#]+\.md)", page.read_text(encoding="utf-8")):
+        file = (page.parent / target).resolve()
+        if file.parent == ROOT / "docs" and file.name != page.name:
+            assert ROOT / "docs" / "zh" / file.name not in CHINESE, target
+
+
+def messages() -> Iterator[str]:
+    """Yield the texts in the code, but for docstrings, with `...` for an f-string's values."""
+    for file in (ROOT / "service").rglob("*.py"):
+        nodes = [*ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+        docstrings = {node.value for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                if node not in docstrings:
+                    yield node.value
+            elif isinstance(node, ast.JoinedStr):
+                yield "".join(
+                    str(part.value) if isinstance(part, ast.Constant) else "..."
+                    for part in node.values
+                )
+
+
+def test_the_troubleshooting_page_quotes_what_the_code_says() -> None:
+    text = TROUBLESHOOTING.read_text(encoding="utf-8")
+    quotes = [q for cell in re.findall(r"^\| ([^|]*) \|", text, re.M) for q in code_in(cell)]
+    patterns = [re.compile(".*".join(map(re.escape, quote.split("...")))) for quote in quotes]
+    said = [*messages()]
+    unknown = [p.pattern for p in patterns if not any(p.search(each) for each in said)]
+    assert not unknown
+    for _, advice in start_errors._ADVICE:
+        assert any(pattern.search(advice) for pattern in patterns), advice
+    kinds = {
+        each.type
+        for each in vars(errors).values()
+        if isinstance(each, type) and issubclass(each, errors.RequestError)
+    }
+    assert kinds <= set(quotes)
 
 
 def test_the_manifests_and_compose_give_the_service_time_to_drain() -> None:
