@@ -252,7 +252,7 @@ def test_files_that_are_no_checkpoint_are_told(tmp_path: Path) -> None:
     vllm_config = configured(folder)
     weights = folder / "model.safetensors"
     weights.write_bytes(b"version https://git-lfs")
-    with pytest.raises(WeightsError, match="is damaged or cut short"):
+    with pytest.raises(WeightsError, match="is the pointer of git-lfs"):
         fit.estimate(vllm_config, folder, GIB, on_gpu=True)
     weights.rename(folder / "pytorch_model.bin")
     with pytest.raises(WeightsError, match="is not a PyTorch weight file"):
