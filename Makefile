@@ -26,7 +26,7 @@ TESTED := .venv/installed-test
 BENCHED := .venv/installed-bench
 CLUSTERED := .venv/installed-cluster
 
-.PHONY: install serve cluster test test-cluster lint bench bench-cluster lock rehearse audit help
+.PHONY: install serve cluster test test-clients test-cluster lint bench bench-cluster lock rehearse audit help
 
 install: $(INSTALLED) ## Make .venv and install the service (EXTRA=cpu or cuda)
 
@@ -36,8 +36,12 @@ serve: $(INSTALLED) ## Serve a model (MODEL=name or file, PORT=6006, ARGS="--set
 cluster: $(CLUSTERED) ## Serve several models or replicas on Ray Serve (FILE=cluster.yaml)
 	@$(BIN)/python -m service cluster $(FILE) $(ARGS)
 
+APART := tests/test_clients.py tests/test_cluster.py
 test: $(TESTED) ## Run the tests (ARGS="-k name")
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --ignore tests/test_cluster.py $(ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile $(APART:%=--ignore %) $(ARGS)
+
+test-clients: $(TESTED) ## Run docs/clients.md, with the clients of PyPI and npm
+	$(BIN)/pytest tests/test_clients.py $(ARGS)
 
 test-cluster: $(TESTED) ## Run the tests of the cluster, as root, with nothing beside them
 	$(BIN)/pytest tests/test_cluster.py $(ARGS)
@@ -61,6 +65,7 @@ lock: $(TESTED) ## Pin the newest versions that fit pyproject.toml in requiremen
 	$(COMPILE) $(CPU) -c requirements/cpu.txt --extra test -o requirements/test.txt
 	$(COMPILE) $(CPU) -c requirements/cpu.txt --extra bench -o requirements/bench.txt
 	$(COMPILE) $(CPU) -c requirements/cpu.txt --extra cluster -o requirements/cluster.txt
+	$(UV) compile --quiet --upgrade --no-header --no-annotate --group clients -o requirements/clients.txt
 	env -u UV_FIND_LINKS $(COMPILE) --extra cuda -o requirements/cuda.txt
 
 rehearse: ## Say what another version of vLLM would break here (VLLM=0.33.0 or a wheel)

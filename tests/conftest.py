@@ -22,7 +22,7 @@ for name in ("no_proxy", "NO_PROXY"):
 # The files that take longest come first, so that two workers end together.
 LONGEST = (
     *("overload", "readme", "models", "faults", "contract", "benchmarks", "hostile"),
-    *("compiled", "usage", "cli", "weights", "two_api_processes", "chat_page", "budget"),
+    *("compiled", "proxies", "usage", "cli", "weights", "two_api_processes", "chat_page", "budget"),
     "start_errors",
 )
 MODEL = "smollm2-135m-instruct"

@@ -102,7 +102,7 @@ def test_every_command_runs_and_answers_as_shown(clone: Path) -> None:
 
 def test_what_ci_runs_is_in_ci() -> None:
     ci = (ROOT / ".ci" / "run").read_text()
-    assert "\nmake lint test test-cluster\n" in ci
+    assert "\nmake lint test test-clients test-cluster\n" in ci
 
 
 @pytest.mark.parametrize("file", tables(), ids=lambda file: file.name)
