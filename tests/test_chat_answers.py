@@ -136,7 +136,7 @@ def test_markdown_is_rendered_and_formulas_stay_text(server: ScriptedServer, pag
     expect(answer.locator("p > strong")).to_have_text(["not", "重要："])
     expect(answer.locator("ol > li > ul > li")).to_have_text("nested")
     expect(answer.locator("ol .code code")).to_have_text('echo "in a list"')
-    code = answer.locator(":scope > .code")
+    code = answer.locator(".part > .code")
     expect(code.locator(".bar span")).to_have_text("python")
     assert "`" not in (code.locator("code").inner_text().replace("# ``` is", ""))
     expect(answer.locator("td").nth(1)).to_have_text("$n_1 * n_2 * n_3$")
@@ -400,7 +400,7 @@ def test_the_browser_keeps_a_bounded_number_and_size(server: ScriptedServer, pag
         is_answered(page)
         page.get_by_role("button", name="New chat").click()
     titles = page.evaluate("kept().map(({turns}) => turns[0].prompt)")
-    assert titles == ["too long", *(f"number {i}" for i in range(59, 11, -1))]
+    assert titles == ["too long", *(f"number {i}" for i in range(59, 10, -1))]
     server.answers["refused"] = ["a" * 2_100_000]
     ask(page, "refused")
     is_answered(page)
