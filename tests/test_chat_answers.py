@@ -94,7 +94,7 @@ def opened(server: ScriptedServer, browser: Browser) -> Iterator[Opener]:
         )
         page.on("request", lambda request: requests.append(request.url))
         page.goto(server.url)
-        expect(page.locator("#send")).to_be_enabled()
+        expect(page.locator("#send")).to_be_enabled(timeout=PATIENCE * 1000)
         return page
 
     yield open_page
@@ -264,7 +264,8 @@ def test_a_hundred_tokens_a_second_leave_the_page_free(
     ask(page, "warm up")
     is_answered(page)
     ask(page, "go")
-    expect(page.locator(".model").nth(1)).to_contain_text("Part 299")
+    drawn = page.locator(".model").nth(1)
+    expect(drawn).to_contain_text("Part 299", timeout=PATIENCE * 1000)
     page.evaluate("parsed.length = 0")
     browser.start_tracing(page=page, categories=["toplevel", "__metadata"])
     is_answered(page, 2)
