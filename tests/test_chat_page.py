@@ -174,7 +174,7 @@ def test_a_new_chat_forgets_the_answer_that_was_being_written(page: Page, server
     page.get_by_label("max_new_tokens").fill("1")
     with page.expect_request(lambda request: request.method == "POST") as asked:
         ask(page, "hi")
-    assert "history" not in json.loads(asked.value.post_data or "")
+    assert json.loads(asked.value.post_data or "")["history"] == []
     expect(page.locator(".model .note")).to_contain_text("cut off", timeout=PATIENCE * 1000)
 
 
@@ -222,10 +222,26 @@ def test_a_phone_in_china_reads_it(browser: Browser, server: Server, scheme: str
     context.close()
 
 
+def test_a_system_prompt_reaches_the_model(page: Page) -> None:
+    page.get_by_text("Sampling").click()
+    page.get_by_label("temperature").fill("0")
+    page.get_by_label("max_new_tokens").fill("1")
+    counts = []
+    for system in ("", "You answer in one word."):
+        page.get_by_label("System prompt").fill(system)
+        with page.expect_response(lambda response: response.request.method == "POST") as asked:
+            ask(page, "What is the capital of France?")
+        last = asked.value.text().strip().split("\n\n")[-1]
+        counts.append(json.loads(last.removeprefix("data: "))["details"]["prompt_tokens"])
+        expect(page.locator("#send")).to_have_text("Send", timeout=PATIENCE * 1000)
+        page.get_by_role("button", name="New chat").click()
+    assert counts[0] != counts[1]
+
+
 def test_the_page_is_small_and_allows_nothing_from_elsewhere(server: Server) -> None:
     answer = LOOPBACK.get(server.url, headers={"accept": "text/html,*/*"})
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
-    assert len(answer.content) < 60_000
+    assert len(answer.content) < 150_000
     policy = answer.headers["content-security-policy"]
     assert policy.startswith("default-src 'none'; script-src 'sha256-")
     assert "unsafe" not in policy

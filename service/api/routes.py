@@ -53,6 +53,7 @@ async def index(request: Request) -> Response:
         {
             "model": model.default_adapter or model.name,
             "style": model.prompt.style,
+            "think": model.answer.think,
             "sampling": {name: defaults[key] for key, name in _SAMPLING.items() if key in defaults},
             "asks_for_key": service.keys is not None,
             "routes": {path: sorted(methods) for path, methods in sorted(routes.items())},

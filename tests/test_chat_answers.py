@@ -1,0 +1,596 @@
+"""What the chat page makes of answers: Markdown, hostile ones, fast ones; and all around them.
+
+In a real Chromium. A scripted server answers, because a model does not write these on demand; the
+page with the real service is in test_chat_page.
+"""
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+from service import web
+from tests.conftest import PATIENCE
+from tests.scripted import ScriptedServer
+from tests.test_chat_page import ask
+from tests.test_chat_page import browser as browser
+
+LIBRARY = Path(web.__file__).parent / "markdown-it.umd.min.js"
+LIBRARY_SHA256 = "391f2aa638e75e6c7859d0a5c5650ef0956722a45998f17e05b83bc655778e1e"
+
+MARKDOWN = """\
+# Sorting
+
+Use `sorted`, **not** *bubble sort*:
+
+1. First
+   - nested
+2. Second
+
+   ```sh
+   echo "in a list"
+   ```
+
+```python
+def f(x: int) -> int:
+    # ``` is no end
+    return x * 2 * 3
+
+print(f(1))
+```
+
+| name | steps |
+|:-----|------:|
+| merge | $n_1 * n_2 * n_3$ |
+| a<br>b | ~~many~~ |
+
+**重要：**请看[文档](https://example.com/a_b)。
+One line
+another
+
+$$
+E = mc^2
+- b_1
+= c
+$$
+
+Inline \\(a_1 * b * c\\) and \\[x *y* z\\], for $5 and $6.
+
+> quoted
+
+---
+"""
+
+
+@pytest.fixture
+def server(request: pytest.FixtureRequest) -> Iterator[ScriptedServer]:
+    with ScriptedServer(prefix=getattr(request, "param", "")) as server:
+        yield server
+
+
+Opener = Callable[..., Page]
+
+
+@pytest.fixture
+def opened(server: ScriptedServer, browser: Browser) -> Iterator[Opener]:
+    """Opens the page; whatever it complains about, or asks elsewhere, fails."""
+    complaints: list[str] = []
+    requests: list[str] = []
+    contexts = []
+
+    def open_page(**options: Any) -> Page:
+        options = {"locale": "en-US", "viewport": {"width": 900, "height": 700}, **options}
+        contexts.append(browser.new_context(**options))
+        page = contexts[-1].new_page()
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on(
+            "console", lambda told: complaints.append(told.text) if told.type == "error" else None
+        )
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(server.url)
+        expect(page.locator("#send")).to_be_enabled(timeout=PATIENCE * 1000)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert [text for text in complaints if "status of 4" not in text] == []
+    assert all(url.startswith((server.url, "data:", "blob:")) for url in requests)
+
+
+@pytest.fixture
+def page(opened: Opener) -> Page:
+    return opened()
+
+
+def is_answered(page: Page, number: int = 1) -> None:
+    """Wait until this many answers are complete, and on the page."""
+    expect(page.locator(".model")).to_have_count(number)
+    deadline = time.monotonic() + PATIENCE
+    # Playwright's own waiting for a condition wants eval, which the page's policy forbids.
+    while page.evaluate("running !== null || writers.size > 0"):
+        assert time.monotonic() < deadline
+        page.wait_for_timeout(50)
+
+
+def in_pieces(text: str, size: int = 3) -> list[str]:
+    return [text[at : at + size] for at in range(0, len(text), size)]
+
+
+def test_the_library_is_the_published_one() -> None:
+    assert hashlib.sha256(LIBRARY.read_bytes()).hexdigest() == LIBRARY_SHA256
+
+
+def test_markdown_is_rendered_and_formulas_stay_text(server: ScriptedServer, page: Page) -> None:
+    server.answers["go"] = in_pieces(MARKDOWN)
+    ask(page, "go")
+    is_answered(page)
+    answer = page.locator(".model .text")
+    expect(answer.locator("h2")).to_have_text("Sorting")
+    expect(answer.locator("p > strong")).to_have_text(["not", "重要："])
+    expect(answer.locator("ol > li > ul > li")).to_have_text("nested")
+    expect(answer.locator("ol .code code")).to_have_text('echo "in a list"')
+    code = answer.locator(".part > .code")
+    expect(code.locator(".bar span")).to_have_text("python")
+    assert "`" not in (code.locator("code").inner_text().replace("# ``` is", ""))
+    expect(answer.locator("td").nth(1)).to_have_text("$n_1 * n_2 * n_3$")
+    expect(answer.locator("td").nth(1)).to_have_css("text-align", "right")
+    expect(answer.locator("td br")).to_have_count(1)
+    link = answer.locator("a")
+    expect(link).to_have_attribute("href", "https://example.com/a_b")
+    expect(link).to_have_attribute("rel", "noopener noreferrer nofollow")
+    expect(answer).to_contain_text("$$\nE = mc^2\n- b_1\n= c\n$$", use_inner_text=True)
+    expect(answer).to_contain_text("\\(a_1 * b * c\\) and \\[x *y* z\\], for $5 and $6.")
+    expect(answer.locator("blockquote")).to_have_text("quoted")
+    page.evaluate("navigator.clipboard.writeText = (text) => { window.copied = text; }")
+    code.get_by_role("button", name="Copy code").click()
+    expect(code.get_by_role("button", name="Copied")).to_be_visible()
+    copied = page.evaluate("window.copied")
+    assert copied == MARKDOWN.partition("```python\n")[2].partition("```\n\n|")[0]
+    page.get_by_role("button", name="Copy", exact=True).click()
+    assert page.evaluate("window.copied") == MARKDOWN
+
+
+def test_an_answer_in_pieces_looks_as_it_does_at_once(server: ScriptedServer, page: Page) -> None:
+    # Slower than the frames, so that each piece is drawn.
+    server.rate = 200
+    server.answers["go"] = in_pieces(MARKDOWN, 2)
+    ask(page, "go")
+    is_answered(page)
+    streamed = page.locator(".model .text").inner_html()
+    page.reload()
+    is_answered(page)
+    assert page.locator(".model .text").inner_html() == streamed
+
+
+HOSTILE = {
+    "script": "<script>document.title='broken'</script>",
+    "handler": "<img src=x onerror=\"document.title='broken'\"><svg/onload=alert(1)>",
+    "block": "<div style='position:fixed;inset:0'>\n<iframe src='https://example.com'></iframe>",
+    "javascript": "[a](javascript:document.title='broken') <javascript:alert(1)> [b](JaVaScRiPt:1)",
+    "entity": "[a](&#106;avascript:alert(1)) [b](\\x01javascript:1) [c](java&#10;script:1)",
+    "data": "[a](data:text/html,<script>1</script>) ![b](data:image/svg+xml,<svg/>)",
+    "local": "[a](file:///etc/passwd) [b](/v1/models) [c](//example.com) [d](vbscript:1)",
+    "picture": "![a](javascript:alert(1)) ![b](/x.png)",
+    "reference": "[a]\n\n[a]: javascript:alert(1)\n\n[b][a]",
+    "info": '```"><script>document.title="broken"</script>\n</code></pre><b>x</b>\n```',
+    "table": "| <b>x</b> | [a](javascript:1) |\n|--|--|\n| <i onclick=1>y</i> | z |",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
+def test_no_answer_becomes_html_or_a_link_that_runs(
+    server: ScriptedServer, page: Page, text: str
+) -> None:
+    server.answers["go"] = in_pieces(text)
+    ask(page, "go")
+    is_answered(page)
+    bad = "script, img, svg, iframe, a, b, i, [style*=position], [onclick], [onerror], [onload]"
+    assert page.locator(f"main :is({bad})").count() == 0
+    assert page.title() == "scripted"
+
+
+def test_a_picture_is_a_link(server: ScriptedServer, page: Page) -> None:
+    server.answers["go"] = ["![a tower](https://example.com/x.png)"]
+    ask(page, "go")
+    expect(page.locator(".model a")).to_have_text("a tower")
+    expect(page.locator(".model a")).to_have_attribute("href", "https://example.com/x.png")
+
+
+HUGE = {
+    "line": "a" * 1_000_000,
+    "words": "word " * 200_000,
+    "emphasis": "*a_ **b " * 10_000,
+    "brackets": "[" * 60_000,
+    "quotes": ">" * 60_000,
+    "lists": "- " * 30_000,
+    "rows": "|a|\n|-|\n" + "|" * 60_000,
+    "breaks": "a\n" * 30_000,
+    "paragraphs": "a\n\n" * 30_000,
+    "code": "```\n" + "x = 1\n" * 100_000,
+    "line of code": "```\n" + "x" * 1_000_000,
+    "formula": "\\(" * 30_000 + "$$a" * 20_000,
+}
+
+
+@pytest.mark.parametrize("text", HUGE.values(), ids=HUGE.keys())
+def test_with_a_huge_answer_the_page_stays_usable(
+    server: ScriptedServer, page: Page, text: str
+) -> None:
+    server.answers["go"] = in_pieces(text, 50_000)
+    ask(page, "go")
+    page.locator("#prompt").press_sequentially("next", timeout=PATIENCE * 1000)
+    is_answered(page)
+    shown = re.sub(r"\s", "", page.locator(".model .text").text_content() or "")
+    assert len(shown) >= len(re.sub(r"[\s`*_>|-]", "", text)) * 0.9
+    page.locator("#prompt").press("Enter")
+    is_answered(page, 2)
+    expect(page.locator(".model .text").nth(1)).to_have_text("I heard: next")
+
+
+LONG = "".join(
+    f"## Part {part}\n\nSome *words* on it, and `code`.\n\n- one\n- two\n\n"
+    f"```python\nfor i in range({part}):\n    print(i)\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n"
+    for part in range(300)
+)
+
+
+def test_a_hundred_tokens_a_second_leave_the_page_free(
+    server: ScriptedServer, page: Page, browser: Browser
+) -> None:
+    """Each task of the page has less than 50 ms of processor time, and no text is parsed often.
+
+    Time on the clock would be that of whatever else the machine does.
+    """
+    tokens = in_pieces(LONG[-4000:], 4)
+    server.answers["go"] = iter([LONG, *tokens])
+    server.rate = 100
+    page.evaluate(
+        """() => {
+            window.parsed = [];
+            const parse = markdown.parse;
+            markdown.parse = function (text, env) {
+                window.parsed.push(text.length);
+                return parse.call(this, text, env);
+            };
+        }"""
+    )
+    ask(page, "warm up")
+    is_answered(page)
+    ask(page, "go")
+    drawn = page.locator(".model").nth(1)
+    expect(drawn).to_contain_text("Part 299", timeout=PATIENCE * 1000)
+    page.evaluate("parsed.length = 0")
+    browser.start_tracing(page=page, categories=["toplevel", "__metadata"])
+    is_answered(page, 2)
+    events = json.loads(browser.stop_tracing())["traceEvents"]
+    main = {
+        (event["pid"], event["tid"])
+        for event in events
+        if event["name"] == "thread_name" and event["args"]["name"] == "CrRendererMain"
+    }
+    tasks = [
+        event["tdur"] / 1000
+        for event in events
+        if event["name"].endswith("RunTask")
+        and (event["pid"], event["tid"]) in main
+        and "tdur" in event
+    ]
+    assert len(tasks) > len(tokens)
+    assert max(tasks) < 50
+    parsed = page.evaluate("parsed")
+    assert max(parsed) <= 8000
+    assert sum(parsed) < len(tokens) * len(LONG) / 20
+
+
+@pytest.mark.parametrize("has_tag", [True, False], ids=["tagged", "begun by the template"])
+def test_reasoning_is_folded(server: ScriptedServer, opened: Opener, has_tag: bool) -> None:
+    server.index["think"] = ["<think>", "</think>"]
+    server.rate = 20
+    text = f"{'<think>' * has_tag}\nLet me **see**.\n</think>\n\nIt is *four*."
+    server.answers["go"] = in_pieces(text, 2)
+    page = opened()
+    ask(page, "go")
+    fold = page.locator(".model details")
+    expect(fold.locator("div")).to_contain_text("Let me")
+    expect(page.locator(".model .text")).to_have_text("")
+    is_answered(page)
+    expect(page.locator(".model .text em")).to_have_text("four")
+    expect(fold.locator("div")).to_be_hidden()
+    fold.locator("summary").click()
+    expect(fold.locator("div")).to_have_text("Let me **see**.")
+    ask(page, "and")
+    is_answered(page, 2)
+    assert server.bodies[-1]["history"] == [["go", "It is *four*."]]
+
+
+def test_a_question_is_edited_and_an_answer_regenerated(server: ScriptedServer, page: Page) -> None:
+    for number, prompt in enumerate(("one", "two", "three")):
+        ask(page, prompt)
+        is_answered(page, number + 1)
+    page.get_by_role("button", name="Regenerate").click()
+    is_answered(page, 3)
+    assert server.bodies[-1] == server.bodies[-2]
+    page.get_by_role("button", name="Edit").nth(1).click()
+    expect(page.locator("#prompt")).to_have_value("two")
+    page.keyboard.press("Escape")
+    expect(page.locator("#editing")).to_be_hidden()
+    expect(page.locator("#prompt")).to_have_value("")
+    page.get_by_role("button", name="Edit").nth(1).click()
+    ask(page, "2")
+    is_answered(page, 2)
+    expect(page.locator(".user .text")).to_have_text(["one", "2"])
+    assert server.bodies[-1]["prompt"] == "2"
+    assert server.bodies[-1]["history"] == [["one", "I heard: one"]]
+    server.refuses = True
+    page.get_by_role("button", name="Regenerate").click()
+    expect(page.locator(".model .error")).to_contain_text("Try again in 7 s")
+    # What was to be replaced is still there.
+    expect(page.locator(".user .text")).to_have_text(["one", "2", "2"])
+    server.refuses = False
+    ask(page, "after")
+    is_answered(page, 4)
+    assert [turn[0] for turn in server.bodies[-1]["history"]] == ["one", "2"]
+
+
+def test_conversations_are_kept_chosen_exported_and_deleted(
+    server: ScriptedServer, page: Page
+) -> None:
+    page.get_by_text("Sampling").click()
+    page.get_by_label("System prompt").fill("Be brief.")
+    ask(page, "first")
+    is_answered(page)
+    page.get_by_role("button", name="New chat").click()
+    page.get_by_label("System prompt").fill("")
+    ask(page, "second")
+    is_answered(page)
+    page.reload()
+    expect(page.locator(".user .text")).to_have_text(["second"])
+    page.get_by_role("button", name="Chats").click()
+    rows = page.locator("#list li")
+    expect(rows).to_have_text([re.compile("^second"), re.compile("^first")])
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export as JSON").click()
+    exported = json.loads(download.value.path().read_text())
+    assert [talk["messages"] for talk in exported] == [
+        [
+            {"role": "user", "content": "second"},
+            {"role": "assistant", "content": "I heard: second"},
+        ],
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "first"},
+            {"role": "assistant", "content": "I heard: first"},
+        ],
+    ]
+    rows.nth(1).get_by_role("button", name="first").first.click()
+    expect(page.locator(".user .text")).to_have_text(["first"])
+    ask(page, "more")
+    is_answered(page, 2)
+    assert server.bodies[-1]["history"] == exported[1]["messages"]
+    page.get_by_role("button", name="Chats").click()
+    page.get_by_role("button", name="Delete: first").click()
+    expect(rows).to_have_count(1)
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Delete all").click()
+    expect(rows).to_have_text("None yet.")
+    assert page.evaluate("localStorage.length") == 0
+
+
+def test_the_browser_keeps_a_bounded_number_and_size(server: ScriptedServer, page: Page) -> None:
+    page.evaluate(
+        """() => {
+            localStorage.setItem("of another page", "stays");
+            localStorage.setItem(PREFIX + "x", "not ours");
+            const note = {tokens: 1, rate: 1, first: 1, ends: []};
+            for (let i = 0; i < 60; i++)
+                keep({...fresh(), turns: [{prompt: `number ${i}`, text: "", note}]});
+        }"""
+    )
+    assert page.evaluate("kept().length") == 50
+    server.answers["long"] = ["a" * 900_000]
+    server.answers["too long"] = ["a" * 1_900_000]
+    for prompt in ("long", "too long"):
+        ask(page, prompt)
+        is_answered(page)
+        page.get_by_role("button", name="New chat").click()
+    titles = page.evaluate("kept().map(({turns}) => turns[0].prompt)")
+    assert titles == ["too long", *(f"number {i}" for i in range(59, 10, -1))]
+    server.answers["refused"] = ["a" * 2_100_000]
+    ask(page, "refused")
+    is_answered(page)
+    expect(page.locator("#notice")).to_contain_text("too long for the browser to keep")
+    assert len(page.evaluate("kept()")) == len(titles)
+    assert page.evaluate("localStorage['of another page']") == "stays"
+
+
+@pytest.mark.parametrize("server", ["/llm"], indirect=True)
+def test_below_a_prefix_with_a_choice_of_models(server: ScriptedServer, opened: Opener) -> None:
+    server.models = ["scripted", "other"]
+    page = opened()
+    page.get_by_label("model").select_option("other")
+    ask(page, "hi")
+    is_answered(page)
+    assert server.bodies[-1]["model"] == "other"
+    expect(page.locator(".model .note")).to_contain_text("other")
+    assert server.paths == {"/llm/", "/llm/health/ready", "/llm/v1/models"}
+
+
+def test_a_text_file_comes_into_the_prompt(page: Page, tmp_path: Path) -> None:
+    def attach(name: str, content: bytes) -> None:
+        file = tmp_path / name
+        file.write_bytes(content)
+        with page.expect_file_chooser() as chooser:
+            page.get_by_role("button", name="File").click()
+        chooser.value.set_files(file)
+
+    prompt = page.locator("#prompt")
+    prompt.fill("What is this?")
+    attach("a.md", b"x\n```\ny\n```\n")
+    expect(prompt).to_have_value("What is this?\n\na.md:\n````\nx\n```\ny\n```\n````\n")
+    prompt.fill("")
+    attach("中文.txt", "你好".encode("gb18030"))
+    expect(prompt).to_have_value("中文.txt:\n```\n你好\n```\n")
+    attach("a.bin", b"\0\1\2\3")
+    expect(page.locator("#notice")).to_contain_text("no text")
+    attach("big.txt", b"a" * 256 * 1024)
+    expect(page.locator("#notice")).to_have_text("")
+    attach("bigger.txt", b"a" * (256 * 1024 + 1))
+    expect(page.locator("#notice")).to_contain_text("more than 256 KiB")
+
+
+def test_a_completion_is_plain_text(server: ScriptedServer, opened: Opener) -> None:
+    server.index["style"] = "completion"
+    server.answers["go"] = ["go\n# on\n**and** on"]
+    page = opened()
+    page.get_by_text("Sampling").click()
+    expect(page.get_by_label("System prompt")).to_be_hidden()
+    ask(page, "go")
+    is_answered(page)
+    assert page.locator(".model .text").inner_text() == "go\n# on\n**and** on"
+    assert "history" not in server.bodies[-1]
+
+
+def test_by_keyboard_alone(server: ScriptedServer, page: Page) -> None:
+    server.answers["go"] = ["```sh\nls\n```\n"]
+
+    def tab_to(name: str, key: str = "Tab") -> None:
+        for _ in range(40):
+            page.keyboard.press(key)
+            focused = page.evaluate(
+                "document.activeElement.ariaLabel || document.activeElement.textContent"
+            )
+            if focused == name:
+                return
+        raise AssertionError(f"no Tab leads to {name}")
+
+    expect(page.locator("#prompt")).to_be_focused()
+    page.keyboard.type("go")
+    page.keyboard.press("Enter")
+    is_answered(page)
+    tab_to("Copy code", "Shift+Tab")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="Copied")).to_be_focused()
+    tab_to("Edit", "Shift+Tab")
+    page.keyboard.press("Enter")
+    expect(page.locator("#prompt")).to_be_focused()
+    page.keyboard.press("Escape")
+    tab_to("Regenerate", "Shift+Tab")
+    page.keyboard.press("Enter")
+    is_answered(page)
+    assert len(server.bodies) == 2
+    expect(page.locator("#send")).to_be_focused()
+    tab_to("Chats")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("dialog", name="Chats")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("dialog")).to_be_hidden()
+    expect(page.locator("#conversations")).to_be_focused()
+    page.locator("#prompt").focus()
+    server.rate = 20
+    server.answers["count"] = (f"{number} " for number in range(1000))
+    page.keyboard.type("count")
+    page.keyboard.press("Enter")
+    expect(page.locator(".model .text").nth(1)).to_contain_text("3")
+    page.keyboard.press("Escape")
+    expect(page.locator(".model .note").nth(1)).to_contain_text("stopped")
+
+
+def test_a_screen_reader_is_told_of_an_answer_once(server: ScriptedServer, page: Page) -> None:
+    status = page.get_by_role("status")
+    server.answers["go"] = (piece for piece in in_pieces("The answer is four."))
+    server.rate = 20
+    ask(page, "go")
+    expect(status).to_have_text("The answer is being written.")
+    is_answered(page)
+    expect(status).to_have_text("The answer is four.")
+    expect(page.get_by_role("article", name="Question")).to_have_count(1)
+    expect(page.get_by_role("article", name="Answer")).to_contain_text("The answer is four.")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("locale", ["en-US", "zh-CN"])
+def test_axe_finds_nothing_serious(
+    server: ScriptedServer, opened: Opener, scheme: str, locale: str
+) -> None:
+    from axe_playwright_python.sync_playwright import Axe
+
+    server.index |= {"think": ["<think>", "</think>"], "asks_for_key": scheme == "dark"}
+    server.models = ["scripted", "other"] if scheme == "light" else ["scripted"]
+    wide = "| " + " | ".join(["a long word"] * 40) + " |\n|" + "--|" * 40 + "\n"
+    server.answers["go"] = ["<think>Hm.</think>", MARKDOWN, f"```\n{'wide ' * 100}\n```\n", wide]
+    page = opened(locale=locale, color_scheme=scheme, viewport={"width": 390, "height": 800})
+    found = []
+
+    def check() -> None:
+        results = Axe().run(page)
+        found.extend(
+            (violation["id"], node["html"][:200])
+            for violation in results.response["violations"]
+            if violation["impact"] in ("serious", "critical")
+            for node in violation["nodes"]
+        )
+
+    check()
+    ask(page, "go")
+    is_answered(page)
+    page.locator(".model summary").click()
+    check()
+    page.locator("footer summary").click()
+    page.locator(".idle").first.click()
+    check()
+    page.locator("#conversations").click()
+    check()
+    page.keyboard.press("Escape")
+    server.refuses = True
+    page.locator("#cancel").click()
+    ask(page, "no")
+    expect(page.locator(".model .error")).to_be_visible()
+    check()
+    assert found == []
+
+
+@pytest.mark.parametrize("width", [360, 390])
+@pytest.mark.parametrize("locale", ["en-US", "zh-CN"])
+def test_on_a_phone_nothing_breaks(
+    server: ScriptedServer, opened: Opener, width: int, locale: str
+) -> None:
+    server.index["model"] = "deepseek-r1-distill-qwen-7b"
+    server.answers["go"] = [MARKDOWN, f"```\n{'wide ' * 100}\n```\n{'long' * 100}\n", "|a" * 60]
+    page = opened(locale=locale, viewport={"width": width, "height": 640})
+    ask(page, "long " * 100)
+    is_answered(page)
+    ask(page, "go")
+    is_answered(page, 2)
+    page.locator("footer summary").click()
+
+    def is_whole() -> None:
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate("document.documentElement.scrollHeight") <= 640
+        for box in page.locator("header > *, footer :is(button, textarea)").all():
+            place = box.bounding_box()
+            if place is not None:
+                assert 0 <= place["x"] and place["x"] + place["width"] <= width
+
+    is_whole()
+    rows = [box.bounding_box() for box in page.locator("header > :visible").all()]
+    middles = {round(row["y"] + row["height"] / 2) for row in rows if row}
+    assert max(middles) - min(middles) <= 1
+    assert all(row["height"] < 45 for row in rows if row)
+    page.locator("#conversations").click()
+    is_whole()
+
+
+def test_the_language_button_needs_no_chinese_font(page: Page) -> None:
+    button = page.locator("#language")
+    assert button.inner_text() == "ZH"
+    button.click()
+    expect(page.locator("#send")).to_have_text("发送")
+    assert button.inner_text() == "EN"
+    assert page.evaluate("document.documentElement.lang") == "zh-CN"
