@@ -15,32 +15,33 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
 )
 
-from service.models.vllm_private import cpu_int8_kernel
-
 NAME = "cpu_int8"
 _LARGEST = 127
+_SMALLEST = 1e-12  # of a range
 
 
-class _Matrix(nn.Module):
+class _Matrix:
     """A matrix [outputs, inputs] in 8 bits, with a scale for each output.
 
-    Inputs are quantised when they come, each token by its own range. The product is vLLM's.
+    Inputs are quantised when they come, each token by its own range. The product is fbgemm's, in
+    torch: it takes a third of float32's time where a processor has AVX2 alone, and vLLM's own
+    kernel for 8 bits there longer than float32.
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__()
-        scale = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / _LARGEST
-        quantised = (weight / scale).round().to(torch.int8)
-        self.weight = nn.Parameter(quantised, requires_grad=False)
-        self.weight_scale = nn.Parameter(scale, requires_grad=False)
-        self.input_scale = self.input_zero_point = self.azp_adj = self.bias = None
-        self.logical_widths = [len(weight)]
-        self.kernel = cpu_int8_kernel()
-        self.kernel.process_weights_after_loading(self)
+        weight = weight.float()
+        scales = weight.abs().amax(1).clamp(min=_SMALLEST).double() / _LARGEST
+        zeros = torch.zeros(len(weight), dtype=torch.long)
+        quantised = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+        self._packed = torch.ops.quantized.linear_prepack(quantised, None)
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        product: torch.Tensor = self.kernel.apply_weights(self, x, bias)
-        return product
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1]).float()
+        # The kernel has one scale for all rows: with it alone one request would spoil the others.
+        largest = rows.abs().amax(1, keepdim=True).clamp(min=_SMALLEST)
+        product = torch.ops.quantized.linear_dynamic(rows / largest, self._packed, True) * largest
+        product = product.to(x.dtype).reshape(*x.shape[:-1], product.shape[1])
+        return product if bias is None else product + bias
 
 
 class _Linear(UnquantizedLinearMethod):  # type: ignore[misc]  # vLLM is not typed for us

@@ -211,18 +211,6 @@ def apply_top_k_top_p(
     return keep_nucleus(logits, p, lambda some, its_p: _vllm_apply_top_k_top_p(some, None, its_p))
 
 
-def cpu_int8_kernel() -> Any:
-    """Return vLLM's product of 8-bit weights and of inputs quantised by token, for one matrix."""
-    from vllm.model_executor.kernels.linear import init_int8_linear_kernel
-
-    return init_int8_linear_kernel(
-        is_channelwise=True,
-        is_static_input_scheme=False,
-        input_symmetric=True,
-        module_name="cpu_int8",
-    )
-
-
 def keep_adapters_from_the_base() -> None:
     """Give sequences without an adapter none, beside others that have one. For a CPU.
 
