@@ -71,8 +71,6 @@ def register() -> None:
     register_tokenizers()
     let_tokenizer_mode_decide("internlm2")
     if current_platform.is_cpu():
-        from service.models import int8  # noqa: F401  # registers its method
-
         use_fast_penalties()
         use_fast_top_p()
         compile_nothing_for_requests()
