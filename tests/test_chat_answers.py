@@ -385,12 +385,14 @@ def test_conversations_are_kept_chosen_exported_and_deleted(
 
 def test_the_browser_keeps_a_bounded_number_and_size(server: ScriptedServer, page: Page) -> None:
     page.evaluate(
-        """() => {
+        """async () => {
             localStorage.setItem("of another page", "stays");
             localStorage.setItem(PREFIX + "x", "not ours");
             const note = {tokens: 1, rate: 1, first: 1, ends: []};
-            for (let i = 0; i < 60; i++)
+            for (let i = 0; i < 60; i++) {
                 keep({...fresh(), turns: [{prompt: `number ${i}`, text: "", note}]});
+                await new Promise((done) => setTimeout(done, 2)); // their order is that of time
+            }
         }"""
     )
     assert page.evaluate("kept().length") == 50
