@@ -528,7 +528,7 @@ def test_axe_finds_nothing_serious(
     wide = "| " + " | ".join(["a long word"] * 40) + " |\n|" + "--|" * 40 + "\n"
     server.answers["go"] = ["<think>Hm.</think>", MARKDOWN, f"```\n{'wide ' * 100}\n```\n", wide]
     page = opened(locale=locale, color_scheme=scheme, viewport={"width": 390, "height": 800})
-    found = []
+    found: list[Any] = []
 
     def check() -> None:
         results = Axe().run(page)
