@@ -58,6 +58,9 @@ _REFUSED = {
     "help": "see `chat-service serve --help`",
 }
 
+# Arguments that name a parser, and the argument that adds parsers of the user's own.
+_PARSERS = {"tool_call_parser": "tool_parser_plugin", "reasoning_parser": "reasoning_parser_plugin"}
+
 
 def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argparse.Namespace:
     """Return vLLM's arguments for a model, without its files.
@@ -109,10 +112,25 @@ def parse(engine: Mapping[str, Any], origins: Origins) -> tuple[argparse.Namespa
     mistakes = []
     for name, value in engine.items():
         try:
-            setattr(args, name, _parse(parser, name, value))
+            parsed = _parse(parser, name, value)
+            if parsed and name in _PARSERS and not engine.get(_PARSERS[name]):
+                if parsed not in (known := _parsers(name)):
+                    raise ValueError(f"vLLM has no such parser{nearest(str(parsed), known)}")
+            setattr(args, name, parsed)
         except ValueError as e:
             mistakes.append(origins.mistake(("engine", name), str(e)))
     return args, mistakes
+
+
+def _parsers(name: str) -> list[str]:
+    """Return the parsers that vLLM has for an argument that names one."""
+    if name == "tool_call_parser":
+        from vllm.tool_parsers import ToolParserManager
+
+        return list(ToolParserManager.list_registered())
+    from vllm.reasoning import ReasoningParserManager
+
+    return list(ReasoningParserManager.list_registered())
 
 
 def root_path(config: ModelConfig) -> str:
