@@ -77,7 +77,8 @@ def test_a_run_goes_on_where_it_was_cut_off_and_is_reported(tmp_path: Path) -> N
     again = (folder / "cells.jsonl").read_text().splitlines(keepends=True)
     assert again[:-1] == cells[:-1] and json.loads(again[-1])["contender"] == "tutorial"
     report = (folder / "report.md").read_text()
-    assert "| tokens/s at 2 over tutorial's server | at least 20 |" in report
+    target = 20 if json.loads((folder / "about.json").read_text())["machine"]["bfloat16"] else 6
+    assert f"| tokens/s at 2 over tutorial's server | at least {target} |" in report
     for picture in re.findall(r"\]\((.*\.svg)\)", report):
         assert "<svg" in (folder / picture).read_text()
     refused = run("--prompt-tokens", "9")

@@ -28,7 +28,7 @@ def test_as_many_threads_compute_as_cores_are_free(
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(cpu_executor, "_usable_seconds", lambda: now[1])
     before = torch.get_num_threads()
-    torch.set_num_threads(limit)
+    cpu_executor.set_num_threads(limit)
 
     def init(self: Any) -> None:
         self.driver_worker = SimpleNamespace(step=torch.get_num_threads)
@@ -43,4 +43,4 @@ def test_as_many_threads_compute_as_cores_are_free(
         now[:] = 103.0, 2 * usable + limit
         assert executor.collective_rpc("step") == [limit]  # they are free again
     finally:
-        torch.set_num_threads(before)
+        cpu_executor.set_num_threads(before)

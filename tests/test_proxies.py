@@ -153,12 +153,15 @@ def test_what_a_client_says_of_itself_goes_nowhere(
 def test_connections_to_the_service_are_kept(
     proxy: Proxy, https: httpx.Client, service: Server
 ) -> None:
-    assert https.post(proxy.url, json=SHORT).status_code == 200
-    kept = open_connections(service)
+    kept = 0
+    before: set[int] = set()
     for _ in range(10):
         assert https.post(proxy.url, json=SHORT).status_code == 200
-    assert kept & open_connections(service)
-    assert len(open_connections(service)) < 5
+        now = open_connections(service)
+        kept += bool(before & now)
+        before = now
+    assert kept >= 5  # HAProxy sometimes closes one that it does not need
+    assert len(now) < 5
 
 
 @hardening(3)
