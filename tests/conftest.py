@@ -15,6 +15,9 @@ from tests import warm
 # Two files of tests run at once, and threads of an engine that wait for each other want cores of
 # their own.
 os.environ["OMP_NUM_THREADS"] = "1"
+# `make test ARGS=...` gives its arguments to the tests, not to the commands that they make.
+for name in ("ARGS", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS"):
+    os.environ.pop(name, None)
 # The tests' own clients ask servers on this machine, and no proxy of the environment.
 for name in ("no_proxy", "NO_PROXY"):
     os.environ[name] = f"{os.environ.get(name, '')},127.0.0.1,localhost".removeprefix(",")
