@@ -18,7 +18,7 @@ import uvicorn
 from starlette.datastructures import State
 from starlette.requests import Request
 from starlette.types import Message
-from vllm import AsyncEngineArgs
+from vllm import AsyncEngineArgs, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from service import clients, settings, vllm_arguments, vllm_plugins
@@ -153,6 +153,22 @@ def test_what_is_blamed_is_what_was_sent(run: Callable[[Scenario], None]) -> Non
         assert await blamed("\ud800") == "prompt"  # a completion model has no history
         assert await blamed([half]) == "prompt"
         assert await blamed([{"role": "system", "content": "S"}, half]) == "history"
+
+    run(scenario)
+
+
+@hardening(7)
+def test_an_id_without_a_token_has_a_probability_and_ends_nobody(
+    run: Callable[[Scenario], None],
+) -> None:
+    async def scenario(made: Made) -> None:
+        beyond = checkpoints.VOCABULARY - 1  # the tokenizer is shorter
+        wanted = SamplingParams(max_tokens=3, logprobs=2, logit_bias={beyond: 100})
+        async for output in made.client.generate({"prompt_token_ids": [9, 8]}, wanted, "beyond"):
+            (answer,) = output.outputs
+        assert [*answer.token_ids] == [beyond] * 3
+        assert [place[beyond].decoded_token for place in answer.logprobs] == ["", "", ""]
+        assert answer.text == "" and not made.client.errored
 
     run(scenario)
 

@@ -31,6 +31,7 @@ def register() -> None:
         ignore_hidden_weights,
         keep_adapters_from_the_base,
         let_tokenizer_mode_decide,
+        spell_ids_without_token,
         use_fast_penalties,
         use_fast_top_p,
     )
@@ -68,6 +69,7 @@ def register() -> None:
         AutoConfig.register(config.model_type, config, exist_ok=True)
     assume_model_type("MiniCPMForCausalLM", MiniCPMConfig.model_type)
     ignore_hidden_weights()
+    spell_ids_without_token()
     register_tokenizers()
     let_tokenizer_mode_decide("internlm2")
     if current_platform.is_cpu():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.models.auto import tokenization_auto
-from vllm.tokenizers import registry
+from vllm.tokenizers import detokenizer_utils, registry
 from vllm.transformers_utils import config as vllm_config
 from vllm.transformers_utils import utils
 from vllm.v1.engine import utils as engine_processes
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
     from vllm.v1.engine.async_llm import AsyncLLM
 
+_vllm_restore_leading_spaces = detokenizer_utils._restore_leading_spaces
 _vllm_apply_penalties = penalties.apply_penalties
 _vllm_apply_top_k_top_p = topk_topp_sampler.apply_top_k_top_p
 
@@ -45,6 +46,19 @@ def ignore_hidden_weights() -> None:
 
     assert callable(vllm_config.parse_safetensors_file_metadata)
     vllm_config.parse_safetensors_file_metadata = read
+
+
+def spell_ids_without_token() -> None:
+    """Let log probabilities spell ids that the tokenizer lacks, as "".
+
+    A model whose vocabulary is padded has such ids, and a request can ask for one by `logit_bias`.
+    vLLM 0.32 fails on them if the tokenizer marks spaces by Metaspace, and the server ends.
+    """
+
+    def restore(raw_token: str | None, token: str, marker: str) -> str:
+        return _vllm_restore_leading_spaces(raw_token or "", token, marker)
+
+    detokenizer_utils._restore_leading_spaces = restore
 
 
 def let_tokenizer_mode_decide(model_type: str) -> None:
