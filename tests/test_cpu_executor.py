@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import set_num_threads  # vLLM replaces it in this process later
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from service.models import cpu_executor
@@ -28,7 +29,7 @@ def test_as_many_threads_compute_as_cores_are_free(
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(cpu_executor, "_usable_seconds", lambda: now[1])
     before = torch.get_num_threads()
-    cpu_executor.set_num_threads(limit)
+    set_num_threads(limit)
 
     def init(self: Any) -> None:
         self.driver_worker = SimpleNamespace(step=torch.get_num_threads)
@@ -43,4 +44,4 @@ def test_as_many_threads_compute_as_cores_are_free(
         now[:] = 103.0, 2 * usable + limit
         assert executor.collective_rpc("step") == [limit]  # they are free again
     finally:
-        cpu_executor.set_num_threads(before)
+        set_num_threads(before)

@@ -62,7 +62,7 @@ def prepare(folder: RunFolder, settings: Settings) -> None:
         "VLLM_NO_USAGE_STATS": "1",
         # Seconds. Shutdown waits this long for a collector that does not answer.
         "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT": "2",
-        # Triton multiplies float32 in TF32 by default. vLLM's attention for float32 on a GPU is then
+        # Triton multiplies float32 in TF32 by default. vLLM's float32 attention on a GPU is then
         # off by 0.005 nats, and by 1e-6 without (benchmarks/results/gpu.md).
         "TRITON_F32_DEFAULT": "ieee",
         # Prompts are encoded one at a time, so a thread pool only costs time.

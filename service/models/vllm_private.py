@@ -55,7 +55,7 @@ def spell_ids_without_token() -> None:
     vLLM 0.32 fails on them if the tokenizer marks spaces by Metaspace, and the server ends.
     """
 
-    def restore(raw_token: str | None, token: str, marker: str) -> str:
+    def restore(raw_token: str | None, token: str, marker: str) -> Any:
         return _vllm_restore_leading_spaces(raw_token or "", token, marker)
 
     detokenizer_utils._restore_leading_spaces = restore
