@@ -15,9 +15,10 @@ from vllm.plugins import load_general_plugins
 from vllm.renderers import renderer_from_config
 from vllm.sampling_params import SamplingParams
 from vllm.tokenizers import get_tokenizer
+from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
-from service import settings, vllm_arguments
+from service import model_config, settings, vllm_arguments
 from service.api.fast_render import chat_params
 from service.launch import server
 from testing import checkpoints
@@ -321,6 +322,15 @@ def test_tokens_of_a_padded_vocabulary_are_no_text(tmp_path: Path, name: str) ->
     tokenizer = load(name, tmp_path, name)
     ids = tokenizer.encode_text("你好")
     assert tokenizer.decode([9999, *ids, len(tokenizer)], skip_special_tokens=True) == "你好"
+
+
+@pytest.mark.parametrize("name", checkpoints.TOKENIZERS)
+def test_a_probability_of_an_id_without_a_token_is_spelled_as_nothing(
+    tmp_path: Path, name: str
+) -> None:
+    config, _ = model_config.load(checkpoints.CATALOGUE[name])
+    tokenizer = load(name, tmp_path, config.engine.get("tokenizer_mode", "auto"))
+    assert convert_ids_list_to_tokens(tokenizer, [len(tokenizer) + 7]) == [""]
 
 
 def test_files_that_are_no_tokenizer_are_told(tmp_path: Path) -> None:
