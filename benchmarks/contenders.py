@@ -152,8 +152,9 @@ def llama_cpp(model: str, sets: Sequence[str], log: Path) -> HttpContender:
     command = [str(Path(sys.executable).with_name("uv")), "run", "--no-project", "--isolated"]
     command += ["--with", _LLAMA_CPP, "python", str(script), str(files[0]), "--port", str(port)]
     command += ["--slots", str(_SLOTS), "--context", str(_SLOT_TOKENS)]
+    modes = {**_CHAT, "stream": "LlamaCppStream"}
     began = time.monotonic()
-    return HttpContender(Server(command, log, port=port), began, _CHAT, _first_chat(config.name))
+    return HttpContender(Server(command, log, port=port), began, modes, _first_chat(config.name))
 
 
 class Offline:

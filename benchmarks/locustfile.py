@@ -87,6 +87,7 @@ class _Client(FastHttpUser):
     network_timeout = 900.0
     path: ClassVar[str]
     streams: ClassVar[bool]
+    more_headers: ClassVar[dict[str, str]] = {}
 
     @abstractmethod
     def body(self, asked: workload.Ask) -> dict[str, object]:
@@ -122,12 +123,13 @@ class _Client(FastHttpUser):
         with self.client.post(
             self.path,
             json=self.body(asked),
-            headers={"authorization": f"Bearer {key}"} if key else {},
+            headers=self.more_headers | ({"authorization": f"Bearer {key}"} if key else {}),
             stream=True,
             catch_response=True,
         ) as response:
             record: dict[str, Any] = {"start": response.request_meta["start_time"]}
-            ended: dict[str, Any] = {"error": response.status_code}
+            # The status of a connection that broke is 0.
+            ended: dict[str, Any] = {"error": response.status_code or repr(response.error)}
             if response.status_code == 200:
                 try:
                     ended = json.loads(self._read(response, began, arrivals))
@@ -240,3 +242,9 @@ class ChatStream(Chat):
     """/v1/chat/completions, streamed."""
 
     streams = True
+
+
+class LlamaCppStream(ChatStream):
+    """The same of llama.cpp's server, which closes after a stream although it says keep-alive."""
+
+    more_headers: ClassVar[dict[str, str]] = {"connection": "close"}
