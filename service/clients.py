@@ -5,8 +5,10 @@ Only the SHA-256 hash of a key is kept.
 
 import hashlib
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from service import text_file
 from service.errors import ConfigError
@@ -127,3 +129,13 @@ def _limits(words: list[str], place: str) -> dict[str, int]:
 def read_file(file: Path, place: str) -> dict[str, Client]:
     """Return the keys in a file as hash -> client. Raises ConfigError."""
     return parse(text_file.read(file, place), place)
+
+
+def as_json(clients: Mapping[str, Client] | None) -> dict[str, dict[str, Any]] | None:
+    """Return hash -> client as values of JSON; None, as before, if no key is required."""
+    return None if clients is None else {key: asdict(client) for key, client in clients.items()}
+
+
+def from_json(values: Mapping[str, dict[str, Any]]) -> dict[str, Client]:
+    """Return hash -> client from what `as_json` made."""
+    return {key: Client(**client) for key, client in values.items()}

@@ -55,7 +55,8 @@ def stub_cluster(replicas: int) -> Iterator[tuple[str, str]]:
         from ray import serve
 
         from benchmarks.cluster.stub import Stub
-        from service.cluster import deployments
+        from service.cluster.config import PREFIX
+        from service.cluster.front_replica import Front
         from service.settings import Settings
 
         port = free_port()
@@ -64,14 +65,19 @@ def stub_cluster(replicas: int) -> Iterator[tuple[str, str]]:
         stub: Any = Stub
         serve.run(
             stub.options(num_replicas=replicas, **options).bind(),
-            name=f"{deployments.PREFIX}-stub",
+            name=f"{PREFIX}-stub",
             route_prefix="/stub",
         )
-        front: Any = deployments.Front
-        config = {"default": "stub", "owners": {"stub": "stub"}, "keys": None}
+        front: Any = Front
+        config = {
+            "default": "stub",
+            "owners": {"stub": "stub"},
+            "keys": None,
+            "allowed_origins": ["*"],
+        }
         serve.run(
             front.options(user_config=config, **options).bind(Settings().model_dump_json()),
-            name=deployments.PREFIX,
+            name=PREFIX,
         )
         time.sleep(3)  # until HAProxy has its backends
         try:

@@ -32,7 +32,7 @@ class Stub:
         return application
 
     async def answer(self, request: Request) -> AsyncGenerator[Part | None, None]:
-        """As `deployments.Model.answer`."""
+        """As `replica.Model.answer`."""
         async with contextlib.aclosing(exchange.answer(self._application, request)) as parts:
             async for part in parts:
                 yield part

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from service.cluster import placement
-from service.cluster.config import Cluster
+from service.cluster.config import PREFIX, Cluster
 from service.cluster.connection import RayGone, is_alive
 from service.errors import LaunchError
 
@@ -71,8 +71,6 @@ def statuses() -> "dict[str, ApplicationStatusOverview]":
     """Return our applications: the front and each model by its name."""
     from ray import serve
 
-    from service.cluster.deployments import PREFIX
-
     return {
         name.removeprefix(PREFIX).removeprefix("-") or "front": app
         for name, app in _answered(serve.status).applications.items()
@@ -92,8 +90,6 @@ def delete(*names: str) -> None:
 
 def _name_of(name: str) -> str:
     """Return the name of the Serve application of a model, or of the front."""
-    from service.cluster.deployments import PREFIX
-
     return PREFIX if name == "front" else f"{PREFIX}-{name}"
 
 

@@ -26,6 +26,8 @@ _ROUTES = frozenset(
 # Arguments of vLLM's server. Ray Serve has the place of the server, and HAProxy is before it.
 _NOT_HERE = frozenset({"api_server_count", "root_path", "ssl_certfile", "ssl_keyfile"})
 _NOT_HERE_BECAUSE = "a replica has one API process, behind HAProxy; put TLS and a prefix before it"
+# Names of our Serve applications begin with it.
+PREFIX = "chat-service"
 # How long a replica that Serve stops stays reachable, until HAProxy has left it out.
 DEREGISTER_SECONDS = 5
 

@@ -1,0 +1,106 @@
+"""What runs in Ray's process for a front: the application of `front.py` over Serve's handles."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any, cast
+
+from grpc.aio import AioRpcError
+from prometheus_client import generate_latest
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import (
+    DeploymentUnavailableError,
+    RayServeException,
+    ReplicaUnavailableError,
+)
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from starlette.types import ASGIApp
+
+from service import clients
+from service.cluster.config import PREFIX
+from service.cluster.exchange import Part, Request
+from service.cluster.front import Front as FrontApplication
+from service.cluster.front import ReplicaLost
+from service.settings import Settings
+
+_METRICS_SECONDS = 5.0
+
+
+@serve.deployment
+@serve.ingress()
+class Front:
+    """Chooses a replica by `model`."""
+
+    def __init__(self, settings: str) -> None:
+        """`settings` is JSON."""
+        self._settings = Settings.model_validate_json(settings, strict=False)
+        self._handles = _Handles()
+        self._front = FrontApplication(self._handles, self._settings)
+
+    async def metrics(self) -> tuple[str, str]:
+        """Return this front's id and metrics."""
+        return serve.get_replica_context().replica_id.unique_id, generate_latest().decode()
+
+    async def reconfigure(self, changed: dict[str, Any]) -> None:
+        """Take models and keys that have changed, without a restart."""
+        owners = changed["owners"]
+        await asyncio.to_thread(self._handles.use, sorted(set(owners.values())))
+        keys = changed["keys"]
+        known = clients.from_json(keys) if keys is not None else self._settings.clients()
+        self._front.configure(changed["default"], owners, known, changed["allowed_origins"])
+
+    async def __serve_build_asgi_app__(self) -> ASGIApp:
+        return self._front
+
+
+class _Handles:
+    """`front.Replicas` over Serve's handles."""
+
+    def __init__(self) -> None:
+        self._handles: dict[str, DeploymentHandle[Any]] = {}
+
+    def use(self, models: Sequence[str]) -> None:
+        """Make handles for these models. Blocks: it asks Serve's controller."""
+        self._handles = {name: serve.get_app_handle(f"{PREFIX}-{name}") for name in models}
+        # `get_app_handle` waits for the front to run, of which this is a part.
+        self._fronts = serve.get_deployment_handle("Front", PREFIX, _check_exists=False)
+
+    async def answer(self, model: str, request: Request) -> AsyncGenerator[Part | None, None]:
+        if model not in self._handles:  # an update has just removed it
+            raise ReplicaLost
+        handle = self._handles[model].options(stream=True, method_name="answer")
+        response = cast(DeploymentResponseGenerator[Part | None], handle.remote(request))
+        try:
+            async for part in response:
+                yield part
+        except (
+            AioRpcError,
+            RayActorError,
+            ReplicaUnavailableError,
+            DeploymentUnavailableError,
+        ) as e:
+            raise ReplicaLost from e
+        except BaseException:
+            response.cancel()
+            raise
+
+    async def metrics(self) -> list[tuple[dict[str, str], str]]:
+        """Ask all replicas, and all fronts, at once."""
+        groups: dict[str, DeploymentHandle[Any]] = {**self._handles, "": self._fronts}
+        texts = await asyncio.gather(*(_metrics_of(handle) for handle in groups.values()))
+        return [
+            ({**({"model": name} if name else {}), "replica": replica}, text)
+            for name, answers in zip(groups, texts, strict=True)
+            for replica, text in answers
+        ]
+
+
+async def _metrics_of(handle: DeploymentHandle[Any]) -> list[tuple[str, str]]:
+    """Return id and metrics of the replicas that answer. Ray calls `broadcast` alpha."""
+    try:
+        answers = await handle.broadcast("metrics").results_async(
+            timeout_s=_METRICS_SECONDS, return_exceptions=True
+        )
+    except (RayServeException, TimeoutError):  # none is up
+        return []
+    return [answer for answer in answers if not isinstance(answer, Exception)]
