@@ -17,6 +17,7 @@ from service.weights import embedded
 from testing.server import LOOPBACK, Server, free_port
 
 _CHAT = {"plain": "Chat", "stream": "ChatStream"}
+INT8 = "engine.quantization=cpu_int8"
 # llama.cpp from PyPI, in an environment of its own; how many it answers at once, and their tokens.
 _LLAMA_CPP = "xllamacpp==2026.10.11549"
 _SLOTS, _SLOT_TOKENS = 64, 1024
@@ -80,6 +81,11 @@ def service(model: str, sets: Sequence[str], log: Path) -> HttpContender:
     users = {"plain": "Plain", "stream": "Stream"}
     first = {"prompt": "hi", "max_new_tokens": 4}
     return HttpContender(_serve(model, sets, log), began, users, ("/", first))
+
+
+def service_int8(model: str, sets: Sequence[str], log: Path) -> HttpContender:
+    """The same with weights in 8 bits, on a CPU."""
+    return service(model, [*sets, INT8], log)
 
 
 def chat(model: str, sets: Sequence[str], log: Path) -> HttpContender:

@@ -20,6 +20,7 @@ Cell = dict[str, Any]
 
 NAMES = {
     "service": "this service",
+    "int8": "with weights in 8 bits",
     "chat": "its /v1 chat route",
     "vllm": "bare vLLM",
     "offline": "offline engine",
@@ -28,14 +29,20 @@ NAMES = {
 }
 _COLOURS = {
     "service": "#0b7285",
+    "int8": "#1971c2",
     "chat": "#66a80f",
     "vllm": "#e8590c",
     "offline": "#868e96",
     "tutorial": "#9c36b5",
     "llama.cpp": "#f08c00",
 }
-# Least tokens/s of ours over llama.cpp's, by concurrent requests. Of processors without bfloat16.
-_OVER_LLAMA_CPP = {1: 0.25, 8: 0.6, 64: 1.2}
+# The least tokens/s over the tutorial's server when busy, and over llama.cpp's by concurrent
+# requests: of a processor without and with instructions for bfloat16.
+_OVER_TUTORIAL = {"service": (6, 20), "int8": (8, 20)}
+_OVER_LLAMA_CPP = {
+    "service": ({1: 0.25, 8: 0.6, 64: 1.2}, {1: 0.5, 8: 1.0, 64: 1.5}),
+    "int8": ({1: 0.6, 8: 1.5, 64: 2.5}, {}),
+}
 _BUSY = 64  # concurrent requests, at which most targets are set
 
 
@@ -155,11 +162,15 @@ class _Run:
         """A row for each figure of ours over another's, and what it should be."""
 
         def over(
-            other: str, level: int, figure: Callable[[Cell], float], mode: str = "plain"
+            other: str,
+            level: int,
+            figure: Callable[[Cell], float],
+            mode: str = "plain",
+            ours: str = "service",
         ) -> list[float]:
             theirs = {c["round"]: figure(c) for c in self.select(other, mode, level)}
-            ours = self.select("service", mode, level)
-            return [figure(c) / theirs[c["round"]] for c in ours if c["round"] in theirs]
+            cells = self.select(ours, mode, level)
+            return [figure(c) / theirs[c["round"]] for c in cells if c["round"] in theirs]
 
         def first(cell: Cell) -> float:
             arrivals = [r["arrivals"] for r in self.records(cell) if r.get("arrivals")]
@@ -170,19 +181,14 @@ class _Run:
         both = zip(starts.get("service", []), starts.get("vllm", []), strict=False)
         plain, token = "API CPU per plain request over", "API CPU per streamed token over"
         fast = self.about["machine"].get("bfloat16", True)
-        rows: list[tuple[str, str, float, list[float]]] = [
-            (
-                f"tokens/s at {busy} over tutorial's server",
-                "least",
-                20 if fast else 6,
-                over("tutorial", busy, _rate),
-            )
-        ]
-        rows += [
-            (f"tokens/s at {level} over llama.cpp's", "least", least, ratios)
-            for level, least in _OVER_LLAMA_CPP.items()
-            if (ratios := over("llama.cpp", level, _rate))
-        ]
+        rows: list[tuple[str, str, float, list[float]]] = []
+        for ours, name in (("service", ""), ("int8", f"{NAMES['int8']}, ")):
+            ratios = over("tutorial", busy, _rate, ours=ours)
+            what = f"{name}tokens/s at {busy} over tutorial's server"
+            rows.append((what, "least", _OVER_TUTORIAL[ours][fast], ratios))
+            for level, least in _OVER_LLAMA_CPP[ours][fast].items():
+                ratios = over("llama.cpp", level, _rate, ours=ours)
+                rows.append((f"{name}tokens/s at {level} over llama.cpp's", "least", least, ratios))
         for level in (level for level in self.levels if level >= busy):
             ratios = over("offline", level, _rate)
             rows.append((f"tokens/s at {level} over the offline engine", "least", 0.97, ratios))

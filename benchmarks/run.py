@@ -38,6 +38,7 @@ Key = tuple[int, str, str, int]  # round, contender, mode, concurrency
 
 CONTENDERS: dict[str, Callable[[str, Sequence[str], Path], HttpContender | Offline]] = {
     "service": contenders.service,
+    "int8": contenders.service_int8,
     "chat": contenders.chat,
     "vllm": contenders.bare_vllm,
     "offline": Offline,
@@ -46,6 +47,7 @@ CONTENDERS: dict[str, Callable[[str, Sequence[str], Path], HttpContender | Offli
 }
 MODES = {
     "service": ("plain", "stream"),
+    "int8": ("plain", "stream"),
     "chat": ("plain", "stream"),
     "vllm": ("plain", "stream"),
     "offline": ("plain",),
@@ -71,7 +73,7 @@ def main() -> None:
         "--contenders",
         nargs="+",
         choices=CONTENDERS,
-        help="[default: all but `chat`; llama.cpp on a CPU, for the embedded model]",
+        help="[default: all but `chat` and `int8`; llama.cpp on a CPU, for the embedded model]",
     )
     parser.add_argument("--prompt-tokens", type=int, default=lengths.prompt, help="median")
     parser.add_argument("--answer-tokens", type=int, default=lengths.answer, help="median")
@@ -125,9 +127,11 @@ class Benchmark:
         todo = [key for key in self._all() if key not in done]
         # Once, so that all rounds run the same; a GPU's code is compiled by each start.
         if not done and not torch.cuda.is_available() and not self.chosen:
-            sets = [word for assignment in self.asked.set for word in ("--set", assignment)]
-            command = [sys.executable, "-m", "service", "compile", self.asked.model, *sets]
-            subprocess.run(command, check=True)
+            more = [[contenders.INT8]] if "int8" in self.asked.contenders else []
+            for added in [[], *more]:
+                sets = [word for each in (*self.asked.set, *added) for word in ("--set", each)]
+                command = [sys.executable, "-m", "service", "compile", self.asked.model, *sets]
+                subprocess.run(command, check=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         with Progress(*columns, TimeElapsedColumn()) as progress:
             task = progress.add_task("starting", total=len(todo))

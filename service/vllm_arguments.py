@@ -58,8 +58,12 @@ _REFUSED = {
     "help": "see `chat-service serve --help`",
 }
 
-# Arguments that name a parser, and the argument that adds parsers of the user's own.
-_PARSERS = {"tool_call_parser": "tool_parser_plugin", "reasoning_parser": "reasoning_parser_plugin"}
+# Arguments whose value is one of vLLM's names, and the argument that adds names of the user's own.
+_NAMES = {
+    "tool_call_parser": "tool_parser_plugin",
+    "reasoning_parser": "reasoning_parser_plugin",
+    "quantization": None,
+}
 
 
 def arguments(config: ModelConfig, origins: Origins, settings: Settings) -> argparse.Namespace:
@@ -113,17 +117,22 @@ def parse(engine: Mapping[str, Any], origins: Origins) -> tuple[argparse.Namespa
     for name, value in engine.items():
         try:
             parsed = _parse(parser, name, value)
-            if parsed and name in _PARSERS and not engine.get(_PARSERS[name]):
-                if parsed not in (known := _parsers(name)):
-                    raise ValueError(f"vLLM has no such parser{nearest(str(parsed), known)}")
+            if parsed and name in _NAMES and not engine.get(_NAMES[name] or ""):
+                if parsed not in (known := _known(name)):
+                    kind = name.removeprefix("tool_call_").removeprefix("reasoning_")
+                    raise ValueError(f"vLLM has no such {kind}{nearest(str(parsed), known)}")
             setattr(args, name, parsed)
         except ValueError as e:
             mistakes.append(origins.mistake(("engine", name), str(e)))
     return args, mistakes
 
 
-def _parsers(name: str) -> list[str]:
-    """Return the parsers that vLLM has for an argument that names one."""
+def _known(name: str) -> list[str]:
+    """Return the names that vLLM has for an argument of `_NAMES`."""
+    if name == "quantization":
+        from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+
+        return list(QUANTIZATION_METHODS)
     if name == "tool_call_parser":
         from vllm.tool_parsers import ToolParserManager
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 _CLONE_NEWNET = 0x40000000  # linux/sched.h
+_SECONDS_TO_END = 15.0  # Ray's agents look now and then whether their raylet has ended
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -19,7 +20,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 def network_of_its_own(*, must_be_empty: bool = True) -> Iterator[None]:
     """Put this thread, and the processes it starts, into a new network until the context ends.
 
-    What still runs in it then is killed. With `must_be_empty` it also fails the test.
+    With `must_be_empty`, what still runs in it some seconds later fails the test. It is killed.
     """
     before = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
     if _LIBC.unshare(_CLONE_NEWNET) != 0:
@@ -29,7 +30,9 @@ def network_of_its_own(*, must_be_empty: bool = True) -> Iterator[None]:
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     try:
         yield
-        left = _processes()
+        deadline = time.monotonic() + _SECONDS_TO_END
+        while (left := _processes()) and must_be_empty and time.monotonic() < deadline:
+            time.sleep(0.1)
     finally:
         for pid in _processes():
             with suppress(ProcessLookupError):

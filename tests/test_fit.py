@@ -237,6 +237,8 @@ def test_what_changes_the_bytes(tmp_path: Path) -> None:
     table = checkpoints.VOCABULARY * checkpoints.HIDDEN
     halved = (room.demand.weights - 2 * table) / 2 + 2 * table
     assert on_24_gib(folder, quantization="fp8").demand.weights == halved
+    with_output_layer = halved + table  # which is the table of tokens too, and is copied
+    assert on_24_gib(folder, quantization="cpu_int8").demand.weights == with_output_layer
     lora = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 64}
     alone = on_24_gib(folder, **lora).demand.adapters
     assert on_24_gib(folder, **lora).kv_cache == room.kv_cache - alone

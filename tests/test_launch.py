@@ -162,6 +162,7 @@ def test_vllm_loads_the_plugins_that_it_would_load_alone(
         ("enforce_eager: maybe", "maybe"),
         ("tool_call_parser: hermez", "vLLM has no such parser; did you mean 'hermes'?"),
         ("reasoning_parser: deepseek_r11", "vLLM has no such parser; did you mean 'deepseek_r1'?"),
+        ("quantization: cpu_int9", "vLLM has no such quantization; did you mean 'cpu_int8'?"),
         ("model: other", "given by source here"),
         ("api_key: secret", "given by SERVICE_API_KEY here"),
         ("enable_scale_out: true", "cannot be set: its routes would go past the queue"),

@@ -21,10 +21,12 @@ def choose(args: argparse.Namespace, config: ModelConfig) -> str | None:
 
     Sets `args.dtype`; `args` must name the model's folder. Returns why it is not the model's own
     type, or why engine.dtype is slow; else None. A quantised model keeps its type, because vLLM's
-    kernels for it do not support float32.
+    kernels for it do not support float32; ours do.
     """
     import torch
     from vllm.platforms import current_platform
+
+    from service.models import cpu_int8
 
     if not current_platform.is_cpu():
         return None
@@ -32,7 +34,8 @@ def choose(args: argparse.Namespace, config: ModelConfig) -> str | None:
     checkpoint = tensor_files.read_json(file) if file.exists() else {}
     # The values of config.json win over those of its text_config.
     checkpoint = {**(checkpoint.get("text_config") or {}), **checkpoint}
-    if args.quantization or "quantization_config" in checkpoint:
+    by_vllm = args.quantization and args.quantization != cpu_int8.NAME
+    if by_vllm or "quantization_config" in checkpoint:
         return None
     wanted = _SPELLINGS.get(args.dtype, args.dtype)
     if wanted == "auto":

@@ -17,6 +17,7 @@ def register() -> None:
     from vllm.model_executor.models.llama import LlamaForCausalLM
     from vllm.platforms import current_platform
 
+    from service.models import cpu_int8
     from service.models.baichuan2 import Baichuan2Config, Baichuan2ForCausalLM
     from service.models.bluelm import BlueLMConfig, BlueLMForCausalLM
     from service.models.deepseek_moe import DeepseekConfig
@@ -73,6 +74,7 @@ def register() -> None:
     register_tokenizers()
     let_tokenizer_mode_decide("internlm2")
     if current_platform.is_cpu():
+        cpu_int8.register()
         use_fast_penalties()
         use_fast_top_p()
         compile_nothing_for_requests()

@@ -288,18 +288,26 @@ def _overhead(vllm_config: Any, *, on_gpu: bool) -> int:
 
 
 def _weights(model: Any, folder: Path) -> int:
-    """Return the bytes of all weights in the type they are served in.
+    """Return the bytes of all weights in the type they are served in; in 8 bits without scales.
 
     A tied model whose files also have an output head keeps both if they differ, so both count.
     """
+    from service.models import cpu_int8
+
     stored, elements = _stored(folder, model.hf_config)
     if getattr(model.hf_config, "quantization_config", None):
         return stored
-    size: int = elements * model.dtype.itemsize
-    if model.quantization and "8" in model.quantization:  # at 1 byte each, except embeddings
-        tables = 1 if getattr(model.hf_text_config, "tie_word_embeddings", False) else 2
-        unchanged = tables * model.get_vocab_size() * model.get_hidden_size()
-        size = unchanged * model.dtype.itemsize + (elements - unchanged)
+    unchanged, quantised = elements, 0
+    table = model.get_vocab_size() * model.get_hidden_size()
+    tied = getattr(model.hf_text_config, "tie_word_embeddings", False)
+    if model.quantization == cpu_int8.NAME:  # a tied output layer is a copy
+        experts = sum(t.floats for name, t in base_tensors(folder).items() if ".experts." in name)
+        unchanged = table + experts
+        quantised = elements - unchanged + (table if tied else 0)
+    elif model.quantization and "8" in model.quantization:  # except embeddings and output layer
+        unchanged = table if tied else 2 * table
+        quantised = elements - unchanged
+    size: int = unchanged * model.dtype.itemsize + quantised
     return size
 
 
