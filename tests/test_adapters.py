@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from inspect import getsource, signature
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,11 +15,13 @@ import pytest
 import torch
 from playwright.sync_api import Browser, expect
 from safetensors.torch import load_file, save_file
+from vllm.lora.ops.torch_ops import lora_ops
 from vllm.plugins import load_general_plugins
 
 from service import model_config, own_model, vllm_arguments
 from service.errors import ConfigError, WeightsError
 from service.model_config.schema import AdapterSource
+from service.models import vllm_private
 from service.preflight import reference
 from service.weights import adapter
 from testing import checkpoints
@@ -188,6 +191,36 @@ def test_two_tensor_parallel_workers_act_as_if_merged(tmp_path: Path) -> None:
     answers = json.loads(done.stdout.splitlines()[-1])
     for name, words in asked.items():
         compare([Answer(**answer) for answer in answers[words]], tmp_path / f"{name}-m")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("bgmv_shrink", [0.5]),
+        ("bgmv_expand", [True]),
+        ("bgmv_expand", [False]),
+        ("bgmv_expand_slice", [3, 16, True]),
+        ("bgmv_expand_slice", [3, 16, False]),
+    ],
+)
+def test_products_are_those_of_vllm_and_the_base_has_none(
+    name: str, arguments: list[Any], dtype: torch.dtype
+) -> None:
+    vllms: dict[str, Any] = {}
+    exec(getsource(lora_ops), vllms)  # in this process its functions may be ours by now
+    ours, theirs = getattr(vllm_private, name), vllms[name]
+    assert list(signature(ours).parameters) == list(signature(theirs).parameters)
+    torch.manual_seed(0)
+    adapters = torch.tensor([0, 2, -1, 1, 0, 2])
+    inputs, weights = torch.randn(6, 32, dtype=dtype), torch.randn(3, 1, 16, 32, dtype=dtype)
+    before = torch.randn(6, 20, dtype=dtype)
+    output, expected = before.clone(), before.clone()
+    ours(inputs, weights, output, adapters, *arguments)
+    theirs(inputs, weights, expected, adapters, *arguments)
+    torch.testing.assert_close(output[adapters >= 0], expected[adapters >= 0])
+    if arguments[-1] is True:
+        assert torch.equal(output[2], before[2])
 
 
 def test_ranks_are_those_of_vllm() -> None:

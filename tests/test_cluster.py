@@ -333,6 +333,25 @@ def test_without_its_controller_a_cluster_goes_on_and_it_comes_back(
     assert cluster.server.process.poll() is None
 
 
+def test_a_killed_haproxy_is_back_within_seconds(cluster: ClusterUnderTest) -> None:
+    def answered() -> bool:
+        with contextlib.suppress(httpx.HTTPError), cluster.client() as client:
+            return client.post("/", json=QUESTION).status_code == 200
+        return False
+
+    before = cluster.serving(), {p.pid for p in cluster.replicas()}
+    children = psutil.Process(cluster.server.process.pid).children(recursive=True)
+    for process in children:
+        if process.name() == "haproxy":
+            process.kill()
+    assert wait(answered) < 60
+    time.sleep(3)  # some are told 404 until it knows all replicas
+    with Load(cluster.url, 8, key=KEYS["ben"]) as load:
+        wait(lambda: load.counts.total() > 24)
+    assert load.counts.keys() == ANSWERED, load.counts
+    assert before == (cluster.serving(), {p.pid for p in cluster.replicas()})
+
+
 def test_load_adds_a_replica(cluster: ClusterUnderTest) -> None:
     def starting() -> bool:
         return len(cluster.replicas("b")) == 2
@@ -458,7 +477,9 @@ def test_a_node_that_dies_takes_no_answer_with_it(tmp_path: Path) -> None:
         assert after.status_code == 404  # HAProxy is Ray's, and the models are gone
 
 
-def test_a_killed_command_keeps_neither_engine_nor_port(tmp_path: Path) -> None:
+def test_a_killed_command_keeps_neither_engine_nor_port_and_one_without_ray_ends(
+    tmp_path: Path,
+) -> None:
     models = {"a": {"model": "smollm2-135m-instruct", "set": SMALL}}
     (tmp_path / "cluster.yaml").write_text(yaml.safe_dump({"models": models}))
     command = [sys.executable, "-m", "service", "cluster", str(tmp_path / "cluster.yaml")]
@@ -467,13 +488,18 @@ def test_a_killed_command_keeps_neither_engine_nor_port(tmp_path: Path) -> None:
             server = Server(command, tmp_path / name, port=6006, health="/health/ready")
             try:
                 server.wait_until_ready(PATIENCE)
+                children = psutil.Process(server.process.pid).children(recursive=True)
+                engines = [p for p in children if "EngineCore" in " ".join(p.cmdline())]
+                assert engines
                 if name == "first":
-                    children = psutil.Process(server.process.pid).children(recursive=True)
-                    engines = [p for p in children if "EngineCore" in " ".join(p.cmdline())]
-                    assert engines
                     server.process.kill()
-                    for engine in engines:
-                        wait_for_end(engine.pid, 30)
+                else:
+                    for process in children:
+                        if process.name() == "raylet":
+                            process.kill()
+                    assert server.process.wait(120) == 1
+                for engine in engines:
+                    wait_for_end(engine.pid, 30)
             finally:
                 server.stop()
 

@@ -30,8 +30,8 @@ def register() -> None:
         assume_model_type,
         compile_nothing_for_requests,
         ignore_hidden_weights,
-        keep_adapters_from_the_base,
         let_tokenizer_mode_decide,
+        multiply_by_all_adapters,
         spell_ids_without_token,
         use_fast_penalties,
         use_fast_top_p,
@@ -78,4 +78,4 @@ def register() -> None:
         use_fast_penalties()
         use_fast_top_p()
         compile_nothing_for_requests()
-        keep_adapters_from_the_base()
+        multiply_by_all_adapters()

@@ -1,6 +1,5 @@
 """All uses of vLLM 0.32's private names, and all replacements of its functions."""
 
-import functools
 import inspect
 import os
 from collections.abc import Callable, Sequence
@@ -225,38 +224,72 @@ def apply_top_k_top_p(
     return keep_nucleus(logits, p, lambda some, its_p: _vllm_apply_top_k_top_p(some, None, its_p))
 
 
-def keep_adapters_from_the_base() -> None:
-    """Give sequences without an adapter none, beside others that have one. For a CPU.
+def multiply_by_all_adapters() -> None:
+    """Make vLLM multiply by the matrices of all adapters at once. For a CPU.
 
-    vLLM marks them with the index -1, which its functions in PyTorch take for the last adapter.
+    Its functions in PyTorch copy an adapter's matrices for each token, and take the index -1, which
+    marks a sequence without an adapter, for the last adapter.
     """
     from vllm.lora.ops.torch_ops import lora_ops
     from vllm.lora.punica_wrapper import punica_cpu
 
-    for name in ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice"):
-        masked = _mask_base(inspect.unwrap(getattr(lora_ops, name)))
+    for function in (bgmv_shrink, bgmv_expand, bgmv_expand_slice):
         for module in (lora_ops, punica_cpu):
-            setattr(module, name, masked)
+            setattr(module, function.__name__, function)
 
 
-def _mask_base(operation: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a function of `lora_ops` so that rows of index -1 add nothing."""
+# The next three have vLLM's parameters. Inputs are [tokens, columns], weights [adapters, 1, rows,
+# columns], outputs [tokens, rows or more]; an index is a token's adapter, or -1.
 
-    @functools.wraps(operation)
-    def masked(
-        inputs: torch.Tensor,
-        weights: torch.Tensor,
-        output: torch.Tensor,
-        indices: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        without = indices < 0
-        if without.any():
-            inputs = inputs.masked_fill(without.unsqueeze(1), 0)
-        operation(inputs, weights, output, indices, *args, **kwargs)
 
-    return masked
+def bgmv_shrink(
+    inputs: torch.Tensor,
+    lora_b_weights: torch.Tensor,
+    output_tensor: torch.Tensor,
+    lora_indices_tensor: torch.Tensor,
+    scaling: float = 1.0,
+) -> None:
+    adapters, _, rows, _ = lora_b_weights.shape
+    dtype = output_tensor.dtype
+    chosen = _one_hot(lora_indices_tensor, adapters, dtype)
+    products = inputs.to(dtype) @ lora_b_weights.flatten(0, 2).T.to(dtype)
+    products = products.view(-1, adapters, rows)
+    output_tensor[:, :rows] = torch.bmm(chosen.unsqueeze(1), products).squeeze(1).mul_(scaling)
+
+
+def bgmv_expand(
+    inputs: torch.Tensor,
+    lora_b_weights: torch.Tensor,
+    output_tensor: torch.Tensor,
+    lora_indices_tensor: torch.Tensor,
+    add_inputs: bool = True,
+) -> None:
+    # The adapter and the model may pad their rows differently.
+    rows = min(lora_b_weights.shape[-2], output_tensor.shape[1])
+    weights = lora_b_weights[..., :rows, :]
+    bgmv_expand_slice(inputs, weights, output_tensor, lora_indices_tensor, 0, rows, add_inputs)
+
+
+def bgmv_expand_slice(
+    inputs: torch.Tensor,
+    lora_b_weights: torch.Tensor,
+    output_tensor: torch.Tensor,
+    lora_indices_tensor: torch.Tensor,
+    slice_offset: int,
+    slice_size: int,
+    add_inputs: bool = True,
+) -> None:
+    dtype = output_tensor.dtype
+    chosen = _one_hot(lora_indices_tensor, len(lora_b_weights), dtype)
+    placed = (chosen.unsqueeze(2) * inputs.to(dtype).unsqueeze(1)).flatten(1)
+    product = placed @ lora_b_weights.to(dtype).squeeze(1).transpose(1, 2).flatten(0, 1)
+    place = output_tensor[: len(product), slice_offset : slice_offset + slice_size]
+    place.add_(product) if add_inputs else place.copy_(product)
+
+
+def _one_hot(indices: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return [tokens, size] with 1 at each token's index, and no 1 for the index -1."""
+    return (indices.unsqueeze(1) == torch.arange(size)).to(dtype)
 
 
 def compile_nothing_for_requests() -> None:
