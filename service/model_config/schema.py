@@ -252,7 +252,9 @@ class ModelConfig(Section):
     ) -> dict[str, AdapterSource]:
         names = {info.data.get("name"), *(info.data.get("aliases") or ())}
         if taken := names & adapters.keys():
-            raise ValueError(f"{taken.pop()} is a name of the base; choose another for the adapter")
+            raise ValueError(
+                f"the name {taken.pop()} is the base's; choose another for the adapter"
+            )
         return adapters
 
     @field_validator("default_adapter")
