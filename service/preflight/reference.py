@@ -541,7 +541,7 @@ def logits(
     transformers runs architectures that are not in ARCHITECTURES. Raises ValueError for a missing
     weight, KeyError for a missing config.json key.
     """
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (architecture,) = config["architectures"]
     lora = Lora(adapter) if adapter else None
     if architecture not in ARCHITECTURES:

@@ -85,7 +85,9 @@ def rounds_of(turns: Sequence[tuple[str, T]]) -> list[list[tuple[str, T]]]:
 def generation_config(folder: Path) -> dict[str, Any]:
     """Return generation_config.json, from which some formats take token ids, or an empty dict."""
     try:
-        config: dict[str, Any] = json.loads((folder / "generation_config.json").read_text())
+        config: dict[str, Any] = json.loads(
+            (folder / "generation_config.json").read_text(encoding="utf-8")
+        )
     except FileNotFoundError:
         return {}
     return config

@@ -52,10 +52,10 @@ class TokenizerJsonTokenizer:
 def difference(tokenizer: Any, folder: Path) -> str | None:
     """Return a text of which the tokenizer makes other ids than its folder's tokenizer.json.
 
-    None if there is none, or no tokenizer.json.
+    None if there is none, or no tokenizer.json, or the tokenizer is not of transformers.
     """
     file = folder / "tokenizer.json"
-    if not file.is_file() or _published_class(tokenizer) is TokenizersBackend:
+    if not file.is_file() or published_class(tokenizer) in (None, TokenizersBackend):
         return None
     itself = Tokenizer.from_file(str(file))
     itself.no_truncation()
@@ -89,10 +89,10 @@ def misnumbered(tokenizer: Any, folder: Path) -> str | None:
     return None
 
 
-def class_name(tokenizer: Any) -> str:
-    """Return the name of the transformers class, without those that vLLM and we derive."""
-    return _published_class(tokenizer).__name__
+def published_class(tokenizer: Any) -> type | None:
+    """Return the transformers class, without those that vLLM and we derive.
 
-
-def _published_class(tokenizer: Any) -> type:
-    return next(c for c in type(tokenizer).__mro__ if c.__module__.startswith("transformers."))
+    None if there is none, as for vLLM's class of Mistral.
+    """
+    classes = type(tokenizer).__mro__
+    return next((c for c in classes if c.__module__.startswith("transformers.")), None)
