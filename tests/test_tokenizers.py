@@ -166,6 +166,26 @@ def one_of_each_mode() -> list[str]:
     return [*modes.values()]
 
 
+@pytest.mark.parametrize("name", one_of_each_mode())
+def test_a_greeting_of_the_assistant_may_come_first(tmp_path: Path, name: str) -> None:
+    """As the WebDemo pages begin; Gemma's template alone refuses it, and its YAML drops it."""
+    config, _ = model_config.load(checkpoints.CATALOGUE[name])
+    tokenizer = load(name, tmp_path, config.engine["tokenizer_mode"])
+    options = dict(config.engine.get("default_chat_template_kwargs") or {})
+    if config.prompt.template:
+        options["chat_template"] = config.prompt.template
+    options |= {"tokenize": False, "add_generation_prompt": True}
+
+    def text(*turns: dict[str, str]) -> str:
+        prompt = tokenizer.apply_chat_template(list(turns), **options)
+        return prompt if isinstance(prompt, str) else str(tokenizer.decode(prompt))
+
+    greeted = text(assistant("Welcome."), user("Who are you?"))
+    assert greeted.index("Welcome.") < greeted.index("Who are you?")
+    end = text(user("Who are you?"))[-12:]
+    assert greeted.endswith(end)
+
+
 @pytest.fixture(params=one_of_each_mode())
 def renderer(
     request: pytest.FixtureRequest, tmp_path: Path, environment: None
