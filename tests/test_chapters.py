@@ -72,7 +72,12 @@ def test_reasoning_is_split_from_the_answer_and_in_a_stream_too(client: httpx.Cl
 def test_a_refusal_at_another_path_has_the_contracts_form(client: httpx.Client) -> None:
     refused = client.post("/v1/chat", json={})
     assert refused.status_code == 422 and refused.json()["response"] == ""
-    assert client.get("/v1/chat").status_code == 404
+    assert client.get("/v1/chat").status_code == 404  # and says that `GET /` lists the routes
+    assert client.get("/").json()["routes"]["/v1/chat"] == ["POST"]
+    paths = client.get("/openapi.json").json()["paths"]
+    assert paths["/v1/chat"]["post"]["requestBody"] == paths["/"]["post"]["requestBody"]
+    answer = paths["/"]["post"]["responses"]["200"]["content"]["application/json"]["schema"]
+    assert {"think", "answer"} <= answer["properties"].keys()
 
 
 def test_the_system_prompt_is_the_yamls_unless_the_client_has_one(

@@ -105,9 +105,10 @@ def load(
 
 
 def _of_rules(data: dict[str, Any], errors: Sequence[Any]) -> list[Any]:
-    """Return errors of rules over several keys. pydantic asks them when each key is right.
+    """Return errors of rules over several keys.
 
-    Leaves keys with `errors` out of `data`, and gives it those that must be there.
+    Pydantic runs model validators only on valid fields. Drop the invalid ones, add stand-ins, and
+    validate again.
     """
     for _ in range(3):  # without a key its section may be wrong
         for error in errors:
