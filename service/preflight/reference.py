@@ -2,7 +2,7 @@
 
 Written from the published descriptions, config.json and the names of the weights. It shares nothing
 with `service.models`, so that a mistake there shows. Slow: float32 on the CPU, with one layer in
-memory at a time.
+memory at a time. transformers runs the other architectures, with all of their weights in memory.
 """
 
 import json

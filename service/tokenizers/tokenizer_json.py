@@ -6,7 +6,6 @@ the names are wrong, the ids are: those of deepseek-llm and Yi, among others (tr
 45488, 47017, 48206).
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from tokenizers import Tokenizer
 from transformers import TokenizersBackend
 from vllm.tokenizers.hf import get_cached_tokenizer
 
+from service.tokenizers import chat
 from service.tokenizers.literal import literal
 
 MODE = "tokenizer_json"
@@ -74,15 +74,11 @@ def misnumbered(tokenizer: Any, folder: Path) -> str | None:
     transformers adds those that tokenizer.json does not name at the end of the vocabulary;
     InternLM2's pieces have other names there.
     """
-    try:
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    for id, token in config.get("added_tokens_decoder", {}).items():
-        found = tokenizer.convert_tokens_to_ids(token["content"])
-        if found != int(id):
+    for id, token in chat.added_tokens(folder).items():
+        found = tokenizer.convert_tokens_to_ids(token)
+        if found != id:
             return (
-                f"the token {token['content']!r} is {id} in tokenizer_config.json and becomes "
+                f"the token {token!r} is {id} in tokenizer_config.json and becomes "
                 f"{found}, because tokenizer.json does not name it; set engine.tokenizer_mode to "
                 "one of the model's own, such as internlm2, or fetch other files"
             )
