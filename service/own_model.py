@@ -1,14 +1,14 @@
 """The reader's own model: a folder, or an adapter, where a command takes a model's name."""
 
 import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from service import model_config
-from service.errors import ConfigError
+from service import model_config, weights
+from service.errors import ConfigError, WeightsError
 from service.model_config import ModelConfig, Origins
+from service.model_config.loader import CHECKPOINT
 from service.weights import adapter
 from service.weights.tensor_files import read_object
 
@@ -21,11 +21,11 @@ def load(
 ) -> tuple[ModelConfig, Origins]:
     """Load a model as `model_config.load` does; `model` may also be a folder with files of one.
 
-    `adapters` are NAME=FOLDER. Says on stderr what was made of a folder. Raises ConfigError or
+    `adapters` are NAME=FOLDER. Prints how a folder was understood. Raises ConfigError or
     WeightsError.
     """
     named = _named(adapters)
-    folder = Path(model).expanduser()
+    folder = weights.expanded(model)
     if model in model_config.catalogue() or not folder.is_dir():
         return model_config.load(model, assignments, adapters=named)
     if adapter.is_adapter(folder):
@@ -37,8 +37,9 @@ def _named(adapters: Sequence[str]) -> dict[str, str]:
     named: dict[str, str] = {}
     for words in adapters:
         name, equals, path = words.partition("=")
-        if Path(words).expanduser().is_dir():
-            name, path = model_config.name_of(Path(words)), words
+        folder = weights.expanded(words, "--adapter ")
+        if folder.is_dir():
+            name, path = model_config.name_of(folder), words
         elif not equals or not name or not path:
             raise ConfigError(
                 f"--adapter {words[:100]!r}: expected NAME=FOLDER, such as my=/folder"
@@ -54,25 +55,26 @@ def _adapter(
 ) -> tuple[ModelConfig, Origins]:
     """Load the base of the adapter in `folder`, which answers unless a request names another."""
     trained_on = adapter.base_of(folder)
-    local = Path(trained_on).expanduser() if trained_on else None
-    if local is not None and not (local / "config.json").is_file():
-        local = None
-    base = known = _in_catalogue(trained_on)
-    if known is None:
-        if local is None:
-            shown = " ".join(trained_on.split())[:200] or "a base that it does not name"
-            raise ConfigError(
-                f"{folder} is an adapter for {shown}, which is neither in the catalogue nor a "
-                f"folder here; name its base: `chat-service serve BASE --adapter {folder}`"
-            )
-        base = str(local)
+    local = _local(trained_on)
+    known = _in_catalogue(trained_on)
+    sets: list[str] = []
+    if local is not None and known:
+        sets = [_source(local)]
+    elif local is not None and (known := _entry(local)):
+        sets = [_source(local), *_own_name(local)]
+    base = known or (str(local) if local else None)
+    if base is None:
+        shown = " ".join(trained_on.split())[:200] or "a base that it does not name"
+        raise ConfigError(
+            f"{folder} is an adapter for {shown}, which is neither in the catalogue nor a "
+            f"folder here; name its base: `chat-service serve BASE --adapter {folder}`"
+        )
+    names = model_config.load(base, sets)[0]
     name = model_config.name_of(folder)
-    if name == (known or model_config.name_of(Path(base or ""))) or name in named:
+    if name in (names.name, *names.aliases, *named):
         name = f"{name[:56]}-adapter"
-    sets = [f"default_adapter={_yaml(name)}", *assignments]
-    if known and local:
-        sets.insert(0, f"source={_yaml({'path': str(local)})}")
-    loaded = model_config.load(base or "", sets, adapters={**named, name: str(folder)})
+    sets += [f"default_adapter={_yaml(name)}", *assignments]
+    loaded = model_config.load(base, sets, adapters={**named, name: str(folder)})
     where = f", with the base's files in {local}" if local else ""
     print(
         f"{folder} is an adapter: it is served as {name!r} on {loaded[0].name}, the base that its "
@@ -86,16 +88,12 @@ def _model(
     folder: Path, assignments: Sequence[str], named: Mapping[str, str]
 ) -> tuple[ModelConfig, Origins]:
     """Load a folder with a whole model, by the catalogue's entry that it was trained from."""
-    if not (folder / "config.json").is_file() and (weights := adapter.weights_in(folder)):
+    if not (folder / "config.json").is_file() and (file := adapter.weights_in(folder)):
         raise ConfigError(
-            f"{folder} has {weights.name} without {adapter.CONFIG}; copy that too from where the "
+            f"{folder} has {file.name} without {adapter.CONFIG}; copy that too from where the "
             "adapter was trained"
         )
-    place = folder.absolute()
-    if re.fullmatch(r"checkpoint-\d+(-merged)?", place.name):
-        place = place.parent
-    origins = (*_origins(folder), str(place))
-    known = next(filter(None, map(_in_catalogue, origins)), None)
+    known = _entry(folder)
     if known is None:
         loaded = model_config.load(str(folder), assignments, adapters=named)
         how = (
@@ -103,21 +101,43 @@ def _model(
             f"{folder}}}'` serves it as an entry of the catalogue"
         )
     else:
-        name = model_config.name_of(folder)
-        sets = [f"source={_yaml({'path': str(folder)})}", f"name={_yaml(name)}", *assignments]
+        sets = [_source(folder), *_own_name(folder), *assignments]
         loaded = model_config.load(known, sets, adapters=named)
         how = f"the prompt format and sampling of {known}"
     print(f"{folder} is a model: it is served as {loaded[0].name!r} with {how}.", file=sys.stderr)
     return loaded
 
 
+def _local(path: str) -> Path | None:
+    """Return the folder of a model on this machine, if the path is one."""
+    try:
+        folder = weights.expanded(path)
+    except ConfigError:
+        return None
+    return folder if path and (folder / "config.json").is_file() else None
+
+
+def _entry(folder: Path) -> str | None:
+    """Return the entry of the catalogue that a folder's model was trained from."""
+    place = folder.absolute()
+    if CHECKPOINT.fullmatch(place.name):
+        place = place.parent
+    return next(filter(None, map(_in_catalogue, (*_origins(folder), str(place)))), None)
+
+
 def _origins(folder: Path) -> list[str]:
     """Return what the files of a model call the one that it was trained from."""
     found = []
     for name, keys in _ORIGINS.items():
-        if (folder / name).is_file():
+        if not (folder / name).is_file():
+            continue
+        try:
             content = read_object(folder / name)
-            found += [content[key] for key in keys if isinstance(content.get(key), str)]
+        except WeightsError:
+            if name == "config.json":
+                raise
+            continue  # another program's file
+        found += [content[key] for key in keys if isinstance(content.get(key), str)]
     return found
 
 
@@ -129,6 +149,15 @@ def _in_catalogue(text: str) -> str | None:
         if wanted == name or (source.modelscope and wanted == adapter.name_in(source.modelscope)):
             return name
     return None
+
+
+def _source(folder: Path) -> str:
+    return f"source={_yaml({'path': str(folder)})}"
+
+
+def _own_name(folder: Path) -> list[str]:
+    """Assignments that give a folder's model its own name instead of those of its entry."""
+    return [f"name={_yaml(model_config.name_of(folder))}", "aliases=[]"]
 
 
 def _yaml(value: object) -> str:

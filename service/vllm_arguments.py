@@ -173,7 +173,7 @@ def use_files(args: argparse.Namespace, model: Path, tokenizer: Path) -> None:
 
 
 def _check_defaults(file: Path, generation: Mapping[str, Any], over: Mapping[str, Any]) -> None:
-    """Raise WeightsError for a default of the model's files with which vLLM refuses each request.
+    """Raise WeightsError for a default in generation_config.json that vLLM rejects.
 
     `over` are the values that come before those of the file.
     """

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from vllm.lora.ops.torch_ops import lora_ops
 from vllm.plugins import load_general_plugins
 
-from service import model_config, own_model, vllm_arguments
+from service import model_config, own_model, vllm_arguments, weights
 from service.errors import ConfigError, WeightsError
 from service.model_config.schema import AdapterSource
 from service.models import vllm_private
@@ -40,7 +40,8 @@ FOLDERS = {
     "peft": "peft/checkpoint-500",
     "ranks": "ranks",
 }
-NAMES = ", ".join([BASE, *FOLDERS])
+SERVED = [BASE, "Qwen2-7B-Instruct", *FOLDERS]  # with its alias
+NAMES = ", ".join(SERVED)
 SEVEN = [*(f"{name}_proj" for name in "qkvo"), "gate_proj", "up_proj", "down_proj"]
 # As the book trains most of its models; and Yi's list, which names a module that is not there, with
 # what else peft can do.
@@ -304,7 +305,7 @@ def test_an_unknown_model_is_404_with_the_names(http: httpx.Client) -> None:
 
 def test_v1_takes_the_same_names_and_shows_no_paths(server: Server, files: Path) -> None:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="EMPTY") as client:
-        assert [model.id for model in client.models.list()] == [BASE, *FOLDERS]
+        assert [model.id for model in client.models.list()] == SERVED
         assert str(files) not in client.models.list().to_json()
         turns: Any = [{"role": "user", "content": "你好"}]
         answer = client.chat.completions.create(model="my", messages=turns, max_tokens=2)
@@ -345,7 +346,7 @@ def test_the_page_lets_one_choose(server: Server, browser: Browser) -> None:
     page.goto(server.url)
     chooser = page.get_by_label("model")
     expect(chooser).to_have_value("my", timeout=PATIENCE * 1000)
-    assert chooser.locator("option").all_inner_texts() == [BASE, *FOLDERS]
+    assert chooser.locator("option").all_inner_texts() == [BASE, *FOLDERS]  # no alias
     chooser.select_option("文档")
     page.locator("#prompt").fill("hi")
     with page.expect_request(lambda request: request.method == "POST") as asked:
@@ -492,9 +493,12 @@ def test_a_base_of_another_name_or_in_4_bits_is_told(files: Path, tmp_path: Path
         "/root/autodl-tmp/qwen/Qwen2-7B-Instruct/",
         "D:\\models\\Qwen2-7B-Instruct",
         "/root/.cache/huggingface/hub/models--Qwen--Qwen2-7B-Instruct/snapshots/f2826a00",
+        "/root/.cache/modelscope/hub/models/Qwen--Qwen2-7B-Instruct/snapshots/master",
     ):
         assert warnings(same) == []
     assert warnings("/models/Qwen2___5-7B-Instruct", "qwen/Qwen2.5-7B-Instruct") == []
+    for other_floats in ("OpenBMB/MiniCPM-2B-sft-bf16", "OpenBMB/MiniCPM-2B-sft-fp32"):
+        assert warnings(other_floats, "minicpm-2b-sft") == []
     # The owner, or a folder around both, is no name.
     (warning,) = warnings("Qwen/Qwen2.5-7B-Instruct", "qwen/Qwen2-7B-Instruct")
     assert "see that this is the model it is served on" in warning
@@ -581,7 +585,7 @@ def test_the_yaml_names_adapters(tmp_path: Path) -> None:
             ":7: adapters.c: give exactly one of path and modelscope",
         ),
         ("default_adapter: b", "default_adapter: bb", ":8: default_adapter: adapters has no 'bb'"),
-        ("  a: ", "  mine: ", ":3: adapters: mine is a name of the base"),
+        ("  a: ", "  mine: ", ":3: adapters: the name mine is the base's"),
         ("  a: /folder/a", "  a b: /folder/a", ":4: adapters.a b"),
         ("  a: /folder/a", "  a: 1", ":4: adapters.a: input should be"),
     ],
@@ -620,9 +624,34 @@ def test_an_adapter_given_as_the_model_finds_its_base(
     config, _ = own_model.load(str(files / FOLDERS["my"]))
     assert (config.name, config.source.path) == ("base", str(files / "base"))
     assert config.default_adapter == "output-checkpoint-30"
-    checkpoints.write_adapter(folder, files / "base", base_model_name_or_path="/gone/Other-9B")
-    with pytest.raises(ConfigError, match="is an adapter for /gone/Other-9B, which is neither in"):
-        own_model.load(str(folder))
+    for gone in ("/gone/Other-9B", "~nosuchuser/Other-9B"):
+        checkpoints.write_adapter(folder, files / "base", base_model_name_or_path=gone)
+        with pytest.raises(ConfigError, match=f"is an adapter for {gone}, which is neither in"):
+            own_model.load(str(folder))
+
+
+def test_an_adapter_on_a_merged_model_has_the_format_of_the_entry_behind_it(
+    files: Path, tmp_path: Path
+) -> None:
+    merged = tmp_path / "my-merge"
+    shutil.copytree(files / "base", merged)
+    config = json.loads((merged / "config.json").read_text())
+    config["_name_or_path"] = "qwen/Qwen2-7B-Instruct"
+    (merged / "config.json").write_text(json.dumps(config))
+    folder = tmp_path / "lora"
+    checkpoints.write_adapter(folder, files / "base", base_model_name_or_path=str(merged))
+    loaded, _ = own_model.load(str(folder))
+    assert (loaded.name, loaded.source.path) == ("my-merge", str(merged))
+    assert loaded.engine == model_config.load(BASE)[0].engine
+
+
+def test_an_adapter_called_like_its_base_gets_another_name(files: Path, tmp_path: Path) -> None:
+    for name in (BASE, "Qwen2-7B-Instruct"):  # the last is an alias
+        folder = tmp_path / name
+        checkpoints.write_adapter(
+            folder, files / "base", base_model_name_or_path="qwen/Qwen2-7B-Instruct"
+        )
+        assert own_model.load(str(folder))[0].default_adapter == f"{name}-adapter"
 
 
 def test_a_merged_model_is_served_by_the_entry_that_it_was_trained_from(
@@ -636,6 +665,13 @@ def test_a_merged_model_is_served_by_the_entry_that_it_was_trained_from(
     assert (loaded.name, loaded.source.path) == ("导出", str(tmp_path / "导出"))
     assert loaded.engine == model_config.load(BASE)[0].engine
     assert f"with the prompt format and sampling of {BASE}." in capsys.readouterr().err
+    assert loaded.aliases == []  # it is not the published model
+    # Where `download` puts the published one.
+    folder = tmp_path / "hub" / "models" / "Qwen--Qwen2-7B-Instruct" / "snapshots" / "master"
+    shutil.copytree(files / "base", folder)
+    loaded, _ = own_model.load(str(folder))
+    assert (loaded.name, loaded.aliases) == ("Qwen2-7B-Instruct", [])
+    assert f"with the prompt format and sampling of {BASE}." in capsys.readouterr().err
     with pytest.raises(ConfigError, match="give the folder inside it, such as 导出"):
         own_model.load(str(tmp_path))
 
@@ -643,6 +679,13 @@ def test_a_merged_model_is_served_by_the_entry_that_it_was_trained_from(
 def test_an_option_that_names_no_adapter_is_told(files: Path) -> None:
     with pytest.raises(ConfigError, match="expected NAME=FOLDER"):
         own_model.load(BASE, (), ["my"])
+    for model, adapters in (("~nosuchuser/x", ()), (BASE, ("~nosuchuser/x",))):
+        with pytest.raises(ConfigError, match=r"~nosuchuser/x: no such user; write the whole path"):
+            own_model.load(model, (), adapters)
+    source = own_model.load(BASE, (), ["my=~nosuchuser/x"])[0].adapters["my"]
+    for find in (weights.fetch_adapter, weights.present_adapter):
+        with pytest.raises(ConfigError, match="adapter my: ~nosuchuser/x: no such user"):
+            find("my", source)
     with pytest.raises(ConfigError, match="two adapters have this name"):
         own_model.load(BASE, (), ["my=/a", "my=/b"])
     config, _ = own_model.load(BASE, (), [str(files / "scaled")])
@@ -652,8 +695,6 @@ def test_an_option_that_names_no_adapter_is_told(files: Path) -> None:
 def test_a_modelscope_adapter_that_cannot_be_fetched_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from service import weights
-
     def fail(*args: Any, **options: Any) -> Path:
         raise WeightsError("no such repository")
 

@@ -72,7 +72,12 @@ def test_reasoning_is_split_from_the_answer_and_in_a_stream_too(client: httpx.Cl
 def test_a_refusal_at_another_path_has_the_contracts_form(client: httpx.Client) -> None:
     refused = client.post("/v1/chat", json={})
     assert refused.status_code == 422 and refused.json()["response"] == ""
-    assert client.get("/v1/chat").status_code == 404
+    assert client.get("/v1/chat").status_code == 404  # and says that `GET /` lists the routes
+    assert client.get("/").json()["routes"]["/v1/chat"] == ["POST"]
+    paths = client.get("/openapi.json").json()["paths"]
+    assert paths["/v1/chat"]["post"]["requestBody"] == paths["/"]["post"]["requestBody"]
+    answer = paths["/"]["post"]["responses"]["200"]["content"]["application/json"]["schema"]
+    assert {"think", "answer"} <= answer["properties"].keys()
 
 
 def test_the_system_prompt_is_the_yamls_unless_the_client_has_one(
@@ -150,3 +155,105 @@ def test_the_catalogue_has_the_chapters_of_the_book() -> None:
         "gemma-2-9b-it",
     }
     assert not model_config.listing("no such word")
+
+
+HELPFUL = "You are a helpful assistant."
+# What clients of these chapters send, or leave to the server.
+FIVE_KEYS = {"temperature": 0.95, "top_p": 0.7}
+# The chapters' own values, by hand: new tokens, or tokens with the prompt; sampling; the system
+# prompt (of InternLM2, how it begins); the history of each answer. Where a value is None the
+# model's files decide.
+BOOK: dict[str, tuple[str | None, dict[str, float], str | None, str | None]] = {
+    "baichuan2-7b-chat": ("2048 new", {"temperature": 0.3, "top_p": 0.85, "top_k": 5}, None, None),
+    "bluelm-7b-chat": (None, {}, None, None),
+    "characterglm-6b": ("2048 in all", FIVE_KEYS, None, "pairs"),
+    "chatglm3-6b": ("2048 in all", FIVE_KEYS, None, "roles, metadata"),
+    "deepseek-coder-v2-lite-instruct": ("512 new", {}, HELPFUL, None),
+    "deepseek-llm-7b-chat": (None, {}, None, None),
+    "deepseek-moe-16b-chat": (None, {}, None, None),
+    "deepseek-r1-distill-qwen-7b": ("8192 new", {}, None, None),
+    "gemma-2-9b-it": (None, {}, None, None),  # the chapter's 150 cut answers off
+    "gemma-2b-it": ("1024 new", {"temperature": 0.7, "top_k": 50, "top_p": 0.95}, None, None),
+    "glm-4-9b-chat": ("2048 in all", FIVE_KEYS, None, "roles, metadata"),
+    "index-1.9b-chat": (
+        "1024 new",
+        FIVE_KEYS | {"top_k": 5, "repetition_penalty": 1.1},
+        None,
+        "pairs",
+    ),
+    "internlm-chat-7b": ("1024 new", FIVE_KEYS, None, "pairs"),
+    "internlm2-chat-7b": (
+        "1024 new",
+        {"temperature": 0.8, "top_p": 0.8},
+        "You are an AI assistant whose name is InternLM",
+        None,
+    ),
+    # Its temperature of 1 acts only where generation_config.json samples.
+    "internlm3-8b-instruct": (
+        "1024 new",
+        {"top_k": 40, "top_p": 0.8, "repetition_penalty": 1.005},
+        HELPFUL,
+        None,
+    ),
+    "llama-3-8b-instruct": (
+        "512 new",
+        {"temperature": 0.5, "top_p": 0.9, "repetition_penalty": 1.1},
+        None,
+        None,
+    ),
+    "llama-3.1-8b-instruct": ("512 new", {}, HELPFUL, None),
+    "minicpm-2b-sft": (
+        None,
+        {"temperature": 0.5, "top_p": 0.8, "repetition_penalty": 1.02},
+        None,
+        None,
+    ),
+    "openelm-3b-instruct": ("384 in all", {"temperature": 0}, None, None),
+    "phi-3-mini-4k-instruct": ("2048 new", {"temperature": 0}, None, None),
+    "phi-4": ("512 new", {}, None, "roles"),
+    "qwen-7b-chat": ("512 new", FIVE_KEYS, None, "pairs"),
+    "qwen1.5-7b-chat": ("512 new", {}, HELPFUL, None),
+    "qwen2-7b-instruct": ("512 new", {}, HELPFUL, None),
+    "qwen2.5-7b-instruct": ("512 new", {}, HELPFUL, None),
+    "qwen2.5-coder-7b-instruct": ("512 new", {}, HELPFUL, None),
+    "xverse-7b-chat": (None, {}, None, None),
+    "yi-6b-chat": (None, {}, None, None),
+}
+
+
+def test_each_model_has_the_values_of_its_chapter() -> None:
+    configs = [model_config.load(name)[0] for name in model_config.catalogue()]
+    assert {config.name for config in configs if config.about.chapter} == BOOK.keys()
+    for config in configs:
+        if not config.about.chapter:
+            continue
+        limit, sampling, system, history = BOOK[config.name]
+        new, unit = config.sampling.max_tokens, "new"
+        if default := config.max_length.default:
+            new, unit = default, "new" if config.max_length.counts == "new_tokens" else "in all"
+        assert (f"{new} {unit}" if new else None) == limit, config.name
+        given = config.sampling.model_dump(exclude_none=True, exclude={"max_tokens", "stop"})
+        assert given == sampling, config.name
+        prompt = config.prompt.system
+        assert prompt == system or (system and prompt and prompt.startswith(system)), config.name
+        metadata = ", metadata" * config.history.metadata
+        returned = f"{config.history.form}{metadata}" if config.history.always else None
+        assert returned == history, config.name
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("deepseek-r1-distill-qwen-7b", "DeepSeek-R1-Distill-Qwen-7B"),
+        ("glm-4-9b-chat", "glm-4-9b-chat"),
+        ("llama-3.1-8b-instruct", "Llama-3.1-8B-Instruct"),
+        ("qwen1.5-7b-chat", "Qwen1.5-7B-Chat"),
+        ("qwen2-7b-instruct", "Qwen2-7B-Instruct"),
+        ("qwen2.5-7b-instruct", "Qwen2.5-7B-Instruct"),
+        ("qwen2.5-coder-7b-instruct", "Qwen2.5-Coder-7B-Instruct"),
+        ("qwen3-8b", "Qwen3-8B"),
+    ],
+)
+def test_a_client_of_the_books_vllm_chapters_finds_its_model(model: str, name: str) -> None:
+    config, _ = model_config.load(model)
+    assert name in (config.name, *config.aliases)

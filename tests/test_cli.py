@@ -60,9 +60,11 @@ def test_models_is_a_table_with_a_line_for_each() -> None:
     done = run("models")
     assert done.returncode == 0
     head, *lines = done.stdout.splitlines()
-    columns = ["model", "parameters", "weights", "24 GiB card", "chapter", "description"]
+    columns = ["model", "family", "parameters", "weights", "24 GiB card", "chapter", "description"]
     assert re.split(r"\s{2,}", head.strip()) == columns
     assert {line.split()[0] for line in lines} == set(model_config.catalogue())
+    families = [line.split()[1] for line in lines]
+    assert families == sorted(families)  # each is in one place
     listed = json.loads(run("models", "--json", "phi").stdout)
     assert [entry["model"] for entry in listed] == ["phi-3-mini-4k-instruct", "phi-4"]
     refused = run("models", "nothing")
@@ -116,7 +118,7 @@ def test_a_table_fits_a_terminal_and_is_plain_in_a_pipe(embedded_model: Path, co
         assert re.split(r"\s{2,}", row)[2] == "--set"
     else:
         assert len(rows) == len(model_config.catalogue())
-        assert all(len(re.split(r"\s{2,}", row)) == 6 for row in rows)
+        assert all(len(re.split(r"\s{2,}", row)) == 7 for row in rows)
 
 
 def test_json_is_all_of_stdout(embedded_model: Path) -> None:

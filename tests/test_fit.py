@@ -82,6 +82,28 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
 }
 
+# Models whose longest context does not fit, so their YAMLs shorten it (shapes from memory).
+LONG: dict[str, dict[str, Any]] = {
+    "deepseek-r1-distill-qwen-7b": {
+        **PUBLISHED["qwen2-7b-instruct"],
+        "max_position_embeddings": 131072,
+    },
+    "qwen1.5-7b-chat": llama(
+        "Qwen2", 4096, 11008, 151936, model_type="qwen2", max_position_embeddings=32768
+    ),
+    "llama-3.1-8b-instruct": {
+        **llama("Llama", 4096, 14336, 128256, model_type="llama", num_key_value_heads=8),
+        "max_position_embeddings": 131072,
+    },
+    "deepseek-coder-v2-lite-instruct": {
+        **llama("DeepseekV2", 2048, 10944, 102400, model_type="deepseek_v2"),
+        **{"num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16},
+        **{"kv_lora_rank": 512, "q_lora_rank": None, "qk_rope_head_dim": 64},
+        **{"qk_nope_head_dim": 128, "v_head_dim": 128, "max_position_embeddings": 163840},
+        **{"n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6},
+    },
+}
+
 
 def parameters(name: str) -> int:
     """By hand from the shapes; norms, biases and other vectors are below a thousandth."""
@@ -221,6 +243,22 @@ def test_the_published_models_in_24_gib(name: str, tmp_path: Path) -> None:
         f"| `{name}` | {full:,} | {room.concurrency(full):.1f} | {int(room.concurrency(1024))} |\n"
     )
     assert row in README
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_model_of_a_long_context_starts_on_24_gib_as_its_yaml_is(
+    name: str, tmp_path: Path
+) -> None:
+    config = model_config.load(name)[0]
+    (row,) = model_config.listing(name)
+    quantization = {} if row["24 GiB card"] == "yes" else {"quantization": row["24 GiB card"]}
+    (tmp_path / "config.json").write_text(json.dumps(LONG[name]))
+    assert config.about.parameters
+    index = {"metadata": {"total_size": int(config.about.parameters * 2e9)}, "weight_map": {}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert on_24_gib(tmp_path, **quantization).problems()
+    length = config.engine.get("max_model_len")
+    assert on_24_gib(tmp_path, max_model_len=length, **quantization).problems() == []
 
 
 def test_what_changes_the_bytes(tmp_path: Path) -> None:

@@ -100,6 +100,10 @@ def test_set_overrides_one_value(tmp_path: Path) -> None:
             GOOD + "prompt: {echo: true}\nanswer: {strip: true}",
             "{file}: top level: give prompt.echo or answer.strip, not both",
         ),
+        (
+            GOOD + 'answer: {think: ["", "</think>"]}',
+            "{file}:8: answer.think.0: string should have at least 1 character",
+        ),
     ],
 )
 def test_a_mistake_is_told_with_its_line_and_the_nearest_name(

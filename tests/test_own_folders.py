@@ -90,6 +90,10 @@ def on_a_disk_of_macos(folder: Path) -> None:
     (folder / ".ipynb_checkpoints").mkdir()
 
 
+def beside_another_programs_args(folder: Path) -> None:
+    (folder / "args.json").write_text("[1]")
+
+
 def merged_by_ms_swift(folder: Path) -> None:
     (folder / "args.json").write_text('{"model": "Qwen/Qwen2-7B-Instruct", "model_type": "qwen2"}')
 
@@ -100,6 +104,7 @@ SERVED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "mine": ("qwen2", of_a_class_that_is_not_here, "its own"),
     "百川 导出": ("baichuan2", exported_by_llama_factory, "baichuan2-7b-chat"),
     "mac": ("qwen2", on_a_disk_of_macos, "its own"),
+    "args": ("qwen2", beside_another_programs_args, "its own"),
     "checkpoint-10-merged": ("qwen2", merged_by_ms_swift, "qwen2-7b-instruct"),
 }
 

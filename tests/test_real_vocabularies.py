@@ -101,6 +101,24 @@ def test_llama_3_is_what_its_pieces_are() -> None:
             assert rendered(ours, turns) == llama(ours, encode, turns), turns
 
 
+def test_deepseeks_control_tokens_stay_text_in_a_message_though_they_are_not_special() -> None:
+    _, ours, _ = opened("deepseek_v3")
+    template = "{% for m in messages %}<｜User｜>{{ m.content }}{% endfor %}<｜Assistant｜>"
+    spelled = "a<｜Assistant｜>b<｜User｜>c"
+    ids = rendered(ours, [user(spelled)], chat_template=template)
+    known = ours.convert_tokens_to_ids(["<｜User｜>", "<｜Assistant｜>"])
+    assert [ids.count(id) for id in known] == [1, 1]
+    assert spelled in ours.decode(ids)
+
+
+def test_qwen3s_template_leaves_old_reasoning_out() -> None:
+    _, ours, _ = opened("qwen3")
+    thought = assistant("<think>\nhm\n</think>\n\nYes.")
+    for question in ("Why?", "Why<|im_end|>"):
+        short = rendered(ours, [user(question), assistant("Yes."), user("b")])
+        assert rendered(ours, [user(question), thought, user("b")]) == short
+
+
 def test_yi_needs_the_mode_that_reads_tokenizer_json() -> None:
     """Yi's model adds no space in front of a text, and LlamaTokenizer does (was unconfirmed)."""
     folder, ours, encode = opened("yi")

@@ -47,7 +47,7 @@ def test_how_many_tokens_may_be_generated(
     ("rule", "values", "param"),
     [
         (NEW, {"prompt": 1000}, "prompt"),
-        (WITH_PROMPT, {"prompt": 400}, "max_length"),
+        (WITH_PROMPT, {"prompt": 400}, "prompt"),
         (WITH_PROMPT, {"prompt": 50, "max_length": 50}, "max_length"),
     ],
 )

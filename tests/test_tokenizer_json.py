@@ -1,6 +1,8 @@
 """The mode that reads tokenizer.json itself, and what tells that a model needs it."""
 
+import argparse
 import json
+import shutil
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 from vllm.plugins import load_general_plugins
 from vllm.tokenizers import get_tokenizer
+from vllm.tokenizers.mistral import MistralTokenizer
 
 from service import model_config, settings
 from service.launch import server, tokenizer_choice
@@ -73,6 +76,33 @@ def test_serve_reads_tokenizer_json_itself_and_says_so(
     assert args.tokenizer_mode == "tokenizer_json"
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "tokenizer.json" in line]
     assert line.startswith("Reading tokenizer.json itself: transformers reads it as a LlamaTokeni")
+
+
+@pytest.mark.parametrize("name", ["xverse", "minicpm"])
+def test_a_mode_with_its_own_format_is_kept_and_the_other_ids_are_told(
+    tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints.write(name, tmp_path)
+    sibling = tmp_path / "sibling"
+    checkpoints.write("qwen2", sibling)
+    shutil.copy(sibling / "tokenizer.json", tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    keys = {**json.loads(file.read_text()), "tokenizer_class": "LlamaTokenizerFast"}
+    file.write_text(json.dumps(keys))
+    config, origins = checkpoints.load(name, tmp_path)
+    (problem,) = check.check(config, origins, settings.load(), memory=1 << 34).problems
+    assert problem.startswith("transformers reads it as a Llama") and "fetch both again" in problem
+    with server.prepared(config, origins, settings.load()) as (args, _):
+        server.fetch_files(args, config, settings.load())
+    assert args.tokenizer_mode == name
+    assert "warning: transformers reads it as a Llama" in capfd.readouterr().err
+
+
+def test_a_tokenizer_that_is_not_of_transformers_is_not_compared(misread: Path) -> None:
+    # vLLM's, which it takes where a folder has Mistral's own files.
+    mistral = MistralTokenizer.__new__(MistralTokenizer)
+    args = argparse.Namespace(tokenizer=str(misread), tokenizer_mode="auto")
+    assert tokenizer_choice.problem(args, mistral) is None
 
 
 @pytest.mark.parametrize("name", ["qwen2", "xverse", "minicpm"])

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import sentencepiece
+from tokenizers import Tokenizer, models
+from transformers import TokenizersBackend
 from vllm import AsyncEngineArgs
 from vllm.plugins import load_general_plugins
 from vllm.renderers import renderer_from_config
@@ -21,6 +23,7 @@ from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 from service import model_config, settings, vllm_arguments
 from service.api.fast_render import chat_params
 from service.launch import server
+from service.tokenizers.literal import control_pattern
 from testing import checkpoints
 
 TEXTS = ["你好", " 你好 ", "Who are you?", "a  b", "😀 龘", "第一行\n第二行\n", "12345", "</s>"]
@@ -153,7 +156,37 @@ def test_control_tokens_in_a_message_stay_text(
     assert tokenizer.decode(spelled).count(f"a{''.join(markers)}b") == 3
 
 
-@pytest.fixture(params=["baichuan2", "bluelm", "xverse", "qwen2", "minicpm"])
+def one_of_each_mode() -> list[str]:
+    others = ("openelm", "internlm3")  # their tokenizers here are not those of their modes
+    names = [name for name in checkpoints.TOKENIZERS if name not in others]
+    modes = {
+        model_config.load(checkpoints.CATALOGUE[n])[0].engine["tokenizer_mode"]: n for n in names
+    }
+    assert len(modes) == 13
+    return [*modes.values()]
+
+
+@pytest.mark.parametrize("name", one_of_each_mode())
+def test_a_greeting_of_the_assistant_may_come_first(tmp_path: Path, name: str) -> None:
+    """As the WebDemo pages begin; Gemma's template alone refuses it, and its YAML drops it."""
+    config, _ = model_config.load(checkpoints.CATALOGUE[name])
+    tokenizer = load(name, tmp_path, config.engine["tokenizer_mode"])
+    options = dict(config.engine.get("default_chat_template_kwargs") or {})
+    if config.prompt.template:
+        options["chat_template"] = config.prompt.template
+    options |= {"tokenize": False, "add_generation_prompt": True}
+
+    def text(*turns: dict[str, str]) -> str:
+        prompt = tokenizer.apply_chat_template(list(turns), **options)
+        return prompt if isinstance(prompt, str) else str(tokenizer.decode(prompt))
+
+    greeted = text(assistant("Welcome."), user("Who are you?"))
+    assert greeted.index("Welcome.") < greeted.index("Who are you?")
+    end = text(user("Who are you?"))[-12:]
+    assert greeted.endswith(end)
+
+
+@pytest.fixture(params=one_of_each_mode())
 def renderer(
     request: pytest.FixtureRequest, tmp_path: Path, environment: None
 ) -> Iterator[tuple[Any, Any]]:
@@ -163,7 +196,8 @@ def renderer(
     with server.prepared(config, origins, settings.load()) as (args, _):
         vllm_arguments.use_files(args, tmp_path, tmp_path)
         renderer = renderer_from_config(AsyncEngineArgs.from_cli_args(args).create_engine_config())
-    yield renderer, chat_params(config.prompt.template, "auto", None)
+    kwargs = config.engine.get("default_chat_template_kwargs")
+    yield renderer, chat_params(config.prompt.template, "auto", kwargs)
     renderer.shutdown()
 
 
@@ -171,7 +205,7 @@ def test_threads_that_encode_do_not_disturb_each_other(renderer: tuple[Any, Any]
     """As in a server: chats and texts on the loop, and on vLLM's threads."""
     made, chat = renderer
     tokenizer = made.get_tokenizer()
-    spelled = f"a{''.join(tokenizer.all_special_tokens)}b {'你好 ' * 9}"
+    spelled = f"a{''.join(tokenizer.all_special_tokens[:9])}b {'你好 ' * 9}"
     short = replace(made.default_cmpl_tok_params, truncate_prompt_tokens=5)
 
     def rendered() -> list[list[int]]:
@@ -239,6 +273,80 @@ def test_literal_renders_as_transformers_does_when_nothing_is_spelled(tmp_path: 
         *[start, *text("user\na<|im_end|>\n\nb"), end, *text("\n")],
         *[start, *text("assistant\n")],
     ]
+
+
+def with_added(folder: Path, **flags: Any) -> None:
+    """Give the tokenizer the tags of reasoning, which are no special tokens, and its tokens flags.
+
+    As Qwen3's, and Phi-3's with `rstrip`.
+    """
+    content = json.loads((folder / "tokenizer.json").read_text())
+    added = content["added_tokens"]
+    for token in added:
+        token.update(flags)
+    last = max(content["model"]["vocab"].values())
+    for id, text in enumerate(("<think>", "</think>"), last + 1):
+        added.append({**added[0], "id": id, "content": text, "special": False, "rstrip": False})
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+# As Qwen3's: it leaves the reasoning of an old answer out.
+REASONING_TEMPLATE = """\
+{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}
+{%- if m.role == 'assistant' and '</think>' in m.content %}
+{{- m.content.split('</think>')[-1].lstrip('\n') }}{% else %}{{- m.content }}{% endif %}
+{{- '<|im_end|>\n' }}{% endfor %}{{- '<|im_start|>assistant\n' }}"""
+
+
+def test_literal_lets_the_template_find_the_reasoning_of_old_answers(tmp_path: Path) -> None:
+    checkpoints.TOKENIZERS["qwen2"](tmp_path)
+    with_added(tmp_path)
+    literal = get_tokenizer(tmp_path, tokenizer_mode="literal")
+    plain = get_tokenizer(tmp_path)
+    tag = plain.convert_tokens_to_ids("</think>")
+    options = {"tokenize": False, "chat_template": REASONING_TEMPLATE}
+
+    def rendered(*turns: dict[str, str]) -> list[int]:
+        prompt = literal.apply_chat_template(list(turns), **options)
+        return list(plain.encode(prompt) if isinstance(prompt, str) else prompt)
+
+    answer = assistant("<think>\nhm\n</think>\n\nYes.")
+    for question in ("a", "a<|im_end|>"):
+        short = rendered(user(question), assistant("Yes."), user("b"))
+        assert rendered(user(question), answer, user("b")) == short
+    # Elsewhere, and where they would end a turn, tokens stay text.
+    start = plain.convert_tokens_to_ids("<|im_start|>")
+    spelled = rendered(user("a</think>"), assistant("Yes.<|im_start|>"), user("b"))
+    assert tag not in spelled and spelled.count(start) == 4
+
+
+def test_literal_leaves_out_the_white_space_that_a_control_token_takes(tmp_path: Path) -> None:
+    checkpoints.TOKENIZERS["qwen2"](tmp_path)
+    with_added(tmp_path, rstrip=True)
+    literal = get_tokenizer(tmp_path, tokenizer_mode="literal")
+    plain = get_tokenizer(tmp_path)
+    options = {"tokenize": False, "add_generation_prompt": True}
+    start, end = (plain.convert_tokens_to_ids(f"<|im_{which}|>") for which in ("start", "end"))
+
+    def expected(question: str) -> list[int]:
+        def text(string: str) -> list[int]:
+            return list(plain.encode(string, split_special_tokens=True))
+
+        return [
+            *[start, *text("system\nYou are a helpful assistant."), end],
+            *[start, *text(f"user\n{question}"), end, start, *text("assistant\n")],
+        ]
+
+    one_string = literal.apply_chat_template([user("ab")], **options)
+    assert plain.encode(one_string) == expected("ab")
+    spelled = literal.apply_chat_template([user("a<|im_end|>\nb")], **options)
+    assert spelled == expected("a<|im_end|>\nb")
+
+
+def test_literal_takes_a_tokenizer_without_control_tokens(tmp_path: Path) -> None:
+    Tokenizer(models.BPE({"a": 0, "b": 1}, [])).save(str(tmp_path / "tokenizer.json"))
+    bare = TokenizersBackend(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    assert control_pattern(bare).split("ab") == ["ab"]
 
 
 @pytest.mark.parametrize(

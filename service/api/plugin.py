@@ -66,7 +66,7 @@ def _openapi_with_our_routes(app: FastAPI) -> Callable[[], dict[str, Any]]:
         schema = openapi()
         for path in app.state.service.hidden:
             schema["paths"].pop(path, None)
-        routes.describe(schema)
+        routes.describe(schema, app.state.service.deployment.model.routes)
         return schema
 
     return openapi_with_our_routes

@@ -4,7 +4,7 @@ They replace vLLM's own routes at the same paths.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 from starlette.requests import Request
@@ -45,7 +45,8 @@ async def index(request: Request) -> Response:
     model = service.deployment.model
     defaults = service.engine.defaults
     routes: dict[str, set[str]] = {path: {"GET", "HEAD"} for path in ROUTES}
-    routes["/"] |= {"POST"}
+    for path in ("/", *model.routes):
+        routes.setdefault(path, set()).add("POST")
     for route in request.app.routes:
         if isinstance(route, Route) and route.path not in {*ROUTES, *service.hidden}:
             routes.setdefault(route.path, set()).update(route.methods or ())
@@ -135,8 +136,8 @@ def generates(method: str, path: str) -> bool:
     )
 
 
-def describe(schema: dict[str, Any]) -> None:
-    """Add our routes to the application's OpenAPI schema."""
+def describe(schema: dict[str, Any], aliases: Collection[str]) -> None:
+    """Add our routes to the application's OpenAPI schema; `aliases` answer like `POST /`."""
     for path, handler in ROUTES.items():
         summary = (handler.__doc__ or "").partition("\n")[0].rstrip(".")
         responses = {"200": {"description": "It is well"}}
@@ -145,5 +146,7 @@ def describe(schema: dict[str, Any]) -> None:
         schema["paths"][path] = {
             "get": {"summary": summary, "operationId": handler.__name__, "responses": responses}
         }
-    create = {"summary": "Answer one prompt", "operationId": "create", **OPENAPI}
-    schema["paths"]["/"]["post"] = create
+    for path in ("/", *aliases):
+        name = "_".join(["create", *path.strip("/").split("/")]).strip("_")
+        create = {"summary": "Answer one prompt", "operationId": name, **OPENAPI}
+        schema["paths"].setdefault(path, {})["post"] = create

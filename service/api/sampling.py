@@ -58,10 +58,16 @@ def _new_tokens(
         return min(defaults.get("max_tokens") or room, room)
     if max_length.counts == "prompt_and_new_tokens":
         limit -= prompt_tokens
-        if limit < 1:
+        if limit < 1 and request.max_length:
             raise PromptTooLong(
                 f"max_length counts the prompt for this model, and the prompt is {prompt_tokens} "
                 "tokens; raise max_length or give max_new_tokens",
                 param="max_length",
+            )
+        if limit < 1:
+            raise PromptTooLong(
+                f"the prompt is {prompt_tokens} tokens, and without max_length this model's prompt "
+                f"and answer have {max_length.default}; give max_new_tokens or max_length",
+                param="prompt",
             )
     return min(limit, room)

@@ -123,6 +123,8 @@ OPENAPI: dict[str, Any] = {
                             "response": {"type": "string"},
                             "status": {"type": "integer"},
                             "time": {"type": "string"},
+                            "think": {"type": "string"},
+                            "answer": {"type": "string"},
                             "history": {"type": "array"},
                             "details": {"type": "object"},
                         },

@@ -190,9 +190,9 @@ def models(
         return
     if not rows:
         raise ConfigError(f"no model has {word!r} in its name, family or chapter")
-    columns = ("model", "parameters", "weights", "24 GiB card", "chapter", "description")
+    columns = ("model", "family", "parameters", "weights", "24 GiB card", "chapter", "description")
     table = [tuple(row[column] for column in columns) for row in rows]
-    output.print_table(columns, table, optional=("weights", "chapter"))
+    output.print_table(columns, table, optional=("parameters", "weights", "chapter"))
 
 
 def _size(text: str) -> int:

@@ -6,19 +6,25 @@ from typing import Any
 
 from service.errors import LaunchError
 
-# Modes in which AutoTokenizer chooses the class. Others have a prompt format of their own.
-_BY_TRANSFORMERS = ("auto", "hf", "literal")
+# Modes in which AutoTokenizer chooses the class. Those of the second kind have a prompt format of
+# their own, so none can take their place.
+_REPLACEABLE = ("auto", "hf", "literal")
+_OWN_FORMAT = ("minicpm", "xverse")
+_COMPARE = (
+    "compare tokenizer.json and tokenizer_config.json with the publisher's, or fetch both again"
+)
 
 
 def choose(args: argparse.Namespace) -> str | None:
     """Set the mode that reads tokenizer.json itself, where transformers' class gives other ids.
 
-    Returns the reason, in a line; raises LaunchError where that would not help. The loaded
-    tokenizer is vLLM's, which keeps it: a start that changes nothing loads it once.
+    Returns a line for the user, if there is something to say; raises LaunchError where that mode
+    would not help. The loaded tokenizer is vLLM's, which keeps it: a start that changes nothing
+    loads it once.
     """
     from vllm.tokenizers.registry import cached_get_tokenizer
 
-    from service.tokenizers.tokenizer_json import MODE, misnumbered
+    from service.tokenizers.tokenizer_json import MODE
 
     if not _by_transformers(args) or args.skip_tokenizer_init:
         return None
@@ -32,31 +38,52 @@ def choose(args: argparse.Namespace) -> str | None:
         )
     except Exception:  # vLLM meets it again, and says which file it is
         return None
-    if found := misnumbered(tokenizer, Path(args.tokenizer)):
-        raise LaunchError(found)
-    if found := problem(args, tokenizer):
-        args.tokenizer_mode = MODE
-        return f"Reading tokenizer.json itself: {found.partition(';')[0]}"
-    return None
+    if wrong := _misnumbered(args, tokenizer):
+        raise LaunchError(wrong)
+    found = _difference(args, tokenizer)
+    if found is None:
+        return None
+    if args.tokenizer_mode in _OWN_FORMAT:
+        return f"warning: {found}; {_COMPARE}"
+    args.tokenizer_mode = MODE
+    return f"Reading tokenizer.json itself: {found}"
 
 
 def problem(args: argparse.Namespace, tokenizer: Any) -> str | None:
     """Return what is wrong with the ids of a loaded tokenizer, with the remedy, or None."""
-    from service.tokenizers.tokenizer_json import MODE, class_name, difference, misnumbered
+    from service.tokenizers.tokenizer_json import MODE
 
     if not _by_transformers(args):
         return None
-    if wrong := misnumbered(tokenizer, Path(args.tokenizer)):
+    if wrong := _misnumbered(args, tokenizer):
         return wrong
+    found = _difference(args, tokenizer)
+    if found is None:
+        return None
+    is_own = args.tokenizer_mode in _OWN_FORMAT
+    return f"{found}; {_COMPARE if is_own else f'set engine.tokenizer_mode: {MODE}'}"
+
+
+def _misnumbered(args: argparse.Namespace, tokenizer: Any) -> str | None:
+    from service.tokenizers.tokenizer_json import misnumbered, published_class
+
+    return misnumbered(tokenizer, Path(args.tokenizer)) if published_class(tokenizer) else None
+
+
+def _difference(args: argparse.Namespace, tokenizer: Any) -> str | None:
+    """Say in which text transformers and tokenizer.json differ, or None."""
+    from service.tokenizers.tokenizer_json import difference, published_class
+
     text = difference(tokenizer, Path(args.tokenizer))
     if text is None:
         return None
+    name = getattr(published_class(tokenizer), "__name__", "")
     return (
-        f"transformers reads it as a {class_name(tokenizer)}, which gives other tokens than "
-        f"tokenizer.json, such as for {text!r}; set engine.tokenizer_mode: {MODE}"
+        f"transformers reads it as a {name}, which gives other tokens than tokenizer.json, such as "
+        f"for {text!r}"
     )
 
 
 def _by_transformers(args: argparse.Namespace) -> bool:
     has_json = (Path(args.tokenizer or args.model) / "tokenizer.json").is_file()
-    return args.tokenizer_mode in _BY_TRANSFORMERS and has_json
+    return has_json and args.tokenizer_mode in (*_REPLACEABLE, *_OWN_FORMAT)

@@ -25,6 +25,11 @@ from service.model_config.spelling import nearest
 
 # What must be in a YAML, to look at the rest where it is wrong or missing.
 _STAND_INS: dict[str, Any] = {"name": "model", "source": {"path": "."}}
+# A Trainer's folder, and ms-swift's merged one.
+CHECKPOINT = re.compile(r"checkpoint-\d+(-merged)?")
+# The model's name in a path of a hub's cache: models--owner--name of Hugging Face, and
+# models/owner--name/snapshots/revision of ModelScope.
+_CACHED = re.compile(r"models(?:--|[/\\](?=[^/\\]+[/\\]snapshots))[^/\\]+?--([^/\\]+)")
 # What a folder has that can be served.
 _CONFIGS = ("config", "adapter_config")
 
@@ -100,9 +105,10 @@ def load(
 
 
 def _of_rules(data: dict[str, Any], errors: Sequence[Any]) -> list[Any]:
-    """Return errors of rules over several keys. pydantic asks them when each key is right.
+    """Return errors of rules over several keys.
 
-    Leaves keys with `errors` out of `data`, and gives it those that must be there.
+    Pydantic runs model validators only on valid fields. Drop the invalid ones, add stand-ins, and
+    validate again.
     """
     for _ in range(3):  # without a key its section may be wrong
         for error in errors:
@@ -133,13 +139,21 @@ def _leave_out(data: dict[str, Any], path: KeyPath) -> None:
 def name_of(folder: Path) -> str:
     """Return the name under which a folder is served: its own, without what a name cannot have.
 
-    A Trainer's checkpoint-500 is called after the folder around it too, as ms-swift's merged one.
+    A checkpoint-500 is called after the folder around it too, a folder of a cache as its model.
     """
-    folder = folder.expanduser().absolute()
+    folder = folder.absolute()
     name = folder.name
-    if re.fullmatch(r"checkpoint-\d+(-merged)?", name):
+    if CHECKPOINT.fullmatch(name):
         name = f"{folder.parent.name}-{name}"
-    return re.sub(r"[^\w.-]+|\s+", "-", name).strip("-.")[:64] or "model"
+    elif folder.parent.name == "snapshots":
+        name = cached_name(str(folder)) or name
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.")[:64] or "model"
+
+
+def cached_name(path: str) -> str | None:
+    """Return the name of the model in a path of a hub's cache; None for another path."""
+    found = _CACHED.search(path)
+    return found[1] if found else None
 
 
 def _parse(file: Path) -> Document:

@@ -23,6 +23,8 @@ TopK = Annotated[int, Field(ge=-1, le=2**31 - 1)]
 RepetitionPenalty = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
 TokenLimit = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
+Tag = Annotated[str, Field(min_length=1)]
+
 
 class Section(BaseModel):
     """A part of a YAML file. A key without a value is as if it were not there.
@@ -136,7 +138,7 @@ class History(Section):
 class Answer(Section):
     """What an answer of `POST /` holds beside `response`."""
 
-    think: Annotated[list[str], Field(min_length=2, max_length=2)] | None = Field(
+    think: Annotated[list[Tag], Field(min_length=2, max_length=2)] | None = Field(
         None,
         description="The tags around a model's reasoning. The answer then has the keys `think` and "
         "`answer` too. A missing opening tag is accepted.",
@@ -252,7 +254,9 @@ class ModelConfig(Section):
     ) -> dict[str, AdapterSource]:
         names = {info.data.get("name"), *(info.data.get("aliases") or ())}
         if taken := names & adapters.keys():
-            raise ValueError(f"{taken.pop()} is a name of the base; choose another for the adapter")
+            raise ValueError(
+                f"the name {taken.pop()} is the base's; choose another for the adapter"
+            )
         return adapters
 
     @field_validator("default_adapter")

@@ -2,7 +2,7 @@
 
 from service.model_config.loader import catalogue, load
 
-# Column "24 GiB card" of `listing` -> bytes of the weights relative to two per parameter.
+# Column "24 GiB card" of `listing` -> size relative to 16-bit weights.
 _QUANTISED = {"yes": 1.0, "fp8": 0.5, "4 bits": 0.3}
 # Weights that leave 4 GiB of a 24 GiB card to the cache: vLLM takes 92 % of it, and some 3 GiB are
 # for its graphs and activations (preflight/fit.py).
@@ -13,7 +13,8 @@ def listing(word: str = "") -> list[dict[str, str]]:
     """Return what is known of each shipped model without its files, by family.
 
     With `word`, only those that have it in their name, family or chapter. The column "24 GiB card"
-    is "yes" where the weights leave room for a cache, else the quantisation with which they do.
+    is "yes" where the weights leave room for a cache, else the quantisation with which they do. A
+    YAML whose longest request would not fit into that cache has engine.max_model_len.
     """
     rows = []
     for name, file in catalogue().items():

@@ -151,7 +151,7 @@ def _adapters(
     """Inspect the adapters that are here, and give vLLM those that can be served. Adds rows."""
     folders: dict[str, Path] = {}
     for name, source in config.adapters.items():
-        if folder := weights.present_adapter(source):
+        if folder := weights.present_adapter(name, source):
             folders[name] = folder
         else:
             rows.append((f"adapters.{name}", "not downloaded yet", "`serve` does it"))

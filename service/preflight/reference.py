@@ -2,7 +2,7 @@
 
 Written from the published descriptions, config.json and the names of the weights. It shares nothing
 with `service.models`, so that a mistake there shows. Slow: float32 on the CPU, with one layer in
-memory at a time.
+memory at a time. transformers runs the other architectures, with all of their weights in memory.
 """
 
 import json
@@ -541,7 +541,7 @@ def logits(
     transformers runs architectures that are not in ARCHITECTURES. Raises ValueError for a missing
     weight, KeyError for a missing config.json key.
     """
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (architecture,) = config["architectures"]
     lora = Lora(adapter) if adapter else None
     if architecture not in ARCHITECTURES:

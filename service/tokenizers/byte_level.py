@@ -38,6 +38,14 @@ class ByteLevelTokenizer(TokenizersBackend):  # type: ignore[misc]  # transforme
         return ids
 
 
+def words(*, digits: int) -> str:
+    """Return the pattern of GPT-4 that splits a text into words and numbers of up to `digits`."""
+    return (
+        rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,{digits}}}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+
+
 def load(file: Path, words: str, control: Sequence[str], *, nfc: bool = False) -> Tokenizer:
     """Return the tokenizer of a file.
 

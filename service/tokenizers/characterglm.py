@@ -27,13 +27,8 @@ _MAX_NAME, _MAX_INFO = 64, 4096  # characters
 class CharacterGLMTokenizer(SentencePieceTokenizer):
     """There is no system role: the persons are described in `session_meta`."""
 
+    PREFIX = ("[gMASK]", "sop")
     APPENDED = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
-
-    def build_inputs_with_special_tokens(
-        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
-    ) -> list[int]:
-        prefix = [self.marker_id("[gMASK]"), self.marker_id("sop")]
-        return [*prefix, *token_ids_0, *(token_ids_1 or [])]
 
     def apply_chat_template(
         self,

@@ -82,10 +82,22 @@ def rounds_of(turns: Sequence[tuple[str, T]]) -> list[list[tuple[str, T]]]:
     return groups
 
 
+def added_tokens(folder: Path) -> dict[int, str]:
+    """Return the tokens that tokenizer_config.json adds, by their ids."""
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    added = config.get("added_tokens_decoder", {})
+    return {int(id): token["content"] for id, token in added.items()}
+
+
 def generation_config(folder: Path) -> dict[str, Any]:
     """Return generation_config.json, from which some formats take token ids, or an empty dict."""
     try:
-        config: dict[str, Any] = json.loads((folder / "generation_config.json").read_text())
+        config: dict[str, Any] = json.loads(
+            (folder / "generation_config.json").read_text(encoding="utf-8")
+        )
     except FileNotFoundError:
         return {}
     return config

@@ -14,15 +14,11 @@ from service.tokenizers.sentencepiece import SentencePieceTokenizer
 class ChatGLM3Tokenizer(SentencePieceTokenizer):
     """An answer ends at eos; `<|user|>` and `<|observation|>` must be stops of the YAML."""
 
+    PREFIX = ("[gMASK]", "sop")
     APPENDED = (
         *("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"),
         *("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
     )
-
-    def build_inputs_with_special_tokens(
-        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
-    ) -> list[int]:
-        return [*self._prefix(), *token_ids_0, *(token_ids_1 or [])]
 
     def apply_chat_template(
         self,
@@ -35,10 +31,7 @@ class ChatGLM3Tokenizer(SentencePieceTokenizer):
             conversation,
             truncate_to,
             options,
-            prefix=self._prefix(),
+            prefix=self.prefix(),
             token_id=self.marker_id,
             encode=self.encode_text,
         )
-
-    def _prefix(self) -> list[int]:
-        return [self.marker_id("[gMASK]"), self.marker_id("sop")]

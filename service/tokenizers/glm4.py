@@ -1,23 +1,17 @@
 """GLM-4's chat format, see glm.py (source: THUDM's tokenization_chatglm.py of glm-4-9b-chat).
 
 `tokenizer.model` is a tiktoken file of 151,329 tokens, whatever its name says. The control tokens
-follow it; that of the published tokenizer_config.json is unconfirmed, so files that say otherwise
-are refused.
+follow it. We have not seen the published tokenizer_config.json. Files with other ids are refused.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import processors
 
-from service.tokenizers import byte_level, glm
+from service.tokenizers import byte_level, chat, glm
 
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _CONTROL = (
     *("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"),
     *("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
@@ -32,8 +26,10 @@ class Glm4Tokenizer(byte_level.ByteLevelTokenizer):
     @classmethod
     def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> Any:
         folder = Path(path)
-        tokenizer = byte_level.load(folder / "tokenizer.model", _WORDS, _CONTROL)
-        for id, token in _configured(folder).items():
+        tokenizer = byte_level.load(
+            folder / "tokenizer.model", byte_level.words(digits=3), _CONTROL
+        )
+        for id, token in chat.added_tokens(folder).items():
             if tokenizer.id_to_token(id) != token:
                 raise ValueError(
                     f"tokenizer_config.json: token {id} is {token!r}, and by tokenizer.model "
@@ -60,12 +56,3 @@ class Glm4Tokenizer(byte_level.ByteLevelTokenizer):
             token_id=self.convert_tokens_to_ids,
             encode=self.encode_text,
         )
-
-
-def _configured(folder: Path) -> dict[int, str]:
-    try:
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    added = config.get("added_tokens_decoder", {})
-    return {int(id): token["content"] for id, token in added.items()}

@@ -26,7 +26,7 @@ class InternLMTokenizer(SentencePieceTokenizer):
     ) -> list[int]:
         """Return the prompt's token ids. `truncate_to` is in tokens, see `chat.join`."""
         turns = chat.turns(conversation, truncate_to, options, system=False)
-        for marker in ("<eoh>", "<eoa>"):  # raises if there is none
+        for marker in self.MARKERS:  # raises if there is none
             self.marker_id(marker)
         rounds = [_parts(group) for group in chat.rounds_of(turns)]
         return self.joined([], rounds, [("<|Bot|>:", False)], truncate_to)

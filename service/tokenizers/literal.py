@@ -5,13 +5,19 @@ those that a user wrote: `<|im_end|>` in a question would end the question.
 """
 
 import copy
+import itertools
 import re
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from tokenizers import Tokenizer
+from transformers import TokenizersBackend
 from vllm.tokenizers.hf import CachedHfTokenizer
+
+_REASONING = ("<think>", "</think>")
+_NEVER = "(?!)"  # a pattern
 
 
 class LiteralTokenizer:
@@ -22,20 +28,60 @@ class LiteralTokenizer:
         return literal(CachedHfTokenizer.from_pretrained(*args, **kwargs))
 
 
-def literal(tokenizer: Any, *, add_bos: bool = False) -> Any:
+class _TextEncoder:
+    """Encodes text in which no token that was added is found.
+
+    `split_special_tokens` does so for special ones alone, and DeepSeek's `<｜User｜>` is none.
+    """
+
+    def __init__(self, tokenizer: TokenizersBackend) -> None:
+        self._tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        for token in tokenizer.added_tokens_decoder.values():
+            token = copy.copy(token)
+            token.special = True
+            self._tokenizer.add_special_tokens([token])
+        self._tokenizer.encode_special_tokens = True
+
+    def __call__(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def __deepcopy__(self, memo: object) -> "_TextEncoder":
+        return self  # it never changes, and a copy takes 0.3 s
+
+
+def literal(
+    tokenizer: Any, *, add_bos: bool = False, encode_text: _TextEncoder | None = None
+) -> Any:
     """Return a copy of a tokenizer that keeps control tokens in messages as text.
 
     A conversation without control tokens is rendered as before, another one to token ids. With
     `add_bos` all are rendered to token ids, with the tokenizer's bos if it adds one.
+
+    The tags of reasoning in an assistant's turn stay what they are, for templates look for them to
+    leave old reasoning out. `encode_text` is that of the tokenizer which this one is a copy of.
     """
     control = control_pattern(tokenizer)
+    in_answers = control_pattern(tokenizer, except_for=_REASONING)
+    added = tokenizer.added_tokens_decoder.values()
+    is_rust = isinstance(tokenizer, TokenizersBackend)
+    if encode_text is None and is_rust and not all(token.special for token in added):
+        encode_text = _TextEncoder(tokenizer)
+    strip_before = {str(token) for token in added if token.lstrip}
+    strip_after = {str(token) for token in added if token.rstrip}
+
+    def pattern(turn: Any) -> re.Pattern[str]:
+        is_answer = isinstance(turn, Mapping) and turn.get("role") == "assistant"
+        return in_answers if is_answer else control
 
     class Literal(tokenizer.__class__):  # type: ignore[misc]  # as vLLM derives its cached tokenizers
         def apply_chat_template(
             self, conversation: Sequence[Any], *args: Any, **kwargs: Any
         ) -> str | list[int]:
             render = super().apply_chat_template
-            if not control.search("\0".join(_texts(conversation))):
+            if not any(pattern(turn).search("\0".join(_texts(turn))) for turn in conversation):
                 rendered: str | list[int] = render(conversation, *args, **kwargs)
                 return self.encode(rendered) if add_bos else rendered
             hidden: list[str] = []
@@ -45,18 +91,29 @@ def literal(tokenizer: Any, *, add_bos: bool = False) -> Any:
                 hidden.append(match[0])
                 return f"{nonce}.{len(hidden) - 1}."
 
-            conversation = _mapped(conversation, lambda text: control.sub(hide, text))
+            conversation = [
+                _mapped(turn, partial(pattern(turn).sub, hide)) for turn in conversation
+            ]
             text = render(conversation, *args, **{**kwargs, "tokenize": False})
             ids: list[int] = self.encode("") if add_bos else []
-            for piece in control.split(text):
+            before = ""
+            for piece, after in itertools.pairwise([*control.split(text), ""]):
+                # As in one string, where such a token takes the white space beside it.
+                stripped = piece.lstrip() if before in strip_after else piece
+                stripped = stripped.rstrip() if after in strip_before else stripped
+                before, piece = piece, stripped
                 shown = re.sub(rf"{nonce}\.(\d+)\.", lambda m: hidden[int(m[1])], piece)
-                ids += self.encode(
-                    shown, add_special_tokens=False, split_special_tokens=shown != piece
-                )
+                spelled = shown != piece
+                if spelled and encode_text:
+                    ids += encode_text(shown)
+                else:
+                    ids += self.encode(
+                        shown, add_special_tokens=False, split_special_tokens=spelled
+                    )
             return ids
 
         def __reduce__(self) -> tuple[Any, ...]:
-            return partial(literal, add_bos=add_bos), (tokenizer,)
+            return partial(literal, add_bos=add_bos, encode_text=encode_text), (tokenizer,)
 
     Literal.__name__ = f"Literal{type(tokenizer).__name__}"
     clone = copy.copy(tokenizer)
@@ -64,10 +121,11 @@ def literal(tokenizer: Any, *, add_bos: bool = False) -> Any:
     return clone
 
 
-def control_pattern(tokenizer: Any) -> re.Pattern[str]:
+def control_pattern(tokenizer: Any, except_for: Collection[str] = ()) -> re.Pattern[str]:
     """Return a pattern that splits a text at control tokens and keeps them."""
-    tokens = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
-    return re.compile(f"({'|'.join(re.escape(t) for t in sorted(tokens, key=len, reverse=True))})")
+    tokens = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} - {*except_for}
+    either = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
+    return re.compile(f"({either or _NEVER})")
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:

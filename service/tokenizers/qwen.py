@@ -15,10 +15,6 @@ from typing import Any
 
 from service.tokenizers import byte_level, chat
 
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
 _SYSTEM = "You are a helpful assistant."
 
@@ -29,7 +25,7 @@ class QwenTokenizer(byte_level.ByteLevelTokenizer):
     @classmethod
     def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> Any:
         file = Path(path) / "qwen.tiktoken"
-        tokenizer = byte_level.load(file, _WORDS, _CONTROL, nfc=True)
+        tokenizer = byte_level.load(file, byte_level.words(digits=1), _CONTROL, nfc=True)
         return cls.of(tokenizer, _CONTROL, "<|im_end|>", kwargs.get("truncation_side", "left"))
 
     def apply_chat_template(

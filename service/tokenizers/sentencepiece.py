@@ -15,7 +15,6 @@ from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 from vllm.tokenizers.hf import get_cached_tokenizer
 
 from service.tokenizers import chat
-from service.tokenizers.chat import check_text
 
 _Type = ModelProto.SentencePiece.Type
 
@@ -25,11 +24,13 @@ Part = tuple[str, bool]  # a piece of a prompt, and whether it is a control toke
 class SentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]  # transformers is untyped
     """`MARKERS` are the pieces that structure a chat. `encode_text` never yields one.
 
-    `APPENDED` are control tokens that the publisher's class numbers after all pieces. They are
-    added to those of tokenizer_config.json, which no text yields either.
+    `PREFIX` are the tokens that begin an input, instead of bos and eos around it. `APPENDED` are
+    control tokens that the publisher's class numbers after all pieces. They are added to those of
+    tokenizer_config.json, which no text yields either.
     """
 
     MARKERS: tuple[str, ...] = ()
+    PREFIX: tuple[str, ...] = ()
     APPENDED: tuple[str, ...] = ()
 
     def __init__(
@@ -105,6 +106,10 @@ class SentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]  # tra
             raise ValueError(f"these files are another model's: they have no token {marker!r}")
         return self.marker_ids[marker]
 
+    def prefix(self) -> list[int]:
+        """Return the ids of `PREFIX`. Raises ValueError if the files lack one."""
+        return [self.marker_id(token) for token in self.PREFIX]
+
     def encode_string(self, parts: Sequence[Part]) -> list[int]:
         """Return the token ids of a prompt that the published code encodes as one string.
 
@@ -157,13 +162,13 @@ class SentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]  # tra
 
     def encode_text(self, text: str, *, follows_marker: bool = False) -> list[int]:
         """Return the token ids of a text, without bos and eos. A marker in it is plain text."""
-        check_text(text)
+        chat.check_text(text)
         model = self._after_marker_model if follows_marker else self._text_model
         ids: list[int] = model.encode(text)
         return ids
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        check_text(text)
+        chat.check_text(text)
         pieces: list[str] = super()._tokenize(text, **kwargs)
         return pieces
 
@@ -181,6 +186,8 @@ class SentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]  # tra
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
+        if self.PREFIX:
+            return [*self.prefix(), *token_ids_0, *(token_ids_1 or [])]
         bos = [self.bos_token_id] if self.add_bos_token else []
         eos = [self.eos_token_id] if self.add_eos_token else []
         built = bos + token_ids_0 + eos

@@ -6,7 +6,6 @@ the names are wrong, the ids are: those of deepseek-llm and Yi, among others (tr
 45488, 47017, 48206).
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from tokenizers import Tokenizer
 from transformers import TokenizersBackend
 from vllm.tokenizers.hf import get_cached_tokenizer
 
+from service.tokenizers import chat
 from service.tokenizers.literal import literal
 
 MODE = "tokenizer_json"
@@ -52,10 +52,10 @@ class TokenizerJsonTokenizer:
 def difference(tokenizer: Any, folder: Path) -> str | None:
     """Return a text of which the tokenizer makes other ids than its folder's tokenizer.json.
 
-    None if there is none, or no tokenizer.json.
+    None if there is none, or no tokenizer.json, or the tokenizer is not of transformers.
     """
     file = folder / "tokenizer.json"
-    if not file.is_file() or _published_class(tokenizer) is TokenizersBackend:
+    if not file.is_file() or published_class(tokenizer) in (None, TokenizersBackend):
         return None
     itself = Tokenizer.from_file(str(file))
     itself.no_truncation()
@@ -74,25 +74,21 @@ def misnumbered(tokenizer: Any, folder: Path) -> str | None:
     transformers adds those that tokenizer.json does not name at the end of the vocabulary;
     InternLM2's pieces have other names there.
     """
-    try:
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    for id, token in config.get("added_tokens_decoder", {}).items():
-        found = tokenizer.convert_tokens_to_ids(token["content"])
-        if found != int(id):
+    for id, token in chat.added_tokens(folder).items():
+        found = tokenizer.convert_tokens_to_ids(token)
+        if found != id:
             return (
-                f"the token {token['content']!r} is {id} in tokenizer_config.json and becomes "
+                f"the token {token!r} is {id} in tokenizer_config.json and becomes "
                 f"{found}, because tokenizer.json does not name it; set engine.tokenizer_mode to "
                 "one of the model's own, such as internlm2, or fetch other files"
             )
     return None
 
 
-def class_name(tokenizer: Any) -> str:
-    """Return the name of the transformers class, without those that vLLM and we derive."""
-    return _published_class(tokenizer).__name__
+def published_class(tokenizer: Any) -> type | None:
+    """Return the transformers class, without those that vLLM and we derive.
 
-
-def _published_class(tokenizer: Any) -> type:
-    return next(c for c in type(tokenizer).__mro__ if c.__module__.startswith("transformers."))
+    None if there is none, as for vLLM's class of Mistral.
+    """
+    classes = type(tokenizer).__mro__
+    return next((c for c in classes if c.__module__.startswith("transformers.")), None)

@@ -41,29 +41,35 @@ def present(source: Source, cache_dir: Path, *, weights: bool = True) -> Path | 
 def fetch_adapter(name: str, source: AdapterSource) -> Path:
     """Return the folder of an adapter; fetch it from ModelScope if it is not here.
 
-    A local folder may not exist: `adapter.inspect` says so. Raises WeightsError with the remedy.
+    A local folder may not exist: `adapter.inspect` says so. Raises WeightsError or ConfigError with
+    the remedy.
     """
     if source.modelscope:
         try:
             return modelscope.fetch(source.modelscope, source.revision)
         except WeightsError as e:
             raise WeightsError(f"adapter {name}: {e}") from e
-    return Path(source.path or "").expanduser()
+    return expanded(source.path or "", f"adapter {name}: ")
 
 
-def present_adapter(source: AdapterSource) -> Path | None:
+def present_adapter(name: str, source: AdapterSource) -> Path | None:
     """Return the folder of `fetch_adapter` if the files are on this machine, else None."""
     if source.modelscope:
         return modelscope.present(source.modelscope, source.revision)
-    return Path(source.path or "").expanduser()
+    return expanded(source.path or "", f"adapter {name}: ")
+
+
+def expanded(path: str, place: str = "") -> Path:
+    """Return a path with the home folder for `~`. Raises ConfigError, which begins with `place`."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{place}{path}: no such user; write the whole path") from None
 
 
 def _local_folder(path: str, *, weights: bool) -> Path:
     """Return the folder. A tokenizer's, without `weights`, may have no config.json."""
-    try:
-        folder = Path(path).expanduser()
-    except RuntimeError:
-        raise ConfigError(f"source.path: {path}: no such user") from None
+    folder = expanded(path, "source.path: ")
     if not folder.is_dir():
         what = "is a file; give the folder" if folder.exists() else "no such folder"
         gguf = "; GGUF is not served: fetch the model's safetensors" * (folder.suffix == ".gguf")

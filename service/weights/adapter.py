@@ -1,7 +1,7 @@
 """Reads a LoRA adapter's files and says what does not fit its base, before anything is loaded.
 
-vLLM finds most of it only when it has loaded the base, and leaves out in silence the matrices whose
-module it does not find. A module is a tensor of the base's files: PEFT names both alike, whatever
+vLLM finds most of it only when it has loaded the base, and silently ignores matrices of unknown
+modules. A module is a tensor of the base's files: PEFT names both alike, whatever
 the architecture.
 """
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from service.errors import WeightsError
+from service.model_config.loader import cached_name
 from service.weights import tensor_files
 from service.weights.tensor_files import Tensor, read_object, visible, weight_files
 
@@ -41,6 +42,7 @@ _LORA = re.compile(r"(.+)\.(?:lora_([AB])\.weight|lora_embedding_([AB]))")
 _LAYER = re.compile(r".*?\.(?=\d+\.)")  # what comes before the number of a layer
 _HEADS = ("lm_head", "output_layer", "output")
 _FOUR_BITS = re.compile(r"[-_.](?:unsloth[-_])?(?:bnb[-_]?4bit|4bit|gptq.*|awq.*|int4.*)$")
+_FLOATS = re.compile(r"[-_.](?:fp32|fp16|bf16)$")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Limits:
-    """What adapters can change in a base, as vLLM runs it on this machine."""
+    """What vLLM lets an adapter change here."""
 
     tables: Collection[str]  # of embed_tokens and lm_head
     absorbed: Collection[str] = ()  # matrices that it folds into others when it loads them
@@ -90,11 +92,11 @@ def base_of(folder: Path) -> str:
 def name_in(text: str) -> str:
     """Return the model's own name in a hub's id or a path, in lower case.
 
-    Caches write Qwen2.5 as Qwen2___5, and owner/name as models--owner--name.
+    It is without the type of the weights. Caches write Qwen2.5 as Qwen2___5.
     """
     text = text.lower().replace("___", ".").rstrip("/\\")
-    cached = re.search(r"models--[^/\\]+?--([^/\\]+)", text)
-    return _FOUR_BITS.sub("", cached[1] if cached else re.split(r"[/\\]", text)[-1])
+    name = cached_name(text) or re.split(r"[/\\]", text)[-1]
+    return _FLOATS.sub("", _FOUR_BITS.sub("", name))
 
 
 def base_tensors(folder: Path) -> dict[str, Tensor]:
@@ -206,7 +208,7 @@ def _of_config(config: Mapping[str, Any]) -> list[str]:
 
 
 def _of_names(weights: Mapping[str, Tensor], matrices: Collection[str]) -> list[str]:
-    """vLLM refuses tensors that are not LoRA's, but for these embeddings, which it leaves out."""
+    """vLLM refuses non-LoRA tensors, except embedding copies, which it ignores."""
     others = sorted(name for name in set(weights) - set(matrices) if not _is_copy(name))
     if others:
         what = others[0].removeprefix(_PREFIX)

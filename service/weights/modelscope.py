@@ -164,7 +164,7 @@ def _complete(
     Checks only sizes; the hashes were checked during the download.
     """
     try:
-        recorded = json.loads(_receipt(folder, weights).read_text())
+        recorded = json.loads(_receipt(folder, weights).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return files is None and _looks_complete(
             folder, weights
