@@ -310,6 +310,89 @@ def test_reasoning_is_folded(server: ScriptedServer, opened: Opener, has_tag: bo
     assert server.bodies[-1]["history"] == [["go", "It is *four*."]]
 
 
+def test_reasoning_is_folded_where_no_tags_are_configured(
+    server: ScriptedServer, page: Page
+) -> None:
+    server.answers["go"] = in_pieces("<think>\nLet me see.\n</think>\n\nFour.")
+    server.answers["less"] = ["<"]
+    ask(page, "go")
+    is_answered(page)
+    expect(page.locator(".model .text")).to_have_text("Four.")
+    expect(page.locator(".model details div")).to_have_text("Let me see.")
+    expect(page.get_by_role("button", name="Regenerate")).to_be_visible()
+    ask(page, "less")
+    is_answered(page, 2)
+    expect(page.locator(".model .text").nth(1)).to_have_text("<")
+    assert server.bodies[-1]["history"] == [["go", "<think>\nLet me see.\n</think>\n\nFour."]]
+
+
+def test_regenerate_ends_an_edit(server: ScriptedServer, page: Page) -> None:
+    for number, prompt in enumerate(("one", "two")):
+        ask(page, prompt)
+        is_answered(page, number + 1)
+    page.locator("#prompt").fill("a draft")
+    page.get_by_role("button", name="Edit").nth(1).click()
+    page.get_by_role("button", name="Regenerate").click()
+    is_answered(page, 2)
+    expect(page.locator("#editing")).to_be_hidden()
+    expect(page.locator("#prompt")).to_have_value("a draft")
+    ask(page, "three")
+    is_answered(page, 3)
+    expect(page.locator(".user .text")).to_have_text(["one", "two", "three"])
+    assert [turn[0] for turn in server.bodies[-1]["history"]] == ["one", "two"]
+
+
+def breaks_off(*pieces: str) -> Iterator[str]:
+    yield from pieces
+    raise ConnectionError
+
+
+@pytest.mark.parametrize("pieces", [(), ("half",)], ids=["at once", "in the middle"])
+def test_a_failed_attempt_replaces_nothing(
+    server: ScriptedServer, page: Page, pieces: tuple[str, ...]
+) -> None:
+    for number, question in enumerate(("one", "two")):
+        ask(page, question)
+        is_answered(page, number + 1)
+    questions, prompt = page.locator(".user .text"), page.locator("#prompt")
+    kept = page.evaluate("kept()[0].turns")
+    server.answers["two"] = breaks_off(*pieces)
+    page.get_by_role("button", name="Regenerate").click()
+    expect(page.locator(".model .error")).to_contain_text("The connection broke off")
+    expect(page.locator(".model .text").last).to_have_text("".join(pieces))
+    expect(prompt).to_have_value("")
+    expect(questions).to_have_text(["one", "two", "two"])
+    expect(page.get_by_role("button", name="Regenerate")).to_be_visible()
+    server.answers["1"] = breaks_off(*pieces)
+    prompt.fill("a draft")
+    page.get_by_role("button", name="Edit").first.click()
+    ask(page, "1")
+    expect(page.locator(".model .error")).to_contain_text("The connection broke off")
+    expect(questions).to_have_text(["one", "two", "1"])
+    assert page.evaluate("kept()[0].turns") == kept
+    # What was sent can be sent again, in the same place.
+    expect(prompt).to_have_value("1")
+    del server.answers["1"]
+    prompt.press("Enter")
+    is_answered(page)
+    expect(questions).to_have_text(["1"])
+    expect(prompt).to_have_value("a draft")
+
+
+@pytest.mark.parametrize(
+    "response, told",
+    [
+        ("'<html>', {status: 429, statusText: 'Too Many Requests'}", "429: Too Many Requests"),
+        ("'{}', {status: 429, headers: {'Retry-After': 7}}", "is at its limit. Try again in 7 s."),
+        ("'{\"detail\": 1}', {status: 404, statusText: 'Not Found'}", "404: Not Found"),
+        ("'null', {status: 500}", "500: it gives no reason"),
+        ("'<html>', {status: 502}", "502: it gives no reason"),
+    ],
+)
+def test_what_a_proxy_answers_is_told(page: Page, response: str, told: str) -> None:
+    assert page.evaluate(f"problem(new Response({response}))").endswith(told)
+
+
 def test_a_question_is_edited_and_an_answer_regenerated(server: ScriptedServer, page: Page) -> None:
     for number, prompt in enumerate(("one", "two", "three")):
         ask(page, prompt)
