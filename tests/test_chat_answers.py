@@ -7,6 +7,7 @@ page with the real service is in test_chat_page.
 import hashlib
 import json
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -490,9 +491,137 @@ def test_the_browser_keeps_a_bounded_number_and_size(server: ScriptedServer, pag
     server.answers["refused"] = ["a" * 2_100_000]
     ask(page, "refused")
     is_answered(page)
-    expect(page.locator("#notice")).to_contain_text("too long for the browser to keep")
+    expect(page.locator("#notice")).to_contain_text("This conversation is not kept")
     assert len(page.evaluate("kept()")) == len(titles)
     assert page.evaluate("localStorage['of another page']") == "stays"
+    page.get_by_role("button", name="Chats").click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export as JSON").click()
+    first = json.loads(download.value.path().read_text())[0]
+    assert first["messages"][0]["content"] == "refused"
+
+
+def test_a_full_browser_drops_the_oldest_conversations(server: ScriptedServer, page: Page) -> None:
+    server.answers |= {"long": ["a" * 1_000_000], "longer": ["a" * 1_800_000]}
+    for prompt in ("long", "short", "longer"):
+        ask(page, prompt)
+        is_answered(page)
+        if prompt == "short":  # others fill what Chromium gives to an address: 5 Mi characters
+            page.evaluate("localStorage.setItem('chat:/other/:x', 'a'.repeat(3_400_000))")
+        page.get_by_role("button", name="New chat").click()
+    titles = "kept().map(({turns}) => turns[0].prompt)"
+    assert page.evaluate(titles) == ["longer", "short"]
+    # Where dropping makes too little room, all stay.
+    page.evaluate("localStorage.removeItem(PREFIX + kept()[0].id)")
+    page.evaluate("localStorage.setItem('chat:/other/:y', 'a'.repeat(1_500_000))")
+    ask(page, "longer")
+    is_answered(page)
+    expect(page.locator("#notice")).to_contain_text("This conversation is not kept")
+    assert page.evaluate(titles) == ["short"]
+
+
+def test_what_is_not_a_conversation_is_passed_over(server: ScriptedServer, page: Page) -> None:
+    ask(page, "go")
+    is_answered(page)
+    page.evaluate(
+        """() => {
+            const note = {tokens: 1, rate: 1, first: 1, ends: []};
+            const turn = {prompt: "", text: "", note};
+            const bad = [{...turn, prompt: 1}, {...turn, note: {}}, null].map((turn) => [turn]);
+            for (const turns of [...bad, null, "x", {}, []]) {
+                const talk = {...fresh(), turns};
+                localStorage[PREFIX + talk.id] = JSON.stringify(talk);
+            }
+            localStorage[PREFIX + "1"] = JSON.stringify({...fresh(), turns: [turn]});
+        }"""
+    )
+    page.reload()
+    expect(page.locator(".user .text")).to_have_text(["go"])
+    ask(page, "on")
+    is_answered(page, 2)
+    page.get_by_role("button", name="Chats").click()
+    expect(page.locator("#list li")).to_have_text([re.compile("^go")])
+
+
+def choose(page: Page, title: str) -> None:
+    page.get_by_role("button", name="Chats").click()
+    page.locator("#list").get_by_role("button", name=title, exact=True).first.click()
+
+
+def test_two_tabs_lose_nothing_of_each_other(server: ScriptedServer, page: Page) -> None:
+    ask(page, "one")
+    is_answered(page)
+    other = page.context.new_page()
+    other.goto(server.url)
+    choose(other, "one")
+    ask(other, "here")
+    is_answered(other, 2)
+    ask(page, "there")
+    is_answered(page, 2)
+    ask(page, "more")
+    is_answered(page, 3)
+    questions = "kept().map(({turns}) => turns.map(({prompt}) => prompt))"
+    assert page.evaluate(questions) == [["one", "there", "more"], ["one", "here"]]
+    page.reload()
+    expect(page.locator(".user .text")).to_have_text(["one", "there", "more"])
+    # What is deleted in one is gone in the other too, and does not come back.
+    choose(other, "one")
+    expect(other.locator(".user .text")).to_have_text(["one", "there", "more"])
+    server.rate = 20
+    server.answers["count"] = (f"{number} " for number in range(1000))
+    ask(other, "count")
+    expect(other.locator(".model .text").last).to_contain_text("3")
+    page.get_by_role("button", name="Chats").click()
+    page.get_by_role("button", name="Delete: one").first.click()
+    expect(other.locator(".user")).to_have_count(0)
+    is_answered(other, 0)
+    assert page.evaluate(questions) == [["one", "here"]]
+
+
+def hide(page: Page) -> None:
+    """As a phone does with what is behind: it may never come back."""
+    page.evaluate("Object.defineProperty(document, 'hidden', {value: true})")
+    page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+
+
+def test_an_unfinished_answer_is_kept(server: ScriptedServer, page: Page) -> None:
+    ask(page, "one")
+    is_answered(page)
+    server.rate = 20
+    server.answers["count"] = (f"{number} " for number in range(1000))
+    ask(page, "count")
+    answer = page.locator(".model").nth(1)
+    expect(answer.locator(".text")).to_contain_text("3")
+    hide(page)
+    assert page.evaluate("kept()[0].turns[1].text").startswith("0 1 2 3")
+    choose(page, "one")  # which is this one
+    expect(answer.locator(".text")).to_contain_text("9")
+    page.reload()
+    expect(answer.locator(".text")).to_contain_text("0 1 2 3 4 5 6 7 8 9")
+    # But it replaces no whole one.
+    server.answers["one"] = server.answers["count"] = (f"{number} " for number in range(1000))
+    page.get_by_role("button", name="Edit").first.click()
+    ask(page, "count")
+    expect(page.locator(".model .text")).to_contain_text("3")
+    hide(page)
+    page.reload()
+    expect(page.locator(".user .text")).to_have_text(["one", "count"])
+
+
+def test_a_first_question_that_fails_is_not_kept(server: ScriptedServer, page: Page) -> None:
+    asked = threading.Event()
+
+    def waits() -> Iterator[str]:
+        asked.wait(PATIENCE)
+        yield from breaks_off()
+
+    server.answers["go"] = waits()
+    ask(page, "go")
+    hide(page)
+    assert page.evaluate("kept()[0].turns[0].prompt") == "go"
+    asked.set()
+    expect(page.locator(".model .error")).to_be_visible()
+    assert page.evaluate("localStorage.length") == 0
 
 
 @pytest.mark.parametrize("server", ["/llm"], indirect=True)
