@@ -21,7 +21,7 @@ class ScriptedServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.prefix = prefix
         self.url = f"http://127.0.0.1:{self.server_port}{prefix}/"
-        self.answers: dict[str, Iterable[str]] = {}
+        self.answers: dict[str, Iterable[str | bytes]] = {}  # bytes are sent as they are
         self.rate = 0.0  # pieces a second; 0: as fast as the page reads
         self.refuses = False
         self.models = ["scripted"]
@@ -89,6 +89,9 @@ class _Handler(BaseHTTPRequestHandler):
         pieces = 0
         began = time.monotonic()
         for piece in self.server.answers.get(body["prompt"], [f"I heard: {body['prompt']}"]):
+            if isinstance(piece, bytes):
+                self.wfile.write(piece)
+                continue
             text += piece
             pieces += 1
             if self.server.rate:

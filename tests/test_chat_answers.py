@@ -7,6 +7,7 @@ page with the real service is in test_chat_page.
 import hashlib
 import json
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,10 +19,11 @@ from playwright.sync_api import Browser, Page, expect
 from service import web
 from tests.conftest import PATIENCE
 from tests.scripted import ScriptedServer
-from tests.test_chat_page import ask
+from tests.test_chat_page import Watch, ask
 from tests.test_chat_page import browser as browser
 
 LIBRARY = Path(web.__file__).parent / "markdown-it.umd.min.js"
+GUIDE = Path(__file__).parent.parent / "docs" / "getting-started.md"
 LIBRARY_SHA256 = "391f2aa638e75e6c7859d0a5c5650ef0956722a45998f17e05b83bc655778e1e"
 
 MARKDOWN = """\
@@ -80,19 +82,15 @@ Opener = Callable[..., Page]
 @pytest.fixture
 def opened(server: ScriptedServer, browser: Browser) -> Iterator[Opener]:
     """Opens the page; whatever it complains about, or asks elsewhere, fails."""
-    complaints: list[str] = []
-    requests: list[str] = []
+    watch = Watch()
     contexts = []
 
     def open_page(**options: Any) -> Page:
         options = {"locale": "en-US", "viewport": {"width": 900, "height": 700}, **options}
         contexts.append(browser.new_context(**options))
         page = contexts[-1].new_page()
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on(
-            "console", lambda told: complaints.append(told.text) if told.type == "error" else None
-        )
-        page.on("request", lambda request: requests.append(request.url))
+        contexts[-1].on("page", watch.add)  # other tabs
+        watch.add(page)
         page.goto(server.url)
         expect(page.locator("#send")).to_be_enabled(timeout=PATIENCE * 1000)
         return page
@@ -100,8 +98,7 @@ def opened(server: ScriptedServer, browser: Browser) -> Iterator[Opener]:
     yield open_page
     for context in contexts:
         context.close()
-    assert [text for text in complaints if "status of 4" not in text] == []
-    assert all(url.startswith((server.url, "data:", "blob:")) for url in requests)
+    watch.check(server.url)
 
 
 @pytest.fixture
@@ -125,6 +122,11 @@ def in_pieces(text: str, size: int = 3) -> list[str]:
 
 def test_the_library_is_the_published_one() -> None:
     assert hashlib.sha256(LIBRARY.read_bytes()).hexdigest() == LIBRARY_SHA256
+
+
+def test_the_documentation_tells_the_pages_size() -> None:
+    told = re.search(r"one document of (\d+) KB", GUIDE.read_text())
+    assert told and abs(len(web.PAGE.encode()) / 1000 - int(told[1])) <= 5
 
 
 def test_markdown_is_rendered_and_formulas_stay_text(server: ScriptedServer, page: Page) -> None:
@@ -310,6 +312,89 @@ def test_reasoning_is_folded(server: ScriptedServer, opened: Opener, has_tag: bo
     assert server.bodies[-1]["history"] == [["go", "It is *four*."]]
 
 
+def test_reasoning_is_folded_where_no_tags_are_configured(
+    server: ScriptedServer, page: Page
+) -> None:
+    server.answers["go"] = in_pieces("<think>\nLet me see.\n</think>\n\nFour.")
+    server.answers["less"] = ["<"]
+    ask(page, "go")
+    is_answered(page)
+    expect(page.locator(".model .text")).to_have_text("Four.")
+    expect(page.locator(".model details div")).to_have_text("Let me see.")
+    expect(page.get_by_role("button", name="Regenerate")).to_be_visible()
+    ask(page, "less")
+    is_answered(page, 2)
+    expect(page.locator(".model .text").nth(1)).to_have_text("<")
+    assert server.bodies[-1]["history"] == [["go", "<think>\nLet me see.\n</think>\n\nFour."]]
+
+
+def test_regenerate_ends_an_edit(server: ScriptedServer, page: Page) -> None:
+    for number, prompt in enumerate(("one", "two")):
+        ask(page, prompt)
+        is_answered(page, number + 1)
+    page.locator("#prompt").fill("a draft")
+    page.get_by_role("button", name="Edit").nth(1).click()
+    page.get_by_role("button", name="Regenerate").click()
+    is_answered(page, 2)
+    expect(page.locator("#editing")).to_be_hidden()
+    expect(page.locator("#prompt")).to_have_value("a draft")
+    ask(page, "three")
+    is_answered(page, 3)
+    expect(page.locator(".user .text")).to_have_text(["one", "two", "three"])
+    assert [turn[0] for turn in server.bodies[-1]["history"]] == ["one", "two"]
+
+
+def breaks_off(*pieces: str) -> Iterator[str]:
+    yield from pieces
+    raise ConnectionError
+
+
+@pytest.mark.parametrize("pieces", [(), ("half",)], ids=["at once", "in the middle"])
+def test_a_failed_attempt_replaces_nothing(
+    server: ScriptedServer, page: Page, pieces: tuple[str, ...]
+) -> None:
+    for number, question in enumerate(("one", "two")):
+        ask(page, question)
+        is_answered(page, number + 1)
+    questions, prompt = page.locator(".user .text"), page.locator("#prompt")
+    kept = page.evaluate("kept()[0].turns")
+    server.answers["two"] = breaks_off(*pieces)
+    page.get_by_role("button", name="Regenerate").click()
+    expect(page.locator(".model .error")).to_contain_text("The connection broke off")
+    expect(page.locator(".model .text").last).to_have_text("".join(pieces))
+    expect(prompt).to_have_value("")
+    expect(questions).to_have_text(["one", "two", "two"])
+    expect(page.get_by_role("button", name="Regenerate")).to_be_visible()
+    server.answers["1"] = breaks_off(*pieces)
+    prompt.fill("a draft")
+    page.get_by_role("button", name="Edit").first.click()
+    ask(page, "1")
+    expect(page.locator(".model .error")).to_contain_text("The connection broke off")
+    expect(questions).to_have_text(["one", "two", "1"])
+    assert page.evaluate("kept()[0].turns") == kept
+    # What was sent can be sent again, in the same place.
+    expect(prompt).to_have_value("1")
+    del server.answers["1"]
+    prompt.press("Enter")
+    is_answered(page)
+    expect(questions).to_have_text(["1"])
+    expect(prompt).to_have_value("a draft")
+
+
+@pytest.mark.parametrize(
+    "response, told",
+    [
+        ("'<html>', {status: 429, statusText: 'Too Many Requests'}", "429: Too Many Requests"),
+        ("'{}', {status: 429, headers: {'Retry-After': 7}}", "is at its limit. Try again in 7 s."),
+        ("'{\"detail\": 1}', {status: 404, statusText: 'Not Found'}", "404: Not Found"),
+        ("'null', {status: 500}", "500: it gives no reason"),
+        ("'<html>', {status: 502}", "502: it gives no reason"),
+    ],
+)
+def test_what_a_proxy_answers_is_told(page: Page, response: str, told: str) -> None:
+    assert page.evaluate(f"problem(new Response({response}))").endswith(told)
+
+
 def test_a_question_is_edited_and_an_answer_regenerated(server: ScriptedServer, page: Page) -> None:
     for number, prompt in enumerate(("one", "two", "three")):
         ask(page, prompt)
@@ -407,9 +492,142 @@ def test_the_browser_keeps_a_bounded_number_and_size(server: ScriptedServer, pag
     server.answers["refused"] = ["a" * 2_100_000]
     ask(page, "refused")
     is_answered(page)
-    expect(page.locator("#notice")).to_contain_text("too long for the browser to keep")
+    expect(page.locator("#notice")).to_contain_text("This conversation is not kept")
     assert len(page.evaluate("kept()")) == len(titles)
     assert page.evaluate("localStorage['of another page']") == "stays"
+    page.get_by_role("button", name="Chats").click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export as JSON").click()
+    first = json.loads(download.value.path().read_text())[0]
+    assert first["messages"][0]["content"] == "refused"
+
+
+def test_a_full_browser_drops_the_oldest_conversations(server: ScriptedServer, page: Page) -> None:
+    server.answers |= {"long": ["a" * 1_000_000], "longer": ["a" * 1_800_000]}
+    for prompt in ("long", "short", "longer"):
+        ask(page, prompt)
+        is_answered(page)
+        if prompt == "short":  # others fill what Chromium gives to an address: 5 Mi characters
+            page.evaluate("localStorage.setItem('chat:/other/:x', 'a'.repeat(3_400_000))")
+        page.get_by_role("button", name="New chat").click()
+    titles = "kept().map(({turns}) => turns[0].prompt)"
+    assert page.evaluate(titles) == ["longer", "short"]
+    # Where dropping makes too little room, all stay.
+    page.evaluate("localStorage.removeItem(PREFIX + kept()[0].id)")
+    page.evaluate("localStorage.setItem('chat:/other/:y', 'a'.repeat(1_500_000))")
+    ask(page, "longer")
+    is_answered(page)
+    expect(page.locator("#notice")).to_contain_text("This conversation is not kept")
+    assert page.evaluate(titles) == ["short"]
+
+
+def test_what_is_not_a_conversation_is_passed_over(server: ScriptedServer, page: Page) -> None:
+    ask(page, "go")
+    is_answered(page)
+    page.evaluate(
+        """() => {
+            const note = {tokens: 1, rate: 1, first: 1, ends: []};
+            const turn = {prompt: "", text: "", note};
+            const bad = [{...turn, prompt: 1}, {...turn, note: {}}, null].map((turn) => [turn]);
+            for (const turns of [...bad, null, "x", {}, []]) {
+                const talk = {...fresh(), turns};
+                localStorage[PREFIX + talk.id] = JSON.stringify(talk);
+            }
+            localStorage[PREFIX + "1"] = JSON.stringify({...fresh(), turns: [turn]});
+        }"""
+    )
+    page.reload()
+    expect(page.locator(".user .text")).to_have_text(["go"])
+    ask(page, "on")
+    is_answered(page, 2)
+    page.get_by_role("button", name="Chats").click()
+    expect(page.locator("#list li")).to_have_text([re.compile("^go")])
+
+
+def choose(page: Page, title: str) -> None:
+    page.get_by_role("button", name="Chats").click()
+    page.locator("#list").get_by_role("button", name=title, exact=True).first.click()
+
+
+def test_two_tabs_lose_nothing_of_each_other(server: ScriptedServer, page: Page) -> None:
+    ask(page, "one")
+    is_answered(page)
+    other = page.context.new_page()
+    other.goto(server.url)
+    choose(other, "one")
+    ask(other, "here")
+    is_answered(other, 2)
+    ask(page, "there")
+    is_answered(page, 2)
+    ask(page, "more")
+    is_answered(page, 3)
+    questions = "kept().map(({turns}) => turns.map(({prompt}) => prompt))"
+    assert page.evaluate(questions) == [["one", "there", "more"], ["one", "here"]]
+    page.reload()
+    expect(page.locator(".user .text")).to_have_text(["one", "there", "more"])
+    # What is deleted in one is gone in the other too, and does not come back.
+    choose(other, "one")
+    expect(other.locator(".user .text")).to_have_text(["one", "there", "more"])
+    server.rate = 20
+    server.answers["count"] = (f"{number} " for number in range(1000))
+    ask(other, "count")
+    expect(other.locator(".model .text").last).to_contain_text("3")
+    page.get_by_role("button", name="Chats").click()
+    page.get_by_role("button", name="Delete: one").first.click()
+    expect(other.locator(".user")).to_have_count(0)
+    is_answered(other, 0)
+    assert page.evaluate(questions) == [["one", "here"]]
+
+
+def hide(page: Page) -> None:
+    """As a phone does with what is behind: it may never come back."""
+    page.evaluate("Object.defineProperty(document, 'hidden', {value: true})")
+    page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+
+
+def test_an_unfinished_answer_is_kept(server: ScriptedServer, page: Page) -> None:
+    ask(page, "one")
+    is_answered(page)
+    server.rate = 20
+    server.answers["count"] = (f"{number} " for number in range(1000))
+    ask(page, "count")
+    answer = page.locator(".model").nth(1)
+    expect(answer.locator(".text")).to_contain_text("3")
+    hide(page)
+    assert page.evaluate("kept()[0].turns[1].text").startswith("0 1 2 3")
+    choose(page, "one")  # which is this one
+    expect(answer.locator(".text")).to_contain_text("9")
+    page.reload()
+    expect(answer.locator(".text")).to_contain_text("0 1 2 3 4 5 6 7 8 9")
+    # But it replaces no whole one.
+    server.answers["count"] = [f"{number} " for number in range(1000)]
+    for leave in ("reload", "New chat"):
+        page.get_by_role("button", name="Edit").first.click()
+        ask(page, "count")
+        expect(page.locator(".model .text")).to_contain_text("3")
+        hide(page)
+        if leave == "reload":
+            page.reload()
+        else:
+            page.get_by_role("button", name=leave).click()
+            choose(page, "one")
+        expect(page.locator(".user .text")).to_have_text(["one", "count"])
+
+
+def test_a_first_question_that_fails_is_not_kept(server: ScriptedServer, page: Page) -> None:
+    asked = threading.Event()
+
+    def waits() -> Iterator[str]:
+        asked.wait(PATIENCE)
+        yield from breaks_off()
+
+    server.answers["go"] = waits()
+    ask(page, "go")
+    hide(page)
+    assert page.evaluate("kept()[0].turns[0].prompt") == "go"
+    asked.set()
+    expect(page.locator(".model .error")).to_be_visible()
+    assert page.evaluate("localStorage.length") == 0
 
 
 @pytest.mark.parametrize("server", ["/llm"], indirect=True)
@@ -504,6 +722,143 @@ def test_by_keyboard_alone(server: ScriptedServer, page: Page) -> None:
     expect(page.locator(".model .note").nth(1)).to_contain_text("stopped")
 
 
+def test_enter_of_an_input_method_or_a_touch_keyboard_sends_nothing(
+    server: ScriptedServer, opened: Opener, page: Page
+) -> None:
+    prompt = page.locator("#prompt")
+    prompt.fill("ni hao")
+    # Safari's, after the composition.
+    prompt.dispatch_event("keydown", {"key": "Enter", "keyCode": 229})
+    phone = opened(has_touch=True, is_mobile=True)
+    expect(phone.locator("#prompt")).to_have_attribute("placeholder", "Ask something.")
+    phone.locator("#prompt").press_sequentially("one\ntwo")
+    expect(phone.locator("#prompt")).to_have_value("one\ntwo")
+    assert server.bodies == []
+    phone.locator("#send").click()
+    is_answered(phone)
+    prompt.press("Enter")
+    is_answered(page)
+    assert [body["prompt"] for body in server.bodies] == ["one\ntwo", "ni hao"]
+
+
+def test_an_edit_leaves_a_draft_and_is_announced(server: ScriptedServer, page: Page) -> None:
+    prompt = page.locator("#prompt")
+    ask(page, "one")
+    is_answered(page)
+    expect(prompt).to_have_accessible_description("")
+    prompt.fill("a draft")
+    for name in ("Cancel", "New chat"):
+        page.get_by_role("button", name="Edit").click()
+        expect(prompt).to_have_value("one")
+        expect(prompt).to_have_accessible_description(re.compile("replaces this question"))
+        page.get_by_role("button", name=name).click()
+        expect(prompt).to_have_value("a draft")
+        expect(prompt).to_have_accessible_description("")
+
+
+def test_curl_of_an_old_question_has_what_it_was_asked_with(
+    server: ScriptedServer, page: Page
+) -> None:
+    server.models = ["scripted", "other"]
+    page.reload()
+    page.get_by_text("Sampling").click()
+    page.get_by_label("Model").select_option("other")
+    page.get_by_label("System prompt").fill("Be brief.")
+    page.get_by_label("temperature").fill("0.5")
+    ask(page, "go")
+    is_answered(page)
+    page.reload()
+    page.get_by_text("Sampling").click()
+    page.get_by_label("System prompt").fill("Be long.")
+    page.evaluate("navigator.clipboard.writeText = (text) => { window.copied = text; }")
+    page.get_by_role("button", name="Copy as curl").click()
+    copied = page.evaluate("window.copied")
+    assert json.loads(copied.partition(" -d '")[2].removesuffix("'")) == server.bodies[0]
+    # The button goes back to its own name.
+    expect(page.get_by_role("button", name="Copied")).to_be_visible()
+    expect(page.get_by_role("button", name="Copy as curl")).to_be_visible()
+
+
+def test_the_chosen_language_is_for_all_of_the_page_and_kept(
+    server: ScriptedServer, page: Page
+) -> None:
+    server.models = ["scripted", "other"]
+    page.reload()
+    server.rate = 20
+    server.answers["count"] = (f"{number} " for number in range(1000))
+    ask(page, "count")
+    expect(page.locator(".model .text")).to_contain_text("3")
+    page.keyboard.press("Escape")
+    note = page.locator(".model .note")
+    expect(note).to_contain_text(re.compile("tokens.*stopped.*scripted"))
+    page.locator("#language").click()
+    for _ in range(2):
+        expect(note).to_contain_text(re.compile("个词元.*已停止.*scripted"))
+        expect(page.get_by_label("模型")).to_be_visible()
+        assert re.findall("stopped|tokens|已停止", note.inner_text()) == ["已停止"]
+        page.reload()
+
+
+def test_what_is_no_event_ends_the_request(server: ScriptedServer, page: Page) -> None:
+    sent: list[int] = []
+
+    def endless() -> Iterator[str | bytes]:
+        yield b"data: <html>\n\n"
+        for number in range(20 * PATIENCE):
+            sent.append(number)
+            yield f"{number} "
+
+    server.rate = 20
+    server.answers["go"] = endless()
+    ask(page, "go")
+    expect(page.locator(".model .error")).to_contain_text("The connection broke off")
+    page.wait_for_timeout(1000)
+    number = len(sent)
+    page.wait_for_timeout(500)
+    assert len(sent) == number
+
+
+def test_a_fault_of_the_parser_leaves_plain_text(server: ScriptedServer, page: Page) -> None:
+    page.evaluate(
+        """() => {
+            const parse = markdown.parse;
+            markdown.parse = function (text, env) {
+                if (text.includes("bad")) throw new Error("a fault");
+                return parse.call(this, text, env);
+            };
+        }"""
+    )
+    server.answers |= {"go": ["**bad** text"], "on": ["*good*"]}
+    ask(page, "go")
+    is_answered(page)
+    expect(page.locator(".model .text")).to_have_text("**bad** text")
+    ask(page, "on")
+    is_answered(page, 2)
+    expect(page.locator(".model em")).to_have_text("good")
+
+
+def test_without_storage_the_page_works(server: ScriptedServer, page: Page) -> None:
+    page.add_init_script(
+        """for (const name of ["localStorage", "sessionStorage", "BroadcastChannel"]) {
+            Object.defineProperty(window, name, {get() { throw new DOMException("no"); }});
+        }"""
+    )
+    page.reload()
+    server.rate = 2
+    ask(page, "go")
+    page.locator("#language").click()  # also before the first piece
+    is_answered(page)
+    expect(page.locator("#notice")).to_contain_text("没有保存")
+    page.locator("#conversations").click()
+    expect(page.locator("#list li")).to_have_count(1)
+
+
+def test_a_list_of_models_that_is_none_is_told(server: ScriptedServer, page: Page) -> None:
+    page.route("**/v1/models", lambda route: route.fulfill(body="<html>"))
+    page.reload()
+    expect(page.locator("#notice")).to_contain_text("The connection broke off")
+
+
 def test_a_screen_reader_is_told_of_an_answer_once(server: ScriptedServer, page: Page) -> None:
     status = page.get_by_role("status")
     server.answers["go"] = (piece for piece in in_pieces("The answer is four."))
@@ -581,12 +936,27 @@ def test_on_a_phone_nothing_breaks(
                 assert 0 <= place["x"] and place["x"] + place["width"] <= width
 
     is_whole()
+    for field in page.locator("input, textarea, select").all():
+        assert field.evaluate("(one) => getComputedStyle(one).fontSize") == "16px"
     rows = [box.bounding_box() for box in page.locator("header > :visible").all()]
     middles = {round(row["y"] + row["height"] / 2) for row in rows if row}
     assert max(middles) - min(middles) <= 1
     assert all(row["height"] < 45 for row in rows if row)
     page.locator("#conversations").click()
     is_whole()
+    page.keyboard.press("Escape")
+    # All that may stand in the footer and the header at once.
+    server.index["asks_for_key"] = True
+    server.models = [server.index["model"], "long-name-of-an-adapter-" * 3]
+    page.reload()
+    page.locator("#key").fill("secret")
+    page.locator("#key").press("Tab")
+    expect(page.locator("#models")).to_be_visible()
+    page.locator("footer summary").click()
+    page.locator(".user .idle").first.click()
+    page.evaluate("notice(say('unkept'))")
+    is_whole()
+    expect(page.locator("#send")).to_be_in_viewport(ratio=1)
 
 
 def test_the_language_button_needs_no_chinese_font(page: Page) -> None:

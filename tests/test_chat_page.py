@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Error, Page, expect, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Error, Page, expect, sync_playwright
 
 from testing.server import Server
 from tests import warm
@@ -57,22 +57,39 @@ def browser() -> Iterator[Browser]:
             yield browser
 
 
+class Watch:
+    """What pages complain about, and the addresses that they ask."""
+
+    def __init__(self) -> None:
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+
+    def add(self, page: Page) -> None:
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("console", self._hear)
+        page.on("request", lambda request: self.requests.append(request.url))
+
+    def _hear(self, told: ConsoleMessage) -> None:
+        # Chromium itself logs answers such as 429.
+        if told.type == "error" and "status of 4" not in told.text:
+            self.complaints.append(told.text)
+
+    def check(self, url: str) -> None:
+        assert self.complaints == []
+        assert all(asked.startswith((url, "data:", "blob:")) for asked in self.requests)
+
+
 @pytest.fixture
 def page(server: Server, browser: Browser) -> Iterator[Page]:
     """The page with the key entered; whatever it complains about, or asks elsewhere, fails."""
     page = browser.new_page(locale="en-US", viewport={"width": 900, "height": 700})
-    complaints: list[str] = []
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("console", lambda told: complaints.append(told.text) if told.type == "error" else None)
-    requests: list[str] = []
-    page.on("request", lambda request: requests.append(request.url))
+    watch = Watch()
+    watch.add(page)
     page.goto(server.url)
     page.get_by_label("API key").fill("secret")
     yield page
     page.close()
-    # Chromium itself logs answers such as 429.
-    assert [text for text in complaints if "status of 4" not in text] == []
-    assert all(url.startswith((server.url, "data:")) for url in requests)
+    watch.check(server.url)
 
 
 def test_opened_while_the_model_loads_it_waits(starting: Server, browser: Browser) -> None:
@@ -142,7 +159,7 @@ def test_the_models_own_sampling_is_shown_and_what_is_asked_can_be_copied(
     assert '"prompt":"It\'\\\'\'s me"' in copied
     # As over plain HTTP from another machine, where a page has no clipboard.
     page.evaluate("delete Navigator.prototype.clipboard")
-    page.get_by_role("button", name="Copied").click()
+    page.get_by_role("button", name="Copy as curl").click()
     page.locator("#prompt").focus()
     page.keyboard.press("Control+V")
     expect(page.locator("#prompt")).to_have_value(copied)
