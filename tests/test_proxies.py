@@ -286,11 +286,11 @@ def test_where_no_server_answers_the_proxy_says_so(
 
 
 @contextmanager
-def busy() -> Iterator[tuple[str, list[str]]]:
-    """A server that is ready and too busy: its URL, and the paths that it was asked for."""
+def answering(status: int) -> Iterator[tuple[str, list[str]]]:
+    """A server that is ready, and answers POST so: its URL, and the paths that it was asked for."""
     asked: list[str] = []
 
-    class Busy(BaseHTTPRequestHandler):
+    class Answer(BaseHTTPRequestHandler):
         def do_GET(self) -> None:  # as HAProxy asks whether it is ready
             self.send_response(200)
             self.end_headers()
@@ -298,12 +298,12 @@ def busy() -> Iterator[tuple[str, list[str]]]:
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
             asked.append(self.path)
-            self.send_response(503)
+            self.send_response(status)
             self.send_header("Retry-After", "7")
             self.send_header("Content-Length", "0")
             self.end_headers()
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Busy) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}", asked
         server.shutdown()
@@ -314,12 +314,38 @@ def busy() -> Iterator[tuple[str, list[str]]]:
 def test_where_both_servers_are_busy_each_is_asked_once_and_the_client_told_when_to_come_back(
     name: str, start: Start, https: httpx.Client
 ) -> None:
-    with busy() as (one, asked_one), busy() as (other, asked_other):
+    with answering(503) as (one, asked_one), answering(503) as (other, asked_other):
         proxy = start(name, one, other)
         for count in range(1, 6):
             answer = https.post(f"{proxy.url}/{count}", json=SHORT)
             assert (answer.status_code, answer.headers.get("retry-after")) == (503, "7"), count
     assert asked_one == asked_other == ["/1", "/2", "/3", "/4", "/5"]
+
+
+SOON = {
+    "nginx": {"proxy_connect_timeout 5s": "proxy_connect_timeout 1s"},
+    "haproxy": {"timeout connect 5s": "timeout connect 1s"},
+}
+
+
+@hardening(21)
+@pytest.mark.parametrize("name", proxies.NAMES)
+def test_where_a_machine_is_gone_the_other_server_is_asked(
+    name: str, start: Start, https: httpx.Client
+) -> None:
+    with ExitStack() as stack:
+        silent = stack.enter_context(socket.socket())
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(0)
+        for _ in range(3):  # a full queue: the kernel answers nobody, as a machine without power
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(silent.getsockname())
+        other, asked = stack.enter_context(answering(200))
+        proxy = start(name, f"http://127.0.0.1:{silent.getsockname()[1]}", other, more=SOON[name])
+        for count in range(1, 5):
+            assert https.post(f"{proxy.url}/{count}", json=SHORT).status_code == 200, count
+    assert asked == ["/1", "/2", "/3", "/4"]
 
 
 MANY = [(f"x-{n}", "1") for n in range(200)]
