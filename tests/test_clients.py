@@ -10,8 +10,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +143,67 @@ def test_a_block_prints_what_the_page_says(
     output = run([*command, name], env, folder)
     clock = re.compile(r'"time": "[\d: -]+"')
     assert clock.sub("", output) == clock.sub("", block.prints)
+
+
+@contextmanager
+def answering(status: int, headers: Mapping[str, str], body: bytes) -> Iterator[tuple[str, Any]]:
+    """The URL of a server that always answers so, and when it was asked."""
+    times: list[float] = []
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            times.append(time.monotonic())
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", times
+        server.shutdown()
+
+
+def fails(block: Block, url: str, folder: Path, env: Mapping[str, str]) -> str:
+    """What a block says on stderr when it ends with an error."""
+    name, command, _ = LANGUAGES[block.language]
+    if not shutil.which(command[0], path=env["PATH"]):
+        pytest.skip(f"{command[0]} is not installed")
+    (folder / name).write_text(block.code)
+    done = subprocess.run(
+        [*command, name], env={**env, "BASE_URL": url}, cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode != 0, done.stdout
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("heading", "more"), [("openai", 2), ("anthropic", 2), ("LangChain", 2), ("LlamaIndex", 11)]
+)
+def test_an_sdk_comes_back_when_the_service_says(
+    heading: str, more: int, folder: Path, env: dict[str, str]
+) -> None:
+    first = next(b for b in BLOCKS if b.heading == heading)
+    with answering(429, {"Retry-After": "3", "Content-Length": "2"}, b"{}") as (url, times):
+        fails(first, url, folder, env)
+    assert len(times) == 1 + more
+    assert all(2.9 < after - before < 8 for before, after in pairwise(times))
+
+
+@pytest.mark.parametrize("heading", ["fetch", "Go"])
+def test_a_stream_that_fails_or_breaks_off_is_an_error(
+    heading: str, folder: Path, env: dict[str, str]
+) -> None:
+    (reader,) = (b for b in BLOCKS if b.heading == heading)
+    begun = b'data: {"delta": "The"}\n\n'
+    failed = b'data: {"error": {"message": "the engine has stopped"}}\n\n'
+    length = {"Content-Length": str(len(begun + failed))}
+    with answering(200, length, begun + failed) as (url, _):
+        assert "the engine has stopped" in fails(reader, url, folder, env)
+    with answering(200, length, begun) as (url, _):
+        fails(reader, url, folder, env)
 
 
 def test_a_page_of_streamlit_chats(folder: Path, env: dict[str, str]) -> None:

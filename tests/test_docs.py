@@ -140,37 +140,78 @@ def test_a_chinese_page_leads_to_chinese_ones(page: Path) -> None:
             assert ROOT / "docs" / "zh" / file.name not in CHINESE, target
 
 
-def messages() -> Iterator[str]:
-    """Yield the texts in the code, but for docstrings, with `...` for an f-string's values."""
+def nodes() -> Iterator[list[ast.AST]]:
+    """Yield the nodes of each file of the code."""
     for file in (ROOT / "service").rglob("*.py"):
-        nodes = [*ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
-        docstrings = {node.value for node in nodes if isinstance(node, ast.Expr)}
-        for node in nodes:
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                if node not in docstrings:
-                    yield node.value
-            elif isinstance(node, ast.JoinedStr):
-                yield "".join(
-                    str(part.value) if isinstance(part, ast.Constant) else "..."
-                    for part in node.values
-                )
+        yield [*ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
 
 
-def test_the_troubleshooting_page_quotes_what_the_code_says() -> None:
+def text_of(node: ast.AST) -> str | None:
+    """The text that an expression is, with `...` for an f-string's values."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        parts = (part.value if isinstance(part, ast.Constant) else "..." for part in node.values)
+        return "".join(map(str, parts))
+    return None
+
+
+def messages() -> Iterator[str]:
+    """Yield the texts in the code, but for docstrings."""
+    for file in nodes():
+        docstrings = {node.value for node in file if isinstance(node, ast.Expr)}
+        yield from (text for node in file if node not in docstrings and (text := text_of(node)))
+
+
+def errors_of_the_command_line() -> Iterator[str]:
+    """Yield the texts with which ServiceError and its kinds are made, where they are written."""
+    kinds = {
+        name
+        for name, each in vars(errors).items()
+        if isinstance(each, type)
+        and issubclass(each, errors.ServiceError)
+        and not issubclass(each, errors.RequestError)
+    }
+    for file in nodes():
+        for node in file:
+            if isinstance(node, ast.Call) and node.args and isinstance(node.func, ast.Name):
+                if node.func.id in kinds and (text := text_of(node.args[0])):
+                    yield text
+
+
+@pytest.fixture(scope="module")
+def quotes() -> dict[str, re.Pattern[str]]:
+    """What stands in the first column of the troubleshooting page, and what it matches."""
     text = TROUBLESHOOTING.read_text(encoding="utf-8")
-    quotes = [q for cell in re.findall(r"^\| ([^|]*) \|", text, re.M) for q in code_in(cell)]
-    patterns = [re.compile(".*".join(map(re.escape, quote.split("...")))) for quote in quotes]
+    quoted = [q for cell in re.findall(r"^\| ([^|]*) \|", text, re.M) for q in code_in(cell)]
+    return {q: re.compile(".*".join(map(re.escape, q.split("...")))) for q in quoted}
+
+
+def test_the_troubleshooting_page_quotes_what_the_code_says(
+    quotes: dict[str, re.Pattern[str]],
+) -> None:
     said = [*messages()]
-    unknown = [p.pattern for p in patterns if not any(p.search(each) for each in said)]
+    unknown = [q for q, pattern in quotes.items() if not any(map(pattern.search, said))]
     assert not unknown
     for _, advice in start_errors._ADVICE:
-        assert any(pattern.search(advice) for pattern in patterns), advice
+        assert any(pattern.search(advice) for pattern in quotes.values()), advice
     kinds = {
         each.type
         for each in vars(errors).values()
         if isinstance(each, type) and issubclass(each, errors.RequestError)
     }
-    assert kinds <= set(quotes)
+    assert kinds <= quotes.keys()
+
+
+def test_the_troubleshooting_page_has_every_error_of_the_command_line(
+    quotes: dict[str, re.Pattern[str]],
+) -> None:
+    said = [*errors_of_the_command_line()]
+    assert len(said) > 100
+    # Where next to nothing is fixed, the text is another error's or the system's.
+    fixed = [text for text in said if len(re.findall(r"[A-Za-z]{2,}", text)) > 2]
+    missing = [text for text in fixed if not any(p.search(text) for p in quotes.values())]
+    assert not missing
 
 
 def test_the_manifests_and_compose_give_the_service_time_to_drain() -> None:

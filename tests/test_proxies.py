@@ -9,7 +9,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,38 @@ def test_below_a_prefix_all_is_as_without(
     assert "<!doctype html>" in page
     answer = https.post(f"{url}/tokenize/", json={"prompt": "hi"}, follow_redirects=True)
     assert (answer.status_code, str(answer.url)) == (200, f"{url}/tokenize")
-    assert https.get(f"{url}/metrics").status_code == 404
+    if not kept:
+        assert https.post(url, json=SHORT).json()["status"] == 200
+
+
+# Ways to write the path of the metrics. The service takes many of them.
+METRICS = (
+    *(
+        "metrics",
+        "metrics/",
+        "metrics/x",
+        "metrics?x=1",
+        "metricsx",
+        "/metrics",
+        "./metrics",
+        "x/../metrics",
+    ),
+    *("%6detrics", "%6Detrics/", "metrics%2f", "metrics%2Fx", "metrics%00", "metrics%0a"),
+    *("metrics%20", "metrics%3f", "metrics;x", "%256detrics", "METRICS"),
+    *("llm/metrics/", "llm/%6detrics", "%6clm/metrics", "llm//metrics", "llm/metrics"),
+)
+
+
+@hardening(16)
+def test_metrics_are_not_reached_however_the_path_is_written(
+    proxy: Proxy, trust: ssl.SSLContext
+) -> None:
+    for path in METRICS:
+        connection = http.client.HTTPSConnection("localhost", proxy.port, context=trust)
+        connection.request("GET", f"/{path}")
+        answer = connection.getresponse()
+        assert answer.status in (400, 404), path
+        assert b"service_" not in answer.read(), path
 
 
 def test_what_a_client_says_of_itself_goes_nowhere(
@@ -198,6 +230,19 @@ def slow_body(connection: http.client.HTTPConnection) -> int:
     return connection.getresponse().status
 
 
+def test_what_does_not_fit_haproxys_buffer_is_waited_for_by_the_service(
+    start: Start, prefixed: Server, trust: ssl.SSLContext
+) -> None:
+    proxy = start("haproxy", prefixed.url)
+    secure = http.client.HTTPSConnection("localhost", proxy.port, context=trust)
+    secure.putrequest("POST", "/")
+    secure.putheader("Content-Length", str(300_000))
+    secure.endheaders()
+    secure.send(b" " * 200_000)
+    answer = secure.getresponse()
+    assert (answer.status, json.loads(answer.read())["error"]["type"]) == (408, "body_too_slow")
+
+
 @hardening(3)
 def test_a_slow_body_is_waited_for_by_the_proxy(
     start: Start, prefixed: Server, trust: ssl.SSLContext
@@ -238,6 +283,69 @@ def test_where_no_server_answers_the_proxy_says_so(
 ) -> None:
     proxy = start(name, f"http://127.0.0.1:{free_port()}")
     assert https.post(proxy.url, json=SHORT).status_code == status
+
+
+@contextmanager
+def answering(status: int) -> Iterator[tuple[str, list[str]]]:
+    """A server that is ready, and answers POST so: its URL, and the paths that it was asked for."""
+    asked: list[str] = []
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # as HAProxy asks whether it is ready
+            self.send_response(200)
+            self.end_headers()
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            asked.append(self.path)
+            self.send_response(status)
+            self.send_header("Retry-After", "7")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+@hardening(21)
+@pytest.mark.parametrize("name", proxies.NAMES)
+def test_where_both_servers_are_busy_each_is_asked_once_and_the_client_told_when_to_come_back(
+    name: str, start: Start, https: httpx.Client
+) -> None:
+    with answering(503) as (one, asked_one), answering(503) as (other, asked_other):
+        proxy = start(name, one, other)
+        for count in range(1, 6):
+            answer = https.post(f"{proxy.url}/{count}", json=SHORT)
+            assert (answer.status_code, answer.headers.get("retry-after")) == (503, "7"), count
+    assert asked_one == asked_other == ["/1", "/2", "/3", "/4", "/5"]
+
+
+SOON = {
+    "nginx": {"proxy_connect_timeout 5s": "proxy_connect_timeout 1s"},
+    "haproxy": {"timeout connect 5s": "timeout connect 1s"},
+}
+
+
+@hardening(21)
+@pytest.mark.parametrize("name", proxies.NAMES)
+def test_where_a_machine_is_gone_the_other_server_is_asked(
+    name: str, start: Start, https: httpx.Client
+) -> None:
+    with ExitStack() as stack:
+        silent = stack.enter_context(socket.socket())
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(0)
+        for _ in range(3):  # a full queue: the kernel answers nobody, as a machine without power
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(silent.getsockname())
+        other, asked = stack.enter_context(answering(200))
+        proxy = start(name, f"http://127.0.0.1:{silent.getsockname()[1]}", other, more=SOON[name])
+        for count in range(1, 5):
+            assert https.post(f"{proxy.url}/{count}", json=SHORT).status_code == 200, count
+    assert asked == ["/1", "/2", "/3", "/4"]
 
 
 MANY = [(f"x-{n}", "1") for n in range(200)]

@@ -24,8 +24,9 @@ from tests.conftest import PATIENCE
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.M | re.S)
-# By .ci/run, and by test_cluster.py.
-RUN_ELSEWHERE = {"make test\n", "make cluster\n"}
+(INSTALL,) = (body for language, body in BLOCKS if "uv tool install" in body)
+# By .ci/run, by test_cluster.py, and by test_wheel.py.
+RUN_ELSEWHERE = {"make test\n", "make cluster\n", INSTALL}
 
 
 @contextmanager

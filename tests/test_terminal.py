@@ -2,7 +2,9 @@
 
 import json
 import os
-import pty
+import resource
+import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -15,10 +17,12 @@ import httpx
 import pytest
 
 from service.cluster import exposition
+from service.errors import ConfigError, ServiceError
+from service.terminal import chat as conversation
 from service.terminal import remote, top
 from service.terminal.remote import Metrics
 from testing.server import Server, free_port
-from tests import warm
+from tests import terminal, warm
 from tests.conftest import LOOPBACK, MODEL, PATIENCE
 
 
@@ -159,22 +163,59 @@ def test_a_pipe_that_closes_ends_an_answer_without_a_word(service: Server) -> No
         assert process.stderr.read() == b""
 
 
-def test_a_mistake_at_a_terminal_does_not_end_the_conversation(service: Server) -> None:
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(chat(service), stdin=theirs, stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    os.write(ours, b"/hlep\n/help\n\xff\n\x04")
-    shown = b""
-    try:
-        while piece := os.read(ours, 1000):
-            shown += piece
-    except OSError:  # how Linux tells that nobody has the other side any more
-        pass
-    os.close(ours)
-    assert process.wait(PATIENCE) == 0, shown
-    text = shown.decode(errors="replace")  # the terminal echoes what was typed
+def test_a_mistake_and_ctrl_c_at_a_terminal_do_not_end_the_conversation() -> None:
+    typed = [b"/hlep\r", b"\xff\x03", b"/helX\x1b[D\x1b[3~p\r", b"\x04"]  # left, delete
+    with page(b'{"style": "chat"}') as url:
+        status, text = terminal.run("chat", "--url", url, typed=typed, prompt=b"> ")
+    assert status == 0, text
     assert "error: there is no such command; did you mean '/help'?" in text
     assert "writes the conversation as JSON" in text and "Traceback" not in text
+
+
+def test_ctrl_c_ends_a_conversation_that_is_piped() -> None:
+    with page(b'{"style": "chat"}') as url:
+        command = [sys.executable, "-m", "service", "chat", "--url", url]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdin and process.stderr
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(5)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(PATIENCE) == 130
+            assert b"Traceback" not in process.stderr.read()
+
+
+def test_where_stderr_is_closed_no_message_comes_on_stdout() -> None:
+    with page(b'{"style": "chat"}') as url:
+        command = shlex.join([sys.executable, "-m", "service", "chat", "--url", url])
+        shell = ["bash", "-c", f"{command} 2>&-"]
+        done = subprocess.run(shell, input=b"/help\n/nothing\n", stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
+def test_a_conversation_that_cannot_be_saved_is_told_and_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talk = conversation._Conversation(remote.Remote("x", None), {}, False)
+    talk.history = [["What?", "word " * 1000]]
+    with pytest.raises(ConfigError, match="/save FILE: "):
+        talk._save("~nobody-of-this-name/x")
+    file = tmp_path / "talk.json"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # as a full disk
+    try:
+        with pytest.raises(ServiceError, match="/save FILE: it cannot be written: "):
+            talk._save(str(file))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not file.exists()
+    talk._save(str(file))
+    assert json.loads(file.read_text())["history"][0]["content"] == "What?"
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(ServiceError, match="/save FILE: it cannot be written: "):
+        talk._save("talk.json")
 
 
 @pytest.mark.parametrize("character", "\u2028\u2029\x85\v\f\x1c\x1d\x1e")
@@ -208,7 +249,7 @@ def test_top_shows_what_the_server_does(service: Server) -> None:
 
 @contextmanager
 def page(text: bytes) -> Iterator[str]:
-    """The URL of a server that has this as its /metrics."""
+    """The URL of a server that answers everything with this."""
 
     class Page(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -216,7 +257,16 @@ def page(text: bytes) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(text)
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        do_POST = do_GET
+
+    with serving(Page) as url:
+        yield url
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The URL of a server on this machine."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
@@ -268,30 +318,40 @@ def test_a_server_that_is_not_there_is_told_in_one_line() -> None:
 def test_a_server_of_another_kind_and_what_cannot_be_sent_are_told_in_one_line(
     service: Server,
 ) -> None:
-    class Page(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(b'<html>hi</html>\ndata: {"delta": "a piece"}\n\n')
-
-        do_POST = do_GET
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
+    with page(b'<html>hi</html>\ndata: {"delta": "a piece"}\n\n') as url:
         for command in (("top",), ("chat", "hi"), ("chat",)):
             done = warm.run(*command, "--url", url, typed="hi\n")
             assert done.returncode == 1, command
             assert done.stderr.splitlines()[-1].startswith(f"error: {url}: "), done.stderr
-        server.shutdown()
     for words in (
         ("chat", "hi", "--url", "http://[::1"),
-        ("chat", "hi", "--url", service.url, "--key", "密钥"),
+        *((command, "--url", "http://a..b") for command in ("chat", "top", "usage")),
+        ("usage", "--prometheus", "http://a..b"),
         ("chat", "hi", "--url", service.url, "--temperature", "nan"),
     ):
         done = warm.run(*words)
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("command", ["chat", "top", "usage"])
+def test_a_key_is_sent_without_the_blanks_around_it_and_never_shown(command: str) -> None:
+    keys: list[str] = []
+
+    class Locked(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            keys.append(self.headers["Authorization"])
+            self.send_response(401)
+            self.end_headers()
+
+    with serving(Locked) as url:
+        done = warm.run(command, "--url", url, env={"SERVICE_API_KEY": " secret \r\n"})
+        assert keys == ["Bearer secret"]
+        assert done.stderr == "error: 401: Unauthorized (--key, or SERVICE_API_KEY)\n"
+        for key in ("sec\rret", "密钥"):
+            done = warm.run(command, "--url", url, "--key", key)
+            assert done.returncode == 2 and key not in done.stderr
+            assert done.stderr.startswith("error: the API key has a character that no header may")
 
 
 def test_rates_and_quantiles_are_of_the_time_between_two_looks() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from service.terminal import usage
 from service.terminal.remote import Remote
 from testing.server import Server, free_port
 from tests import warm
@@ -352,3 +354,15 @@ def test_what_is_no_prometheus_is_told_in_one_line(server: Server, tmp_path: Pat
             assert done.returncode in (1, 2) and done.stdout == ""
             assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
             assert message in done.stderr
+
+
+def test_a_kind_and_a_figure_that_are_no_count_are_left_out() -> None:
+    mine = {"client": "anna", "model": "m"}
+    samples = [
+        ({**mine, "kind": "prompt"}, 3.0),
+        ({**mine, "kind": "cached"}, 5.0),
+        ({**mine, "kind": "generation"}, math.inf),
+        ({**mine, "status": "200"}, math.nan),
+    ]
+    (row,) = usage._rows(samples)
+    assert row == {**mine, "requests": 0, "refused": 0, "prompt_tokens": 3, "generation_tokens": 0}

@@ -56,7 +56,7 @@ def load(
         return own_model.load(model, assignments or (), adapters or ())
     except InvalidConfig as e:
         error = e
-        if e.engine:  # else nobody waits for the import of vLLM
+        if e.engine:  # import vLLM, which is slow, only if the YAML has engine keys
             from service.launch import server
 
             print(ASKING_VLLM, file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,10 @@ _LITERAL = "a question that begins with / is typed with //"
 
 
 def chat(remote: Remote, prompt: str | None, options: dict[str, Any], *, as_json: bool) -> None:
-    """Answer one prompt, or each line of stdin. Raises ServiceError, except at a terminal."""
+    """Answer one prompt, or each line of stdin.
+
+    Raises ServiceError. At a terminal a refusal is printed, and the conversation goes on.
+    """
     conversation = _Conversation(remote, dict(options), as_json)
     if prompt is not None:
         conversation.ask(output.typed(prompt))
@@ -33,23 +37,38 @@ def chat(remote: Remote, prompt: str | None, options: dict[str, Any], *, as_json
     at_terminal = sys.stdin.isatty()
     conversation.has_history = remote.has_history()
     if at_terminal:
+        with suppress(ImportError):  # some builds of Python have no readline
+            import readline  # noqa: F401 - `input` uses it, for arrow keys
         _note("/help lists the commands; Ctrl-D ends.")
     while True:
         try:
-            print("> " if at_terminal else "", end="", file=sys.stderr, flush=True)
-            line = output.typed(input())
+            line = output.typed(_read(at_terminal))
         except EOFError:
             return
+        except KeyboardInterrupt:
+            if not at_terminal:
+                raise
+            _note("")
+            continue
         if not line.strip():
             continue
         try:
             conversation.take(line)
         except KeyboardInterrupt:  # closes the connection, which cancels the request
-            print(file=sys.stderr)
+            _note("")
         except ServiceError as e:
             if not at_terminal:
                 raise
-            print(e.lines(), file=sys.stderr)
+            _note(e.lines())
+
+
+def _read(at_terminal: bool) -> str:
+    """Return the next line of stdin. The prompt is on stdout only if that is a terminal."""
+    prompt = "> " if at_terminal else ""
+    if output.is_terminal():
+        return input(prompt)
+    print(prompt, end="", file=sys.stderr, flush=True)
+    return input()
 
 
 @dataclass
@@ -60,7 +79,7 @@ class _Conversation:
     options: dict[str, Any]
     as_json: bool
     has_history: bool = True
-    history: list[Any] = field(default_factory=list)  # in the form in which the server has it
+    history: list[Any] = field(default_factory=list)  # as the server returned it
     unanswered: str | None = None  # the last question, if it was refused or interrupted
     model: str = ""  # that answered last
     files: set[Path] = field(default_factory=set)
@@ -136,22 +155,26 @@ class _Conversation:
             raise ConfigError("/save FILE: the name of the file is missing")
         if not self.history:
             raise ConfigError("/save FILE: there is no conversation yet")
-        file = Path(name).expanduser().absolute()
         # The keys of POST /, so that the conversation can go on.
         document = {"model": self.model, "history": _messages(self.history)}
         text = json.dumps(document, ensure_ascii=False, indent=2) + "\n"
         try:
-            with file.open(
-                "w" if file in self.files else "x", encoding="utf-8", errors="backslashreplace"
-            ) as out:
-                out.write(text)
+            file = Path(name).expanduser().absolute()
+            mode = "w" if file in self.files else "x"
+            with file.open(mode, encoding="utf-8", errors="backslashreplace") as out:
+                self.files.add(file)
+                try:
+                    out.write(text)
+                    out.flush()
+                except OSError:  # such as a full disk
+                    file.unlink()
+                    raise
         except FileExistsError:
             raise ConfigError("/save FILE: there is such a file; choose another name") from None
         except OSError as e:
             raise ServiceError(f"/save FILE: it cannot be written: {e.strerror}") from None
-        except ValueError as e:  # a NUL in the name
+        except (ValueError, RuntimeError) as e:  # a NUL in the name; no home of such a user
             raise ConfigError(f"/save FILE: {e}") from None
-        self.files.add(file)
         _note("saved")
 
     def _set_system(self, text: str) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -15,15 +16,17 @@ from rich.table import Table
 # Characters that move a terminal's cursor, end a row, or turn the text around.
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _GAP = 2  # blanks between two columns
-# A table's first column keeps this width, whatever the others need.
+# The first column is folded only above this width.
 _UNBROKEN = 40
 
 
 def prepare() -> None:
-    """Let no character end a command that the terminal cannot show, or that was typed broken."""
+    """Let stdin and stdout escape characters that their encoding lacks, instead of raising."""
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
+    if sys.stderr is None:  # closed; `print(file=None)` would write to stdout
+        sys.stderr = open(os.devnull, "w")
 
 
 def typed(text: str) -> str:
@@ -56,7 +59,7 @@ def json_line(value: Any) -> str:
 
 
 def print_text(line: str) -> None:
-    """Print a line, in words at a terminal's width."""
+    """Print a line, wrapped at words to the terminal's width."""
     if is_terminal():
         Console().print(visible(line), markup=False, highlight=False, overflow="fold")
     else:
@@ -70,20 +73,20 @@ def print_table(
 
     Columns in `optional` are left out at a terminal that is too narrow for all.
     """
-    cells = [list(map(_cell, row)) for row in rows]
     if not is_terminal():
-        print("\n".join(plain_rows(columns, cells)))
+        print("\n".join(plain_rows(columns, rows)))
         return
     console = Console()
-    if sum(_widths(columns, cells)) + _GAP * (len(columns) - 1) > console.width:
+    widths = _widths(columns, [list(map(_cell, row)) for row in rows])
+    if sum(widths) + _GAP * (len(columns) - 1) > console.width:
         shown = [place for place, column in enumerate(columns) if column not in optional]
         columns = [columns[place] for place in shown]
-        cells = [[row[place] for place in shown] for row in cells]
-    console.print(rich_table(columns, cells))
+        rows = [[row[place] for place in shown] for row in rows]
+    console.print(rich_table(columns, rows))
 
 
 def plain_rows(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    """Return a line for each row, below one of the columns' names, if they have some."""
+    """Return one line per row, after a header line if `columns` is not empty."""
     cells = [list(map(_cell, row)) for row in rows]
     widths = _widths(columns, cells)
     return [

@@ -11,26 +11,41 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.errors import ServiceError
+from service.errors import ConfigError, ServiceError
 
 # Name -> labels -> value.
 Metrics = dict[str, dict[tuple[tuple[str, str], ...], float]]
+
+
+# The statuses of requests that were refused because of the load.
+REFUSED = ("429", "503")
+
+
+def full_url(url: str) -> str:
+    """Return a URL with its scheme, without a slash at its end."""
+    return (url if "://" in url else f"http://{url}").rstrip("/")
+
+
+def client(url: str, timeout: float) -> httpx.Client:
+    """Return a client of a server. No proxy of the environment stands between."""
+    context = ssl.create_default_context()  # reads SSL_CERT_FILE
+    return httpx.Client(base_url=full_url(url), timeout=timeout, trust_env=False, verify=context)
 
 
 class Remote:
     """A client of one server, with an optional API key."""
 
     def __init__(self, url: str, key: str | None) -> None:
-        headers = {"authorization": f"Bearer {key}"} if key else {}
-        self.url = (url if "://" in url else f"http://{url}").rstrip("/")
+        self.url = full_url(url)
         with self._explained():
-            self._client = httpx.Client(
-                base_url=self.url,
-                headers=headers,
-                timeout=30,
-                trust_env=False,  # no proxy
-                verify=ssl.create_default_context(),  # reads SSL_CERT_FILE
-            )
+            self._client = client(url, timeout=30)
+        if key := (key or "").strip():  # the server strips its key too
+            if not (key.isascii() and key.isprintable()):
+                raise ConfigError(
+                    "the API key has a character that no header may hold; correct --key or "
+                    "SERVICE_API_KEY"
+                )
+            self._client.headers["authorization"] = f"Bearer {key}"
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -43,8 +58,10 @@ class Remote:
                     f"{self.url}: its certificate is not trusted; name it in SSL_CERT_FILE"
                 ) from None
             raise ServiceError(f"{self.url}: {e}; is the server running? (--url)") from None
-        except UnicodeError as e:
-            raise ServiceError(f"this cannot be sent: {e.reason}") from None  # type: ignore[attr-defined]
+        except UnicodeEncodeError as e:
+            raise ServiceError(f"this cannot be sent: {e.reason}") from None
+        except UnicodeError:  # of the codec `idna`
+            raise ServiceError(f"{self.url}: this is no name of a host (--url)") from None
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ServiceError(
                 f"{self.url}: this is not the answer of chat-service (--url)"
@@ -53,18 +70,18 @@ class Remote:
     def has_history(self) -> bool:
         """Whether the model supports a history of turns. Raises ServiceError."""
         with self._explained():
-            response = self._client.get("/", headers={"accept": "application/json"})
-            if response.status_code != 200:
-                raise ServiceError(_reason(response))
-            return bool(response.json()["style"] == "chat")
+            return bool(self._get("/").json()["style"] == "chat")
 
     def models(self) -> list[str]:
         """Return the names that a request may have as `model`. Raises ServiceError."""
         with self._explained():
-            response = self._client.get("/v1/models")
-            if response.status_code != 200:
-                raise ServiceError(_reason(response))
-            return [str(model["id"]) for model in response.json()["data"]]
+            return [str(model["id"]) for model in self._get("/v1/models").json()["data"]]
+
+    def _get(self, path: str) -> httpx.Response:
+        response = self._client.get(path, headers={"accept": "application/json"})
+        if response.status_code != 200:
+            raise ServiceError(_reason(response))
+        return response
 
     def answer(
         self, prompt: str, history: list[Any], options: dict[str, Any]
@@ -92,10 +109,7 @@ class Remote:
         """Return all samples by name and labels. Raises ServiceError."""
         samples: Metrics = {}
         with self._explained():
-            response = self._client.get("/metrics")
-            if response.status_code != 200:
-                raise ServiceError(_reason(response))
-            for family in text_string_to_metric_families(response.text):
+            for family in text_string_to_metric_families(self._get("/metrics").text):
                 for sample in family.samples:
                     if math.isnan(sample.value):
                         continue

@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.text import Text
 
 from service.terminal import output
-from service.terminal.remote import Metrics, Remote
+from service.terminal.remote import REFUSED, Metrics, Remote
 
 # Key in JSON -> (label, format) in the table, in the order shown.
 _ROWS = {
@@ -43,7 +43,6 @@ _SHOWN_CLIENTS = 10  # the busiest
 
 # Monitoring routes, which `top` does not count.
 _MONITORING = ("/metrics", "/health", "/ping")
-_REFUSED = ("429", "503")
 
 _Chosen = Callable[[dict[str, str]], bool]
 
@@ -74,8 +73,8 @@ def top(remote: Remote, interval: float, count: int | None, *, as_json: bool) ->
 def compare(before: Metrics, after: Metrics, seconds: float) -> dict[str, Any]:
     """Compute rates and quantiles between two scrapes; None: no data in between.
 
-    `models`, `replicas` and `clients` have a part of the figures for each. A server alone is no
-    replica.
+    `models`, `replicas` and `clients` list some of these figures per model, replica and client.
+    `replicas` is empty for a single server.
     """
     look = _Look(before, after, seconds)
     return {
@@ -113,8 +112,8 @@ class _Look:
         self._before = before
         self._after = after
         self._seconds = seconds
-        # A server alone has one base model, of which what has no label is. An engine has the name
-        # as `model_name`, and in a cluster as `model` too.
+        # A single server has one base model; series without a model label belong to it. The
+        # engine's series name it in `model_name`, in a cluster also in `model`.
         bases = self._values("vllm:num_requests_running", "model_name")
         self._base = next(iter(bases)) if len(bases) == 1 else ""
 
@@ -128,12 +127,9 @@ class _Look:
             return labels.get("model", labels.get("model_name", self._base)) == name
 
         return {
-            **self._of_requests(mine),
-            "running": self.sum("vllm:num_requests_running", mine),
-            "waiting": self.sum("service_waiting_sequences", mine),
+            **self._of_engine(mine),
             "ttft_p50": self.quantile("vllm:time_to_first_token_seconds", 0.5, mine),
             "ttft_p99": self.quantile("vllm:time_to_first_token_seconds", 0.99, mine),
-            "kv_cache_usage": self.mean("vllm:kv_cache_usage_perc", mine),
         }
 
     def replicas(self) -> list[dict[str, Any]]:
@@ -145,13 +141,7 @@ class _Look:
             def mine(labels: dict[str, str], replica: str = replica) -> bool:
                 return labels.get("replica") == replica
 
-            figures = {
-                **self._of_requests(mine),
-                "running": self.sum("vllm:num_requests_running", mine),
-                "waiting": self.sum("service_waiting_sequences", mine),
-                "kv_cache_usage": self.mean("vllm:kv_cache_usage_perc", mine),
-            }
-            rows.append({"model": model, "replica": replica, **figures})
+            rows.append({"model": model, "replica": replica, **self._of_engine(mine)})
         return rows
 
     def clients(self) -> list[dict[str, Any]]:
@@ -168,6 +158,14 @@ class _Look:
         busy = ("generation_tokens_per_second", "requests_per_second")
         return sorted(rows, key=lambda row: [row[figure] for figure in busy], reverse=True)
 
+    def _of_engine(self, mine: _Chosen) -> dict[str, Any]:
+        return {
+            **self._of_requests(mine),
+            "running": self.sum("vllm:num_requests_running", mine),
+            "waiting": self.sum("service_waiting_sequences", mine),
+            "kv_cache_usage": self.mean("vllm:kv_cache_usage_perc", mine),
+        }
+
     def _of_requests(self, mine: _Chosen) -> dict[str, float]:
         def tokens(kind: str) -> float:
             return self.rate("service_tokens_total", lambda s: mine(s) and s.get("kind") == kind)
@@ -176,7 +174,7 @@ class _Look:
         return {
             "requests_per_second": self.rate(requests, mine),
             "refused_per_second": self.rate(
-                requests, lambda s: mine(s) and s.get("status") in _REFUSED
+                requests, lambda s: mine(s) and s.get("status") in REFUSED
             ),
             "prompt_tokens_per_second": tokens("prompt"),
             "generation_tokens_per_second": tokens("generation"),

@@ -5,18 +5,16 @@ From one server's /metrics since its start, or from a Prometheus over a time and
 
 import math
 import re
-import ssl
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import httpx
 
 from service.errors import ConfigError, ServiceError
-from service.terminal.remote import Remote
+from service.terminal.remote import REFUSED, Remote, client
 
 # The columns after client and model.
 COUNTS = ("requests", "refused", "prompt_tokens", "generation_tokens")
-_REFUSED = ("429", "503")
 _REQUESTS = "service_client_requests_total"
 _TOKENS = "service_tokens_total"
 _SINCE = re.compile(r"[1-9][0-9]{0,5}[smhdw]")
@@ -58,15 +56,17 @@ def _rows(samples: Iterable[tuple[Labels, float]]) -> list[dict[str, Any]]:
     """Add up samples of both metrics. Who has asked nothing has no row."""
     rows: dict[tuple[str, str], dict[str, float]] = {}
     for labels, value in samples:
-        if "client" not in labels or math.isnan(value):  # another program's, or a lost replica's
+        # Skip other programs' series, and the NaN of a replica that is gone.
+        if "client" not in labels or not math.isfinite(value):
             continue
         # Prometheus leaves out a label that is empty.
         row = rows.setdefault((labels["client"], labels.get("model", "")), dict.fromkeys(COUNTS, 0))
         if kind := labels.get("kind"):
-            row[f"{kind}_tokens"] += value
+            if (count := f"{kind}_tokens") in row:
+                row[count] += value
         else:
             row["requests"] += value
-            row["refused"] += value if labels.get("status") in _REFUSED else 0
+            row["refused"] += value if labels.get("status") in REFUSED else 0
     return [
         # `increase` extrapolates, so it is not whole.
         {"client": client, "model": model, **{count: round(row[count]) for count in COUNTS}}
@@ -77,11 +77,9 @@ def _rows(samples: Iterable[tuple[Labels, float]]) -> list[dict[str, Any]]:
 
 def _query(url: str, expr: str) -> Iterator[tuple[Labels, float]]:
     """Yield labels and value of each series that Prometheus answers. Raises ServiceError."""
-    base = (url if "://" in url else f"http://{url}").rstrip("/")
-    context = ssl.create_default_context()  # reads SSL_CERT_FILE
     try:
-        with httpx.Client(timeout=60, trust_env=False, verify=context) as client:
-            response = client.get(f"{base}/api/v1/query", params={"query": expr})
+        with client(url, timeout=60) as prometheus:
+            response = prometheus.get("/api/v1/query", params={"query": expr})
         answer = response.json()
         if answer["status"] != "success":
             raise ServiceError(f"{url}: Prometheus says: {str(answer['error'])[:200]}")
