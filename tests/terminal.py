@@ -12,6 +12,9 @@ from collections.abc import Sequence
 
 from tests.conftest import PATIENCE
 
+# Begins a command that Ctrl-C ends also where the tests ignore it, as in the background of a shell.
+INTERRUPTED = ("env", "--default-signal=INT")
+
 
 def run(
     *words: str, width: int = 80, typed: Sequence[bytes] = (), prompt: bytes = b""
@@ -25,7 +28,7 @@ def run(
     env = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     process = subprocess.Popen(
         # Ctrl-C reaches the processes of which this is the terminal.
-        ["setsid", "--ctty", sys.executable, "-m", "service", *words],
+        ["setsid", "--ctty", *INTERRUPTED, sys.executable, "-m", "service", *words],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,

@@ -92,7 +92,7 @@ def opened(server: ScriptedServer, browser: Browser) -> Iterator[Opener]:
         contexts[-1].on("page", watch.add)  # other tabs
         watch.add(page)
         page.goto(server.url)
-        expect(page.locator("#send")).to_be_enabled(timeout=PATIENCE * 1000)
+        expect(page.locator("#send")).to_be_enabled()
         return page
 
     yield open_page
@@ -267,7 +267,7 @@ def test_a_hundred_tokens_a_second_leave_the_page_free(
     is_answered(page)
     ask(page, "go")
     drawn = page.locator(".model").nth(1)
-    expect(drawn).to_contain_text("Part 299", timeout=PATIENCE * 1000)
+    expect(drawn).to_contain_text("Part 299")
     page.evaluate("parsed.length = 0")
     browser.start_tracing(page=page, categories=["toplevel", "__metadata"])
     is_answered(page, 2)

@@ -174,7 +174,7 @@ def test_a_mistake_and_ctrl_c_at_a_terminal_do_not_end_the_conversation() -> Non
 
 def test_ctrl_c_ends_a_conversation_that_is_piped() -> None:
     with page(b'{"style": "chat"}') as url:
-        command = [sys.executable, "-m", "service", "chat", "--url", url]
+        command = [*terminal.INTERRUPTED, sys.executable, "-m", "service", "chat", "--url", url]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             assert process.stdin and process.stderr
             with pytest.raises(subprocess.TimeoutExpired):
