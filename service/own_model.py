@@ -9,7 +9,7 @@ from service import model_config, weights
 from service.errors import ConfigError, WeightsError
 from service.model_config import ModelConfig, Origins
 from service.model_config.loader import CHECKPOINT
-from service.weights import adapter
+from service.weights import adapter, embedded
 from service.weights.tensor_files import read_object
 
 # Where a model's files say what it was trained from: those of transformers, and of ms-swift.
@@ -146,7 +146,10 @@ def _in_catalogue(text: str) -> str | None:
     wanted = adapter.name_in(text)
     for name, file in model_config.catalogue().items():
         source = model_config.load(name, file=file)[0].source
-        if wanted == name or (source.modelscope and wanted == adapter.name_in(source.modelscope)):
+        names = [name, *([adapter.name_in(source.modelscope)] if source.modelscope else [])]
+        if source.embedded and source.sha256:
+            names.append(embedded.folder(source.embedded, source.sha256, Path()).name)
+        if wanted in names:
             return name
     return None
 

@@ -27,7 +27,7 @@ from service.weights import adapter
 from testing import checkpoints
 from testing.server import Server, free_port
 from tests import warm
-from tests.conftest import PATIENCE, logged
+from tests.conftest import MODEL, PATIENCE, logged
 from tests.engine import PROMPTS, Answer, ask, engine
 from tests.test_chat_page import browser as browser
 
@@ -214,7 +214,8 @@ def test_products_are_those_of_vllm_and_the_base_has_none(
     assert list(signature(ours).parameters) == list(signature(theirs).parameters)
     torch.manual_seed(0)
     adapters = torch.tensor([0, 2, -1, 1, 0, 2])
-    inputs, weights = torch.randn(6, 32, dtype=dtype), torch.randn(3, 1, 16, 32, dtype=dtype)
+    inputs, weights = torch.randn(6, 32, dtype=dtype), torch.randn(4, 1, 16, 32, dtype=dtype)
+    weights[3] = torch.nan  # of an adapter that is in no token
     before = torch.randn(6, 20, dtype=dtype)
     output, expected = before.clone(), before.clone()
     ours(inputs, weights, output, adapters, *arguments)
@@ -535,6 +536,15 @@ def test_a_folder_that_is_no_whole_adapter_says_what_to_do(files: Path, tmp_path
     assert "whole tensors beside LoRA's, such as lm_head.weight; merge it" in problem(lora)
     save_file(tensors | dict.fromkeys(list(tensors)[:1], torch.ones(0)), weights)
     assert "is empty, as DeepSpeed ZeRO-3 leaves it" in problem(lora)
+    first = next(iter(tensors))
+    diverged = tensors | {first: tensors[first].clone().fill_(torch.nan)}
+    save_file(diverged, weights)
+    assert "lora_A.weight has values that are no numbers" in problem(lora, base=files / "base")
+    torch.save(diverged, lora / "adapter_model.bin")
+    weights.unlink()
+    assert "has values that are no numbers" in problem(lora, base=files / "base")
+    (lora / "adapter_model.bin").unlink()
+    save_file(tensors, weights)
     weights.unlink()
     assert "has no adapter_model.safetensors or adapter_model.bin; copy it" in problem(lora)
     (lora / "adapter_config.json").write_text("{")
@@ -600,7 +610,7 @@ def test_a_mistake_in_adapters_has_its_line(
 
 
 def test_an_adapter_given_as_the_model_finds_its_base(
-    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    files: Path, tmp_path: Path, embedded_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "我的 模型"
     trained_on = "/root/autodl-tmp/qwen/Qwen2-7B-Instruct"
@@ -624,6 +634,9 @@ def test_an_adapter_given_as_the_model_finds_its_base(
     config, _ = own_model.load(str(files / FOLDERS["my"]))
     assert (config.name, config.source.path) == ("base", str(files / "base"))
     assert config.default_adapter == "output-checkpoint-30"
+    checkpoints.write_adapter(folder, files / "base", base_model_name_or_path=str(embedded_model))
+    config, _ = own_model.load(str(folder))
+    assert (config.name, config.source.path) == (MODEL, str(embedded_model))
     for gone in ("/gone/Other-9B", "~nosuchuser/Other-9B"):
         checkpoints.write_adapter(folder, files / "base", base_model_name_or_path=gone)
         with pytest.raises(ConfigError, match=f"is an adapter for {gone}, which is neither in"):

@@ -26,8 +26,8 @@ SAID = [
         "ValueError: Free memory on device cuda:0 (12.10/23.68 GiB) on startup is less than "
         "desired GPU memory utilization (0.92, 21.79 GiB). Decrease GPU memory utilization or "
         "reduce GPU memory used by other processes.",
-        "21.79 GiB of 23.68 are wanted and 12.10 are free: lower engine.gpu_memory_utilization "
-        "(now 0.92)",
+        "21.79 GiB of 23.68 are wanted and 12.10 are free: set engine.kv_cache_memory_bytes, such "
+        "as 2G, lower engine.gpu_memory_utilization (now 0.92)",
     ),
     (
         "ValueError: Bfloat16 is only supported on GPUs with compute capability of at least 8.0.",

@@ -150,6 +150,7 @@ def inspect_adapters(
     """
     source = config.source
     known_as = [config.name, *filter(None, (source.modelscope, source.path))]
+    known_as += [str(base)] if base else []
     tensors = adapter.base_tensors(base) if base and folders else {}
     limits = vllm_arguments.adapter_limits(base, for_gpu=for_gpu) if tensors and base else None
     return [

@@ -47,8 +47,8 @@ _ADVICE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (
             r"\(([\d.]+)/([\d.]+) GiB\) on startup is less than desired .*?"
             r"\(([\d.]+), ([\d.]+) GiB",
-            r"\4 GiB of \2 are wanted and \1 are free: lower engine.gpu_memory_utilization "
-            r"(now \3), set engine.kv_cache_memory_bytes, or stop what else uses the memory",
+            r"\4 GiB of \2 are wanted and \1 are free: set engine.kv_cache_memory_bytes, such as "
+            r"2G, lower engine.gpu_memory_utilization (now \3), or stop what else uses the memory",
         ),
         (r"OutOfMemoryError|CUDA out of memory", rf"the GPU is out of memory: {_LESS_MEMORY}"),
         (

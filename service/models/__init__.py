@@ -31,7 +31,7 @@ def register() -> None:
         compile_nothing_for_requests,
         ignore_hidden_weights,
         let_tokenizer_mode_decide,
-        multiply_by_all_adapters,
+        multiply_by_each_adapter,
         spell_ids_without_token,
         use_fast_penalties,
         use_fast_top_p,
@@ -78,4 +78,4 @@ def register() -> None:
         use_fast_penalties()
         use_fast_top_p()
         compile_nothing_for_requests()
-        multiply_by_all_adapters()
+        multiply_by_each_adapter()

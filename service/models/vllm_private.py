@@ -224,8 +224,8 @@ def apply_top_k_top_p(
     return keep_nucleus(logits, p, lambda some, its_p: _vllm_apply_top_k_top_p(some, None, its_p))
 
 
-def multiply_by_all_adapters() -> None:
-    """Make vLLM multiply by the matrices of all adapters at once. For a CPU.
+def multiply_by_each_adapter() -> None:
+    """Make vLLM multiply once by the matrices of each adapter in a batch. For a CPU.
 
     Its functions in PyTorch copy an adapter's matrices for each token, and take the index -1, which
     marks a sequence without an adapter, for the last adapter.
@@ -249,12 +249,8 @@ def bgmv_shrink(
     lora_indices_tensor: torch.Tensor,
     scaling: float = 1.0,
 ) -> None:
-    adapters, _, rows, _ = lora_b_weights.shape
-    dtype = output_tensor.dtype
-    chosen = _one_hot(lora_indices_tensor, adapters, dtype)
-    products = inputs.to(dtype) @ lora_b_weights.flatten(0, 2).T.to(dtype)
-    products = products.view(-1, adapters, rows)
-    output_tensor[:, :rows] = torch.bmm(chosen.unsqueeze(1), products).squeeze(1).mul_(scaling)
+    product = _product(inputs, lora_b_weights, output_tensor, lora_indices_tensor)
+    output_tensor[:, : product.shape[1]] = product.mul_(scaling)
 
 
 def bgmv_expand(
@@ -279,17 +275,22 @@ def bgmv_expand_slice(
     slice_size: int,
     add_inputs: bool = True,
 ) -> None:
-    dtype = output_tensor.dtype
-    chosen = _one_hot(lora_indices_tensor, len(lora_b_weights), dtype)
-    placed = (chosen.unsqueeze(2) * inputs.to(dtype).unsqueeze(1)).flatten(1)
-    product = placed @ lora_b_weights.to(dtype).squeeze(1).transpose(1, 2).flatten(0, 1)
+    product = _product(inputs, lora_b_weights, output_tensor, lora_indices_tensor)
     place = output_tensor[: len(product), slice_offset : slice_offset + slice_size]
     place.add_(product) if add_inputs else place.copy_(product)
 
 
-def _one_hot(indices: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return [tokens, size] with 1 at each token's index, and no 1 for the index -1."""
-    return (indices.unsqueeze(1) == torch.arange(size)).to(dtype)
+def _product(
+    inputs: torch.Tensor, weights: torch.Tensor, output: torch.Tensor, indices: torch.Tensor
+) -> torch.Tensor:
+    """Multiply each token by the matrix of its adapter alone: another's may have no numbers."""
+    product = output.new_zeros(len(inputs), weights.shape[-2])
+    for adapter in torch.unique(indices).tolist():
+        if adapter >= 0:  # else the product is zero
+            tokens = (indices == adapter).nonzero().squeeze(1)
+            matrix = weights[adapter].flatten(0, -2).to(output.dtype)
+            product[tokens] = inputs[tokens].to(output.dtype) @ matrix.T
+    return product
 
 
 def compile_nothing_for_requests() -> None:

@@ -146,6 +146,7 @@ def inspect(
                 problems = problems or _of_limits(matrices, tensors, limits)
             found += problems
             warnings += unsure
+        found = found or _of_values(folder)
     warnings += _of_name(str(config.get("base_model_name_or_path") or ""), known_as)
     return Adapter(
         name,
@@ -247,6 +248,26 @@ def _declared_ranks(config: Mapping[str, Any]) -> list[int]:
     pattern = config.get("rank_pattern")
     ranks = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
     return [0, *(rank for rank in ranks if isinstance(rank, int))]
+
+
+def _of_values(folder: Path) -> list[str]:
+    """A value that is no number makes others of it: of all sequences that use its cache later."""
+    import torch
+    from safetensors.torch import load_file
+
+    file = weights_in(folder)
+    assert file is not None
+    if file.suffix == ".safetensors":
+        values = load_file(file)
+    else:
+        values = torch.load(file, map_location="cpu", weights_only=True)
+    for name, tensor in values.items():
+        if not tensor.isfinite().all():
+            return [
+                f"{name.removeprefix(_PREFIX)} has values that are no numbers (NaN or infinite), "
+                "so its training has diverged; take an earlier checkpoint"
+            ]
+    return []
 
 
 def _of_base(base: Path) -> str | None:
