@@ -116,11 +116,13 @@ class ClusterUnderTest:
         series = r'service_running_sequences\{model="%s",replica="(\w+)"\}'
         return set(re.findall(series % model, text))
 
-
     def both(self) -> set[str]:
         """The two replicas of `a`, once both are on the page: a busy one may be left out of it."""
-        wait(lambda: len(self.serving()) == 2, 60)
-        return self.serving()
+        deadline = time.monotonic() + 60
+        while len(serving := self.serving()) != 2:
+            assert time.monotonic() < deadline, serving
+            time.sleep(0.5)
+        return serving
 
 
 @pytest.fixture(scope="module", autouse=True)
