@@ -498,6 +498,11 @@ def test_a_base_of_another_name_or_in_4_bits_is_told(files: Path, tmp_path: Path
     ):
         assert warnings(same) == []
     assert warnings("/models/Qwen2___5-7B-Instruct", "qwen/Qwen2.5-7B-Instruct") == []
+    for no_cache in (
+        "/my-models--Qwen--Qwen2-7B-Instruct/z",
+        "/models/a--Qwen2-7B-Instruct/snapshots-old/c",
+    ):
+        assert len(warnings(no_cache)) == 1
     for other_floats in ("OpenBMB/MiniCPM-2B-sft-bf16", "OpenBMB/MiniCPM-2B-sft-fp32"):
         assert warnings(other_floats, "minicpm-2b-sft") == []
     # The owner, or a folder around both, is no name.

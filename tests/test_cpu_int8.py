@@ -13,9 +13,9 @@ from testing import checkpoints
 from tests import warm
 from tests.conftest import PATIENCE
 from tests.engine import Answer, ask, engine
-from tests.test_models import differences
+from tests.test_models import NAMES, differences
+from tests.test_models import folders as folders
 
-NAMES = list(checkpoints.BUILDERS)
 INT8 = f"engine.quantization={cpu_int8.NAME}"
 
 
@@ -53,12 +53,6 @@ def test_an_input_of_zeros_has_a_product_of_zeros_in_its_own_type() -> None:
     product = cpu_int8.Int8Weights(torch.randn(5, 64)).multiply(torch.zeros(2, 3, 64).bfloat16())
     assert product.dtype is torch.bfloat16
     assert torch.equal(product, torch.zeros(2, 3, 5).bfloat16())
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("checkpoints")
-    return {name: checkpoints.write(name, folder / name) for name in NAMES}
 
 
 @pytest.mark.parametrize("name", NAMES)

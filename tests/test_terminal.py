@@ -19,7 +19,7 @@ import pytest
 from service.cluster import exposition
 from service.errors import ConfigError, ServiceError
 from service.terminal import chat as conversation
-from service.terminal import remote, top
+from service.terminal import remote, top, usage
 from service.terminal.remote import Metrics
 from testing.server import Server, free_port
 from tests import terminal, warm
@@ -427,3 +427,13 @@ def test_figures_of_a_part_are_of_its_series_alone() -> None:
     a, _, tuned = figures["models"]
     assert (a["running"], a["kv_cache_usage"]) == (3, 0.5)
     assert (tuned["running"], tuned["prompt_tokens_per_second"]) == (None, 0.5)
+
+
+def test_no_message_shows_the_password_of_a_url() -> None:
+    with pytest.raises(ServiceError) as error:
+        remote.Remote("http://anna:secret@127.0.0.1:1", None).models()
+    assert str(error.value).startswith("http://127.0.0.1:1: ")
+    assert "secret" not in str(error.value)
+    with pytest.raises(ServiceError) as error:
+        usage.of_prometheus("http://anna:secret@127.0.0.1:1", "1h")
+    assert str(error.value).startswith("http://127.0.0.1:1: ")

@@ -29,7 +29,9 @@ _STAND_INS: dict[str, Any] = {"name": "model", "source": {"path": "."}}
 CHECKPOINT = re.compile(r"checkpoint-\d+(-merged)?")
 # The model's name in a path of a hub's cache: models--owner--name of Hugging Face, and
 # models/owner--name/snapshots/revision of ModelScope.
-_CACHED = re.compile(r"models(?:--|[/\\](?=[^/\\]+[/\\]snapshots))[^/\\]+?--([^/\\]+)")
+_CACHED = re.compile(
+    r"(?:^|[/\\])models(?:--|[/\\](?=[^/\\]+[/\\]snapshots(?:[/\\]|$)))[^/\\]+?--([^/\\]+)"
+)
 # What a folder has that can be served.
 _CONFIGS = ("config", "adapter_config")
 

@@ -12,9 +12,10 @@ columns, and leaves their product as it is (as in QuaRot, arXiv:2404.00456, but 
 import functools
 import math
 import warnings
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
+from torch.library import Library, register_fake
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -35,8 +36,6 @@ def register() -> None:
 
 class CpuInt8Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is not typed for us
     """Chooses the layers: all linear ones and the output layer. Embeddings and experts stay."""
-
-    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def __init__(self) -> None:
         """Raises ValueError on a processor that has no such kernel."""
@@ -156,11 +155,11 @@ def _multiply_by_name(x: torch.Tensor, layer: str, rows: int) -> torch.Tensor:
 
 
 # The product as an operator of torch, for compiled models.
-_LIBRARY: Any = torch.library.Library("chat_service", "DEF")  # type: ignore[no-untyped-call]
-_LIBRARY.define("int8_linear(Tensor x, str layer, int rows) -> Tensor")
-_LIBRARY.impl("int8_linear", _multiply_by_name, "CPU")
-torch.library.register_fake(
+_OPERATORS: Any = Library("chat_service", "DEF")  # type: ignore[no-untyped-call]
+_OPERATORS.define("int8_linear(Tensor x, str layer, int rows) -> Tensor")
+_OPERATORS.impl("int8_linear", _multiply_by_name, "CPU")
+register_fake(
     "chat_service::int8_linear",
     lambda x, layer, rows: x.new_empty(*x.shape[:-1], rows),
-    lib=_LIBRARY,
+    lib=_OPERATORS,
 )

@@ -17,6 +17,7 @@ from service.errors import ConfigError, ServiceError
 Metrics = dict[str, dict[tuple[tuple[str, str], ...], float]]
 
 
+_PASSWORD = re.compile(r"(?<=://)[^/@]*@")
 # The statuses of requests that were refused because of the load.
 REFUSED = ("429", "503")
 
@@ -24,6 +25,11 @@ REFUSED = ("429", "503")
 def full_url(url: str) -> str:
     """Return a URL with its scheme, without a slash at its end."""
     return (url if "://" in url else f"http://{url}").rstrip("/")
+
+
+def without_password(url: str) -> str:
+    """Return a URL as messages may show it, without a user and a password."""
+    return _PASSWORD.sub("", url)
 
 
 def client(url: str, timeout: float) -> httpx.Client:
@@ -36,7 +42,7 @@ class Remote:
     """A client of one server, with an optional API key."""
 
     def __init__(self, url: str, key: str | None) -> None:
-        self.url = full_url(url)
+        self.url = without_password(full_url(url))
         with self._explained():
             self._client = client(url, timeout=30)
         if key := (key or "").strip():  # the server strips its key too

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from service.errors import ConfigError, ServiceError
-from service.terminal.remote import REFUSED, Remote, client
+from service.terminal.remote import REFUSED, Remote, client, without_password
 
 # The columns after client and model.
 COUNTS = ("requests", "refused", "prompt_tokens", "generation_tokens")
@@ -46,8 +46,8 @@ def of_prometheus(url: str, since: str) -> list[dict[str, Any]]:
     ]
     if not samples:
         raise ServiceError(
-            f"{url}: Prometheus has nothing of {_REQUESTS} in the last {since}; does it scrape "
-            "chat-service?"
+            f"{without_password(url)}: Prometheus has nothing of {_REQUESTS} in the last {since}; "
+            "does it scrape chat-service?"
         )
     return _rows(samples)
 
@@ -82,10 +82,16 @@ def _query(url: str, expr: str) -> Iterator[tuple[Labels, float]]:
             response = prometheus.get("/api/v1/query", params={"query": expr})
         answer = response.json()
         if answer["status"] != "success":
-            raise ServiceError(f"{url}: Prometheus says: {str(answer['error'])[:200]}")
+            raise ServiceError(
+                f"{without_password(url)}: Prometheus says: {str(answer['error'])[:200]}"
+            )
         for series in answer["data"]["result"]:
             yield series["metric"], float(series["value"][1])
     except (httpx.HTTPError, httpx.InvalidURL, OSError) as e:
-        raise ServiceError(f"{url}: {e}; is Prometheus running? (--prometheus)") from None
+        raise ServiceError(
+            f"{without_password(url)}: {e}; is Prometheus running? (--prometheus)"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise ServiceError(f"{url}: this is not the answer of Prometheus (--prometheus)") from None
+        raise ServiceError(
+            f"{without_password(url)}: this is not the answer of Prometheus (--prometheus)"
+        ) from None

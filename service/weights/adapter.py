@@ -262,7 +262,7 @@ def _of_values(folder: Path) -> list[str]:
     else:
         values = torch.load(file, map_location="cpu", weights_only=True)
     for name, tensor in values.items():
-        if not tensor.isfinite().all():
+        if not tensor.float().isfinite().all():
             return [
                 f"{name.removeprefix(_PREFIX)} has values that are no numbers (NaN or infinite), "
                 "so its training has diverged; take an earlier checkpoint"
