@@ -120,6 +120,13 @@ def in_pieces(text: str, size: int = 3) -> list[str]:
     return [text[at : at + size] for at in range(0, len(text), size)]
 
 
+def in_two_parts(before: str, after: str, until: threading.Event) -> Iterator[str]:
+    """What is on the page between the parts stays there until the event."""
+    yield from in_pieces(before, 2)
+    until.wait(PATIENCE)
+    yield from in_pieces(after, 2)
+
+
 def test_the_library_is_the_published_one() -> None:
     assert hashlib.sha256(LIBRARY.read_bytes()).hexdigest() == LIBRARY_SHA256
 
@@ -294,14 +301,15 @@ def test_a_hundred_tokens_a_second_leave_the_page_free(
 @pytest.mark.parametrize("has_tag", [True, False], ids=["tagged", "begun by the template"])
 def test_reasoning_is_folded(server: ScriptedServer, opened: Opener, has_tag: bool) -> None:
     server.index["think"] = ["<think>", "</think>"]
-    server.rate = 20
-    text = f"{'<think>' * has_tag}\nLet me **see**.\n</think>\n\nIt is *four*."
-    server.answers["go"] = in_pieces(text, 2)
+    thought = threading.Event()
+    begin = f"{'<think>' * has_tag}\nLet me **se"
+    server.answers["go"] = in_two_parts(begin, "e**.\n</think>\n\nIt is *four*.", thought)
     page = opened()
     ask(page, "go")
     fold = page.locator(".model details")
-    expect(fold.locator("div")).to_contain_text("Let me")
+    expect(fold.locator("div")).to_have_text("Let me **se")
     expect(page.locator(".model .text")).to_have_text("")
+    thought.set()
     is_answered(page)
     expect(page.locator(".model .text em")).to_have_text("four")
     expect(fold.locator("div")).to_be_hidden()
@@ -861,10 +869,11 @@ def test_a_list_of_models_that_is_none_is_told(server: ScriptedServer, page: Pag
 
 def test_a_screen_reader_is_told_of_an_answer_once(server: ScriptedServer, page: Page) -> None:
     status = page.get_by_role("status")
-    server.answers["go"] = (piece for piece in in_pieces("The answer is four."))
-    server.rate = 20
+    written = threading.Event()
+    server.answers["go"] = in_two_parts("The answer", " is four.", written)
     ask(page, "go")
     expect(status).to_have_text("The answer is being written.")
+    written.set()
     is_answered(page)
     expect(status).to_have_text("The answer is four.")
     expect(page.get_by_role("article", name="Question")).to_have_count(1)
