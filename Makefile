@@ -65,7 +65,7 @@ lock: $(TESTED) ## Pin the newest versions that fit pyproject.toml in requiremen
 	$(COMPILE) $(CPU) -c requirements/cpu.txt --extra test -o requirements/test.txt
 	$(COMPILE) $(CPU) -c requirements/cpu.txt --extra bench -o requirements/bench.txt
 	$(COMPILE) $(CPU) -c requirements/cpu.txt --extra cluster -o requirements/cluster.txt
-	$(UV) compile --quiet --upgrade --no-header --no-annotate --group clients -o requirements/clients.txt
+	$(COMPILE) --extra clients -o requirements/clients.txt
 	env -u UV_FIND_LINKS $(COMPILE) --extra cuda -o requirements/cuda.txt
 
 rehearse: ## Say what another version of vLLM would break here (VLLM=0.33.0 or a wheel)

@@ -174,6 +174,41 @@ def load(name: str, folder: Path, *assignments: str) -> tuple[ModelConfig, Origi
     return model_config.load(CATALOGUE[name], arguments(name, folder, *assignments))
 
 
+def write_scripted(folder: Path, script: Sequence[str]) -> Path:
+    """Write a Qwen2 that goes on with the next token of `script`, in which none may stand twice.
+
+    Its layers change nothing, so that the last token alone decides. It has the tags of reasoning,
+    and its template writes the opening one where the question has the word `begun`.
+    """
+    write("qwen2", folder)
+    keys = json.loads((folder / "tokenizer_config.json").read_text())
+    tag = "{% if 'begun' in messages[-1]['content'] %}{{ '<think>' }}{% endif %}"
+    keys["chat_template"] += tag
+    (folder / "tokenizer_config.json").write_text(json.dumps(keys))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    vocabulary = tokenizer.get_vocab()
+    ids = [vocabulary[token] for token in script]
+    assert len(set(ids)) == len(ids)
+
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"vocab_size": VOCABULARY + 2, "max_position_embeddings": 32768})
+    )
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in weights.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight.zero_()
+    table = _random(VOCABULARY + 2, HIDDEN)
+    head = torch.zeros_like(table)
+    head[ids[1:]] = table[ids[:-1]]
+    weights |= {"model.embed_tokens.weight": table, "lm_head.weight": head}
+    weights["model.norm.weight"] = torch.ones(HIDDEN)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def arguments(name: str, folder: Path, *assignments: str) -> list[str]:
     """For --set: the files that `write` made, and a KV cache that is small."""
     files = [f"source={{path: {folder}}}"]

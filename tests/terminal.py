@@ -8,7 +8,10 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Sequence
+
+import psutil
 
 from tests.conftest import PATIENCE
 
@@ -42,6 +45,10 @@ def run(
             shown += piece
             if waiting and (place := shown.find(prompt, seen)) >= 0:
                 seen = place + len(prompt)
+                # Python reads a Ctrl-C that comes before it waits only with the next key.
+                busy = (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
+                while psutil.Process(process.pid).status() in busy:
+                    time.sleep(0.01)
                 os.write(ours, waiting.pop(0))
     except OSError:  # how Linux tells that nobody has the other side any more
         pass

@@ -23,6 +23,8 @@ from tests.conftest import PATIENCE
 
 Tutorial = tuple[Path, httpx.Client]  # the checkpoint, and a client of its server
 GREEDY = {"temperature": 0, "repetition_penalty": 1}
+# What a model that reasons writes after the template, whose last token is a new line.
+THOUGHT = ("Ċ", "<think>", "h", "m", "</think>", "Y", "e", "s", "<|im_end|>")
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +33,20 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Tuto
     servers: dict[str, Tutorial] = {}
     waiting: list[Server] = []
     with ExitStack() as stack:
-        for name in ("baichuan2", "bluelm", "glm4", "openelm"):
-            folder = checkpoints.write(name, tmp_path_factory.mktemp(name))
+        for name in ("baichuan2", "bluelm", "glm4", "openelm", "qwen2"):
+            folder, entry = tmp_path_factory.mktemp(name), checkpoints.CATALOGUE[name]
+            if name == "qwen2":
+                checkpoints.write_scripted(folder, THOUGHT)
+                entry = "deepseek-r1-distill-qwen-7b"
+            else:
+                checkpoints.write(name, folder)
             if name == "glm4":
                 begin_with_a_newline(folder)
             arguments = checkpoints.arguments(
                 name, folder, "engine.dtype=float32", "engine.enforce_eager=true"
             )
             sets = [word for argument in arguments for word in ("--set", argument)]
-            server: Server = warm.Server.service(folder / "log", checkpoints.CATALOGUE[name], *sets)
+            server: Server = warm.Server.service(folder / "log", entry, *sets)
             stack.callback(server.stop)
             client = httpx.Client(base_url=server.url, timeout=PATIENCE, trust_env=False)
             servers[name] = folder, stack.enter_context(client)
@@ -265,3 +272,42 @@ def test_openelm_reads_a_control_token_as_text(openelm: Tutorial) -> None:
     answer = client.post("/", json=body).json()
     assert answer["response"].startswith("a</s>b")
     assert answer["details"]["prompt_tokens"] > 4
+
+
+@pytest.fixture
+def reasoner(servers: dict[str, Tutorial]) -> httpx.Client:
+    return servers["qwen2"][1]
+
+
+# In the second the template has written the opening tag: the answer begins behind it.
+@pytest.mark.parametrize(("question", "opening"), [("go", "<think>"), ("begun", "")])
+def test_reasoning_is_apart_from_the_answer_on_every_route(
+    reasoner: httpx.Client, question: str, opening: str
+) -> None:
+    plain = reasoner.post("/", json={"prompt": question, "history": []}).json()
+    assert plain["response"] == f"{opening}hm</think>Yes"
+    assert (plain["think"], plain["answer"]) == ("hm", "Yes")
+    assert plain["history"] == [[question, "Yes"]]
+    deltas, whole = streamed(reasoner, {"prompt": question})
+    assert "".join(deltas) == whole == plain["response"]
+
+    messages = [{"role": "user", "content": question}]
+    asked = {"model": "deepseek-r1-distill-qwen-7b", "max_tokens": 50}
+    chat = asked | {"messages": messages}
+    (choice,) = reasoner.post("/v1/chat/completions", json=chat).json()["choices"]
+    assert (choice["message"]["reasoning"], choice["message"]["content"]) == ("hm", "Yes")
+    lines = reasoner.post("/v1/chat/completions", json=chat | {"stream": True}).text.splitlines()
+    pieces = [
+        json.loads(line[6:])["choices"][0]["delta"]
+        for line in lines
+        if line and "[DONE]" not in line
+    ]
+    assert "".join(piece.get("reasoning") or "" for piece in pieces) == "hm"
+    assert "".join(piece.get("content") or "" for piece in pieces) == "Yes"
+
+    kinds = {"reasoning": "hm", "message": "Yes"}
+    body = {"model": asked["model"], "input": question, "max_output_tokens": 50}
+    output = reasoner.post("/v1/responses", json=body).json()["output"]
+    assert {item["type"]: item["content"][0]["text"] for item in output} == kinds
+    content = reasoner.post("/v1/messages", json=chat).json()["content"]
+    assert [block.get("thinking") or block.get("text") for block in content] == ["hm", "Yes"]
