@@ -303,6 +303,16 @@ def on_cpu() -> bool:
     return bool(current_platform.is_cpu())
 
 
+def pipeline_problem(args: argparse.Namespace) -> str | None:
+    """Say why a pipeline cannot be served: vLLM 0.32's workers on a CPU cannot receive anything."""
+    if args.pipeline_parallel_size > 1 and on_cpu():
+        return (
+            "engine.pipeline_parallel_size: vLLM has no pipeline on a CPU; use "
+            "engine.tensor_parallel_size"
+        )
+    return None
+
+
 def _is_one_cpu(args: argparse.Namespace) -> bool:
     """Whether a single worker runs on a CPU with one NUMA node and no thread binding."""
     from vllm.platforms import current_platform

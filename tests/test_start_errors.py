@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from service import model_config, settings
 from service.errors import WeightsError
 from service.launch import start_errors
+from service.preflight import check
 from service.weights import checkpoint
 from testing import checkpoints
 from testing.server import free_port
@@ -114,6 +116,7 @@ def test_each_cause_ends_in_one_line(tmp_path: Path) -> None:
             "gpu_memory_utilization: Input should be less than or equal to 1",
         ),
         ([embedded, "engine.tensor_parallel_size=5"], "heads cannot be shared out over 5 GPUs"),
+        ([embedded, "engine.pipeline_parallel_size=2"], "vLLM has no pipeline on a CPU"),
         (
             [damage(tmp_path, "unknown", with_config(architectures=["NewForCausalLM"]))],
             "vLLM has no model for the architecture ['NewForCausalLM'] of config.json",
@@ -144,6 +147,15 @@ def test_each_cause_ends_in_one_line(tmp_path: Path) -> None:
         assert [expected in line for line in told] == [True], (sets, done.stderr)
         assert done.stderr.endswith(f"{told[0]}\n")
         assert "Traceback" not in done.stderr
+
+
+def test_a_pipeline_is_checked_for_the_machine_that_is_asked_about(tmp_path: Path) -> None:
+    config, origins = model_config.load("qwen2-7b-instruct", ["engine.pipeline_parallel_size=2"])
+    (problem,) = check.check(config, origins, settings.load()).problems
+    assert "vLLM has no pipeline on a CPU" in problem
+    checkpoints.write("qwen2", tmp_path)
+    config, origins = checkpoints.load("qwen2", tmp_path, "engine.pipeline_parallel_size=2")
+    assert check.check(config, origins, settings.load(), memory=24 << 30).problems == []
 
 
 @pytest.mark.parametrize("name", sorted(checkpoints.BUILDERS))

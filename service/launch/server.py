@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from service import vllm_arguments, vllm_plugins, weights
 from service.api import application
-from service.errors import LaunchError, ServiceError, WeightsError
+from service.errors import ConfigError, LaunchError, ServiceError, WeightsError
 from service.launch import (
     compile_cache,
     environment,
@@ -100,6 +100,8 @@ def use_files(
     report: Callable[[int], None] | None = None,
 ) -> None:
     """Fetch and check the model's files, set them in `args`, and choose what depends on them."""
+    if problem := vllm_arguments.pipeline_problem(args):
+        raise ConfigError(problem)
     fetch_files(args, config, settings, report)
     if args.load_format == "auto":  # other formats need no weights, or use other files
         checkpoint.check(Path(args.model))

@@ -64,6 +64,8 @@ def check(
         )
         adapters = _adapters(args, config, settings, model, rows, for_gpu=memory is not None)
         problems = [problem for adapter in adapters for problem in adapter.problems]
+        if memory is None and (problem := vllm_arguments.pipeline_problem(args)):
+            problems.append(problem)
         adapter_warnings = [warning for adapter in adapters for warning in adapter.warnings]
         if model is None or tokenizer is None:
             known = catalogue().get(config.name) == origins.file
