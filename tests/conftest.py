@@ -24,8 +24,9 @@ for name in ("no_proxy", "NO_PROXY"):
 
 # The files that take longest come first, so that two workers end together.
 LONGEST = (
-    *("overload", "readme", "models", "faults", "contract", "benchmarks", "hostile"),
-    *("compiled", "proxies", "usage", "cli", "weights", "two_api_processes", "chat_page", "budget"),
+    *("models", "faults", "overload", "readme", "chat_answers", "adapters", "benchmarks"),
+    *("real_vocabularies", "proxies", "contract", "hostile", "usage", "terminal", "wheel", "cli"),
+    *("two_api_processes", "cpu_int8", "compiled", "weights", "chat_page", "tokenizers", "budget"),
     "start_errors",
 )
 MODEL = "smollm2-135m-instruct"

@@ -1,12 +1,12 @@
 """vLLM's engine in this process, on tiny checkpoints: it starts in two seconds.
 
-`python -m tests.engine ARGUMENTS CHECKPOINT[=ADAPTER] ...` is one process for many checkpoints on
-several workers.
+`python -m tests.engine RUNS` is a process for engines with several workers (`on_workers`).
 """
 
 import gc
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -120,17 +120,34 @@ def ask(llm: Any, prompts: Sequence[list[int]] = PROMPTS, lora: str | None = Non
     ]
 
 
-if __name__ == "__main__":
+def on_workers(runs: str) -> None:
+    """Print the answers of engines with several workers, one engine after the other, as JSON.
+
+    `runs` is a JSON list of [arguments of the engine, checkpoint, adapter or null].
+    """
     from vllm.envs import enable_envs_cache
 
     # A thread for each worker: more would wait for each other on two cores.
     os.environ |= ENVIRONMENT | {"VLLM_WORKER_MULTIPROC_METHOD": "fork", "OMP_NUM_THREADS": "1"}
-    arguments = json.loads(sys.argv[1])
-    answers = {}
-    for checkpoint in sys.argv[2:]:
+    answers = []
+    for arguments, checkpoint, lora in json.loads(runs):
         # Workers inherit what is imported here. vLLM changes the variable on a CPU, after this.
         enable_envs_cache()
-        folder, _, lora = checkpoint.partition("=")
-        with engine(Path(folder), **arguments) as llm:
-            answers[checkpoint] = [asdict(answer) for answer in ask(llm, lora=lora or None)]
+        with engine(Path(checkpoint), **arguments) as llm:
+            answers.append([asdict(answer) for answer in ask(llm, lora=lora)])
     print(json.dumps(answers))
+
+
+# For `warm.run`: the same in a fork of a process that has imported vLLM.
+FORKED = ("-c", "import sys; from tests import engine; engine.on_workers(sys.argv[1])")
+
+
+def read(done: "subprocess.CompletedProcess[str]") -> list[list[Answer]]:
+    """Return what a process of `on_workers` has printed."""
+    assert done.returncode == 0, done.stderr[-3000:]
+    runs = json.loads(done.stdout.splitlines()[-1])
+    return [[Answer(**answer) for answer in answers] for answers in runs]
+
+
+if __name__ == "__main__":
+    on_workers(sys.argv[1])

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from inspect import getsource, signature
 from pathlib import Path
@@ -28,7 +26,7 @@ from testing import checkpoints
 from testing.server import Server, free_port
 from tests import warm
 from tests.conftest import MODEL, PATIENCE, logged
-from tests.engine import PROMPTS, Answer, ask, engine
+from tests.engine import FORKED, PROMPTS, Answer, ask, engine, read
 from tests.test_chat_page import browser as browser
 
 BASE = "qwen2-7b-instruct"
@@ -177,21 +175,17 @@ ON_TWO: dict[str, dict[str, Any]] = {
 
 
 def test_two_tensor_parallel_workers_act_as_if_merged(tmp_path: Path) -> None:
-    asked = {}
+    arguments = {"tensor_parallel_size": 2, "enable_lora": True, "max_lora_rank": 16}
+    runs = []
     for name, changes in ON_TWO.items():
         base = checkpoints.write(name, tmp_path / name, **changes)
         keys: dict[str, Any] = {"rank": 12, "embeddings": name not in NO_TABLE}
         lora = checkpoints.write_adapter(
             tmp_path / f"{name}-a", base, tmp_path / f"{name}-m", **keys
         )
-        asked[name] = f"{base}={lora}"
-    arguments = {"tensor_parallel_size": 2, "enable_lora": True, "max_lora_rank": 16}
-    command = [sys.executable, "-m", "tests.engine", json.dumps(arguments), *asked.values()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr[-3000:]
-    answers = json.loads(done.stdout.splitlines()[-1])
-    for name, words in asked.items():
-        compare([Answer(**answer) for answer in answers[words]], tmp_path / f"{name}-m")
+        runs.append((arguments, str(base), str(lora)))
+    for name, answers in zip(ON_TWO, read(warm.run(*FORKED, json.dumps(runs))), strict=True):
+        compare(answers, tmp_path / f"{name}-m")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,8 +1,6 @@
 """Weights in 8 bits on a CPU: how far their answers are from float32's, and what a user is told."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +9,7 @@ import torch
 from service.models import cpu_int8
 from testing import checkpoints
 from tests import warm
-from tests.conftest import PATIENCE
-from tests.engine import Answer, ask, engine
+from tests.engine import FORKED, ask, engine, read
 from tests.test_models import NAMES, differences
 from tests.test_models import folders as folders
 
@@ -82,11 +79,8 @@ def test_an_adapter_adds_to_weights_in_8_bits(tmp_path: Path) -> None:
 def test_two_workers_have_half_of_the_8_bits_each(folders: dict[str, Path]) -> None:
     arguments = {"tensor_parallel_size": 2, "quantization": cpu_int8.NAME}
     folder = folders["qwen2"]
-    command = [sys.executable, "-m", "tests.engine", json.dumps(arguments), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (answers,) = json.loads(done.stdout.splitlines()[-1]).values()
-    _, _, mean = differences(folder, [Answer(**answer) for answer in answers])
+    (answers,) = read(warm.run(*FORKED, json.dumps([(arguments, str(folder), None)])))
+    _, _, mean = differences(folder, answers)
     assert 1e-4 < mean < 0.5, mean
 
 

@@ -22,7 +22,7 @@ from service.models import baichuan2, bluelm, openelm, qwen
 from service.preflight import reference
 from testing import checkpoints
 from tests.conftest import PATIENCE
-from tests.engine import PROMPTS, Answer, ask, engine
+from tests.engine import PROMPTS, Answer, ask, engine, read
 
 NAMES = list(checkpoints.BUILDERS)
 # The model code is ours, or their tensors are split in a way that is.
@@ -91,31 +91,28 @@ TWO_WORKERS: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.fixture(scope="session", params=TWO_WORKERS)
-def on_two_workers(
-    folders: dict[str, Path], request: pytest.FixtureRequest
-) -> dict[str, list[Answer]]:
+@pytest.fixture(scope="session")
+def on_two_workers(folders: dict[str, Path]) -> dict[tuple[str, str], list[Answer]]:
     """All of them in one process, whose workers inherit what it has imported.
 
     It is bare vLLM: nothing there imports `service` but vLLM's own plugin loader.
     """
-    paths = [str(folders[name]) for name in SPLIT]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.engine", json.dumps(TWO_WORKERS[request.param]), *paths],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    answers = json.loads(done.stdout.splitlines()[-1])
-    return {name: [Answer(**answer) for answer in answers[str(folders[name])]] for name in SPLIT}
+    keys = [(way, name) for way in TWO_WORKERS for name in SPLIT]
+    runs = [(TWO_WORKERS[way], str(folders[name]), None) for way, name in keys]
+    command = [sys.executable, "-m", "tests.engine", json.dumps(runs)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    return dict(zip(keys, read(done), strict=True))
 
 
 @pytest.mark.parametrize("name", SPLIT)
+@pytest.mark.parametrize("way", TWO_WORKERS)
 def test_two_workers_say_what_the_reference_says(
-    folders: dict[str, Path], on_two_workers: dict[str, list[Answer]], name: str
+    folders: dict[str, Path],
+    on_two_workers: dict[tuple[str, str], list[Answer]],
+    way: str,
+    name: str,
 ) -> None:
-    other, most, _ = differences(folders[name], on_two_workers[name])
+    other, most, _ = differences(folders[name], on_two_workers[way, name])
     assert (other, most < 1e-3) == (0, True), most
 
 
