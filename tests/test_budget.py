@@ -185,6 +185,10 @@ def values(draw: st.DrawFn) -> bytes:
     return draw(st.sampled_from(WRAPPERS)) % make(piece, size)
 
 
+# Each key may become a grammar.
+PATTERNS = b"1," + b",".join(b'"k%d": {"pattern": "%%(p)b"}' % n for n in range(3800))
+
+
 @hardening(1, 2)
 @pytest.mark.parametrize(
     ("route", "key", "value"),
@@ -203,6 +207,8 @@ def values(draw: st.DrawFn) -> bytes:
         ("/v1/chat/completions", b"logit_bias", numbered(b'"x"', 2_000_000)),
         ("/tokenize", b"messages", b'[{"role":"user","content":%s}]' % text(b"0", 600_000)),
         ("/invocations", b"messages", many(b"{}", MAX_BODY - 2000)),
+        ("/v1/completions", b"k", PATTERNS % {b"p": b"[" * 1024}),
+        ("/v1/completions", b"k", PATTERNS % {b"p": b"a" * 1024}),
     ],
 )
 def test_no_body_of_these_is_a_burden(

@@ -22,11 +22,13 @@ MAX_COUNTED_PROPERTIES = 32
 MAX_WORK = 1_000_000
 _RANGE_WORK = 20_000
 _FORMAT_WORK = 6_500
+_CHARACTER_WORK = 3  # of a pattern, to read it here
 _RANGES = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"})
 # A class of characters becomes an automaton over UTF-8, as large as that of five characters.
 _CLASS_SIZE = 5
+# `*+` gives nothing back: a `[` that nothing closes takes the rest, once.
 _TOKEN = re.compile(
-    r"""\[(?:\\.|[^\]\\])*\]|\\.|\{(?P<min>\d{1,9})(?:,(?P<max>\d{0,9}))?\}|.""", re.DOTALL
+    r"""\[(?:\\.|[^\]\\])*+\]?|\\.|\{(?P<min>\d{1,9})(?:,(?P<max>\d{0,9}))?\}|.""", re.DOTALL
 )
 
 
@@ -87,6 +89,7 @@ def _work(schema: dict[str, Any], key: str, param: str | None) -> int:
     for pattern in patterns:  # not `regex`, which xgrammar compiles in another way
         if isinstance(pattern, str):
             found += max(0, expanded_size(pattern) - len(pattern)) ** 2
+            found += _CHARACTER_WORK * len(pattern)
     return found
 
 

@@ -19,7 +19,8 @@ _LISTS = ("items", "prompt", "messages", "questions")
 _MAY_BE_LONG = frozenset(
     {"messages", "prompt", "input", "items", "query", "system", "questions", "documents"}
     | {"allowed_token_ids", "stop_token_ids", "logit_bias", "bad_words", "stop"}
-    | {"metadata", "prediction"}  # OpenAI's, which vLLM only returns or ignores
+    # OpenAI's and Anthropic's, which vLLM only returns or ignores.
+    | {"metadata", "prediction", "functions", "mcp_servers", "context_management"}
 )
 # Keys that an error message may name. It must not echo any other key: that is the client's text.
 _GRAMMARS = frozenset(
