@@ -30,7 +30,7 @@ HARMLESS = {
     *("VLLM_LORA_RESOLVER_CACHE_DIR", "VLLM_LORA_RESOLVER_HF_REPO_LIST"),  # with another, refused
     "VLLM_RUST_FRONTEND_PATH",  # with another, which is refused
     *("VLLM_USE_PRECOMPILED_RUST", "VLLM_USE_RUST_BENCH"),  # of vLLM's build, and of its benchmark
-    *("VLLM_USAGE_STATS_SERVER", "VLLM_ENABLE_RESPONSES_API_STORE"),
+    "VLLM_USAGE_STATS_SERVER",
     # What a log has is not a client's; the level and the form are ours.
     *("VLLM_LOGGING_COLOR", "VLLM_LOGGING_PREFIX", "VLLM_LOGGING_STREAM"),
     *("VLLM_LOG_BATCHSIZE_INTERVAL", "VLLM_LOG_MODEL_INSPECTION", "VLLM_LOG_STATS_INTERVAL"),

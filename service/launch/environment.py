@@ -22,6 +22,8 @@ _REFUSED = {
     "VLLM_DEBUG_LOG_API_SERVER_RESPONSE": "logs answers: unset it, and set SERVICE_LOG_PROMPTS",
     "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION": "mixes up requests of the same id: unset it",
     "VLLM_ENABLE_COHERE_API": "opens routes that go past the queue: unset it",
+    "VLLM_ENABLE_RESPONSES_API_STORE": "keeps all answers in memory, and gives one to any client "
+    "that knows its id: unset it",
     "VLLM_LOGGING_CONFIG_PATH": "would be ignored: unset it; --verbose logs everything",
     "VLLM_LOGGING_LEVEL": "would be ignored: unset it; --verbose logs everything",
     "VLLM_MODEL_REDIRECT_PATH": "loads other files than those that are checked: unset it, and give "
