@@ -118,8 +118,9 @@ def load(**flags: object) -> Settings:
     for variable in os.environ:
         name = variable.removeprefix(PREFIX)
         if variable.startswith(PREFIX) and name not in known:
-            # Compare names without the common prefix.
-            if hint := nearest(name, known, PREFIX):
+            # Compare names without the common prefix. Others use it too: a variable such as
+            # SERVICE_CHECK_TIMEOUT, which Registrator reads, is near enough to none.
+            if hint := nearest(name, known, PREFIX, cutoff=0.75):
                 raise ConfigError(f"{variable}: unknown setting{hint}")
             print(f"{variable} is no setting of this service; it is ignored", file=sys.stderr)
     values = {name: value for name, value in flags.items() if value is not None}

@@ -43,12 +43,16 @@ def test_a_mistake_names_the_variable(
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize(
+    "name",  # as Consul, Registrator and some platforms set
+    ["NAME", "CHECK_TIMEOUT", "80_CHECK_TIMEOUT", "TIMEOUT", "CHECK_HTTP", "ID", "TAGS"],
+)
 def test_a_variable_of_somebody_else_is_told_and_left_alone(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    monkeypatch.setenv("SERVICE_NAME", "chat")  # as Consul and some platforms set
+    monkeypatch.setenv(f"SERVICE_{name}", "chat")
     assert settings.load() == settings.Settings()
-    said = "SERVICE_NAME is no setting of this service; it is ignored\n"
+    said = f"SERVICE_{name} is no setting of this service; it is ignored\n"
     assert capsys.readouterr().err.startswith(said)
 
 
