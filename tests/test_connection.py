@@ -33,6 +33,9 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
         while more:
             message = await receive()
             body, more = body + message["body"], message["more_body"]
+    if scope["path"] == "/headers":
+        await asyncio.sleep(0.5)
+        body = b" ".join(name for name, _ in scope["headers"])
     if scope["path"] == "/stream":
         await send({"type": "http.response.start", "status": 200, "headers": []})
         for event in (b"first\n\n", b"", b"second\n\n"):
@@ -102,6 +105,34 @@ def test_requests_sent_ahead_in_pieces_are_answered(client: socket.socket) -> No
     time.sleep(0.2)
     client.sendall(b"/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
     assert read(client).count(b"answer") == 3
+
+
+EXPECT = b"POST %s HTTP/1.%d\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n"
+
+
+def test_who_waits_for_100_continue_gets_it_or_an_answer_that_closes(client: socket.socket) -> None:
+    client.sendall(EXPECT % (b"/echo", 1))
+    assert client.recv(65536).startswith(b"HTTP/1.1 100 ")
+    client.sendall(b"hi")
+    assert client.recv(65536).endswith(b"\r\n\r\nhi")
+    client.sendall(EXPECT % (b"/", 1))
+    answer = read(client)
+    assert answer.endswith(b"answer") and b"connection: close\r\n" in answer
+
+
+def test_a_client_of_http_1_0_is_sent_no_100(client: socket.socket) -> None:
+    client.sendall(EXPECT % (b"/echo", 0) + b"hi")
+    answer = read(client)
+    assert b" 100 " not in answer and answer.endswith(b"\r\n\r\nhi")
+
+
+@pytest.mark.parametrize("pause", [0, 0.2])
+def test_a_trailer_is_no_header(client: socket.socket, pause: float) -> None:
+    head = b"POST /headers HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+    client.sendall(head + b"Connection: close\r\n\r\n")
+    time.sleep(pause)
+    client.sendall(b"2\r\nhi\r\n0\r\nAuthorization: Bearer x\r\n\r\n")
+    assert b"authorization" not in read(client).partition(b"\r\n\r\n")[2]
 
 
 @pytest.mark.parametrize(

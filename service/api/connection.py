@@ -106,6 +106,22 @@ def _unchunked(cycle: RequestResponseCycle) -> Any:
     return send_unchunked
 
 
+def _closing(cycle: RequestResponseCycle) -> Any:
+    """Return a `send` that closes the connection if the client still waits for `100 Continue`.
+
+    Else it is unknown what comes next: the body, or another request (RFC 9110, 10.1.1).
+    """
+    send = cycle.send
+
+    async def send_closing(message: Any) -> None:
+        if message["type"] == "http.response.start" and cycle.waiting_for_100_continue:
+            headers = [*message["headers"], (b"connection", b"close")]
+            message = {**message, "headers": headers}
+        await send(message)
+
+    return send_closing
+
+
 class GuardedProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol with limits on connections, headers and slow readers."""
 
@@ -187,7 +203,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._stop_header_timer()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        super().on_header(name, value)
+        if self._in_headers:  # not a trailer, which would count by chance (RFC 9110, 6.5.1)
+            super().on_header(name, value)
         self._header_bytes += len(name) + len(value)
         if len(self.headers) > _MAX_HEADERS or self._header_bytes > _MAX_HEADER_BYTES:
             self._refuse_headers()
@@ -204,9 +221,13 @@ class GuardedProtocol(HttpToolsProtocol):
         if len(self._cycles) >= _MAX_PIPELINED:
             self._refuse(HeadersTooLarge(f"at most {_MAX_PIPELINED} requests may be sent ahead"))
         if not self._refused:
+            if self.parser.get_http_version() == "1.0":  # which knows no 1xx (RFC 9110, 10.1.1)
+                self.expect_100_continue = False
             super().on_headers_complete()
             if self.scope["http_version"] == "1.0":
                 self.cycle.send = _unchunked(self.cycle)  # type: ignore[method-assign]
+            elif self.expect_100_continue:
+                self.cycle.send = _closing(self.cycle)  # type: ignore[method-assign]
             self._cycles.append(self.cycle)
 
     def on_body(self, body: bytes) -> None:
