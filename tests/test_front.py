@@ -94,10 +94,13 @@ class Replicas:
         return []
 
 
+CORS = {"allow_origins": ["https://page.example"], "allow_credentials": True}
+
+
 def ask(replicas: Replicas, path: str = "/") -> httpx.Response:
     async def run() -> httpx.Response:
         app: Any = Front(replicas, Settings(queue_timeout=0.5))
-        app.configure("a", {"a": "a"}, None, ["https://page.example"])
+        app.configure("a", {"a": "a"}, None, CORS)
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://front") as client:
             return await client.post(path, json={"prompt": "hi"})
@@ -176,7 +179,7 @@ def test_kubernetes_has_the_environment_of_ray() -> None:
 def test_a_page_elsewhere_may_read_what_the_front_answers_itself(method: str, path: str) -> None:
     async def run(origin: str) -> httpx.Response:
         app: Any = Front(Replicas(well), Settings())
-        app.configure("a", {"a": "a"}, None, ["https://page.example"])
+        app.configure("a", {"a": "a"}, None, CORS)
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://front") as client:
             body = {"prompt": "hi", "model": "b"} if method == "POST" else None
@@ -185,5 +188,6 @@ def test_a_page_elsewhere_may_read_what_the_front_answers_itself(method: str, pa
     response = asyncio.run(run("https://page.example"))
     assert response.status_code == (404 if method == "POST" else 200)
     assert response.headers["access-control-allow-origin"] == "https://page.example"
+    assert response.headers["access-control-allow-credentials"] == "true"
     response = asyncio.run(run("https://other.example"))
     assert "access-control-allow-origin" not in response.headers

@@ -73,7 +73,7 @@ def stub_cluster(replicas: int) -> Iterator[tuple[str, str]]:
             "default": "stub",
             "owners": {"stub": "stub"},
             "keys": None,
-            "allowed_origins": ["*"],
+            "cors": {},
         }
         serve.run(
             front.options(user_config=config, **options).bind(Settings().model_dump_json()),

@@ -1,5 +1,6 @@
 """The YAML file of `chat-service cluster`: its schema, and the models that it names."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,8 +181,9 @@ def load(file: Path | None) -> Cluster:
 
 def _model(name: str, section: Replicas, place: str) -> ClusterModel:
     assignments = [f"{key}={yaml.safe_dump(value)}" for key, value in section.set.items()]
+    assignments.append(f"name={json.dumps(name)}")
     try:
-        config, origins = own_model.load(section.model or name, [*assignments, f"name={name}"])
+        config, origins = own_model.load(section.model or name, assignments)
     except ConfigError as e:
         raise ConfigError(f"{place}: {e}") from None
     for key in _NOT_HERE & config.engine.keys():

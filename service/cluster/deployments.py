@@ -124,6 +124,7 @@ def _model(
 
 def _front(cluster: Cluster, keys: dict[str, dict[str, Any]] | None) -> serve.Application:
     arguments = {"settings": _as_json(cluster.settings, pushed=keys)}
+    engine = cluster.models[cluster.default].config.engine
     nodes = sum(node["Alive"] for node in ray.nodes())
     per_node = math.ceil(cluster.fronts / nodes)
     front = cast(serve.Deployment, Front).options(
@@ -136,9 +137,10 @@ def _front(cluster: Cluster, keys: dict[str, dict[str, Any]] | None) -> serve.Ap
             "default": cluster.default,
             "owners": cluster.owners(),
             "keys": keys,
-            "allowed_origins": cluster.models[cluster.default].config.engine.get(
-                "allowed_origins", ["*"]
-            ),
+            "cors": {
+                "allow_origins": engine.get("allowed_origins", ["*"]),
+                "allow_credentials": engine.get("allow_credentials", False),
+            },
         },
     )
     return front.bind(**arguments)

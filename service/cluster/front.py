@@ -55,6 +55,7 @@ _WAITED = b"in the queue, which is the limit"
 _ENDED = b"the server is restarting"
 # A stream's body is counted in events for the sequence number of an error event.
 _EVENT_END = b"\n\n"
+_RELOAD_SECONDS = 1.0  # between two looks at the file of keys
 
 
 class ReplicaLost(Exception):
@@ -82,6 +83,7 @@ class Front:
         self._settings = settings
         self._bodies = Bodies(settings)
         self._keys: Keys | None = None
+        self._reload_at = 0.0
         self._owners: Mapping[str, str] = {}
         self._default = ""
         self._own_routes: dict[str, Callable[[Scope], Awaitable[Response]]] = {
@@ -98,13 +100,13 @@ class Front:
         default: str,
         owners: Mapping[str, str],
         clients: Mapping[str, Client] | None,
-        allowed_origins: Sequence[str],
+        cors: Mapping[str, Any],
     ) -> None:
         """Set the default model, served name -> model, and the keys (None: none is asked for).
 
-        Pages of `allowed_origins` may read what the front answers itself.
+        `cors` are the arguments of CORSMiddleware for what the front answers itself.
         """
-        self._default, self._owners, self._allowed_origins = default, owners, allowed_origins
+        self._default, self._owners, self._cors = default, owners, cors
         file = self._settings.api_key_file
         self._keys = None if clients is None else Keys(clients, file)
 
@@ -117,6 +119,7 @@ class Front:
             await self._answer(scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        began = time.perf_counter()
         id_of_request = request_id(scope)
         path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
         exchange = _Exchange(send)
@@ -136,7 +139,7 @@ class Front:
         route = path if path == "/" or path in self._own_routes else "unmatched"
         metrics.REQUESTS.labels(route, error.status).inc()
         record = RequestRecord(id_of_request, status=error.status, error=error.type)
-        record.log(scope["method"], route, 0.0, quiet=False)
+        record.log(scope["method"], route, time.perf_counter() - began, quiet=False)
         if exchange.started:
             await exchange.end(error, id_of_request, path)
         else:
@@ -146,7 +149,7 @@ class Front:
     def _with_cors(self, response: Response, scope: Scope) -> ASGIApp:
         if "origin" not in Headers(scope=scope):
             return response
-        return CORSMiddleware(response, allow_origins=self._allowed_origins)
+        return CORSMiddleware(response, **self._cors)
 
     async def _respond(
         self, scope: Scope, path: str, receive: Receive, exchange: "_Exchange"
@@ -154,7 +157,9 @@ class Front:
         """Answer a request by `exchange`, or return the answer. Raises RequestError."""
         method = scope["method"]
         if self._keys:
-            self._keys.reload()
+            if time.monotonic() > self._reload_at:  # a file that is refused is read each time
+                self._keys.reload()
+                self._reload_at = time.monotonic() + _RELOAD_SECONDS
             if not is_public(scope, path, metrics_key=self._settings.metrics_key):
                 self._keys.owner(scope, path)
         if (own := self._own_routes.get(path)) is not None:

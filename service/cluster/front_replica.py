@@ -47,7 +47,7 @@ class Front:
         await asyncio.to_thread(self._handles.use, sorted(set(owners.values())))
         keys = changed["keys"]
         known = clients.from_json(keys) if keys is not None else self._settings.clients()
-        self._front.configure(changed["default"], owners, known, changed["allowed_origins"])
+        self._front.configure(changed["default"], owners, known, changed["cors"])
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._front

@@ -78,7 +78,7 @@ class State:
         """The cluster that was applied last, and came up."""
         try:
             applied: Cluster = pickle.loads(self._applied.read_bytes())
-        except FileNotFoundError:
+        except Exception:  # none was, or another version of this package has written it
             return None
         return applied
 
