@@ -77,7 +77,8 @@ def test_an_installed_wheel_works_in_any_folder_and_serves_as_the_checkout_does(
         "--set",
         "engine.enforce_eager=true",
     ]
-    nowhere = {"PYTHONPATH": ""}
+    # With a cache of its own: the model is fetched by what the tool's environment has.
+    nowhere = {"PYTHONPATH": "", "SERVICE_CACHE_DIR": str(tmp_path / "cache")}
     with Server(
         command, tmp_path / "log", port=port, env=nowhere, health="/health/ready"
     ) as server:
