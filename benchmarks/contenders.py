@@ -49,10 +49,14 @@ class HttpContender:
             body = json.dumps({**asked, "stream": True}).encode()
             headers = {"content-type": "application/json"}
             request = urllib.request.Request(self.server.url + path, body, headers)
-            with LOOPBACK.open(request, timeout=300) as answer:
-                answer.readline()
-                self.first_token_seconds = time.monotonic() - self._began
-                answer.read()
+            try:
+                with LOOPBACK.open(request, timeout=300) as answer:
+                    answer.readline()
+                    self.first_token_seconds = time.monotonic() - self._began
+                    answer.read()
+            except BaseException:
+                self.server.stop()
+                raise
         return self
 
     def __exit__(

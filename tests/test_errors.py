@@ -216,8 +216,11 @@ def test_a_stream_of_chat_ends_with_openais_error(http: httpx.Client, service: S
             list(chunks)
 
 
-def test_our_stream_is_not_kept_back_by_a_proxy(http: httpx.Client) -> None:
-    answer = http.post("/", json={"prompt": "hi", "max_new_tokens": 2, "stream": True})
+@pytest.mark.parametrize("route", BODIES)
+def test_no_stream_is_kept_back_by_a_proxy(http: httpx.Client, route: str) -> None:
+    answer = http.post(route, json={**BODIES[route], "stream": True})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"].startswith("text/event-stream")
     assert answer.headers["x-accel-buffering"] == "no"
 
 

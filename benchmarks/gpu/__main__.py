@@ -18,7 +18,7 @@ from pathlib import Path
 
 from testing import checkpoints
 
-ARCHITECTURES = ("baichuan2", "xverse", "bluelm", "bluelm_32k", "openelm", "minicpm")
+ARCHITECTURES = tuple(checkpoints.BUILDERS)
 DTYPES = ("float32", "bfloat16")
 MODES = {"eager": "engine.enforce_eager=true", "compiled": "engine.enforce_eager=false"}
 MODELS = ("baichuan2-7b-chat", "openelm-3b-instruct", "minicpm-2b-sft")

@@ -125,6 +125,12 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Refuse what is not HTTP without a text: the library's repeats the client's words."""
+        self.send_response_only(code)
+        self.send_header("connection", "close")
+        self.end_headers()
+
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_OPTIONS = do_PATCH = _answer
 
     def _read_body(self) -> None:

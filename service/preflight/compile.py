@@ -37,7 +37,8 @@ def make(config: ModelConfig, origins: Origins, settings: Settings) -> compile_c
         file = compile_cache.file(args)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.with_suffix(".part").touch()
+            (part := file.with_suffix(".part")).touch()
+            part.unlink()
         except OSError as e:
             raise ConfigError(
                 f"cannot write to {file.parent}: {e.strerror}; choose another folder with "
@@ -59,7 +60,6 @@ def make(config: ModelConfig, origins: Origins, settings: Settings) -> compile_c
         )
     best = [max(pair) for pair in zip(eager, again, strict=True)]
     result = compile_cache.Compiled(best, compiled)
-    part = file.with_suffix(".part")
     part.write_text(json.dumps(asdict(result)))
     part.replace(file)
     return result
