@@ -21,7 +21,7 @@ _LIKE_A_HASH = re.compile(
     r"(?:sha|md)[-_]?[0-9]{1,3}[:=$-]|\$(?:2[abxy]|apr1|argon2\w*|[1567y])\$|\{S?SHA", re.IGNORECASE
 )
 _NAME_LIKE_A_HASH = re.compile(r"[0-9a-f]{40,64}", re.IGNORECASE)  # what sha256sum prints first
-_VARIABLE = re.compile(r"[A-Za-z_]\w*[=:,](?!=*$)")  # NAME=key, name:key
+_VARIABLE = re.compile(r"\w*KEY[=:]", re.IGNORECASE)  # a line of an environment file
 _LIMIT = re.compile(r"(requests|tokens)=([1-9][0-9]{0,11})/min")
 _FORM = "a line is NAME KEY [WEIGHT] [requests=N/min] [tokens=N/min]"
 

@@ -216,7 +216,7 @@ def test_a_stream_of_chat_ends_with_openais_error(http: httpx.Client, service: S
             list(chunks)
 
 
-@pytest.mark.parametrize("route", BODIES)
+@pytest.mark.parametrize("route", [route for route in BODIES if "tokenize" not in route])
 def test_no_stream_is_kept_back_by_a_proxy(http: httpx.Client, route: str) -> None:
     answer = http.post(route, json={**BODIES[route], "stream": True})
     assert answer.status_code == 200, answer.text
