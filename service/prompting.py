@@ -33,7 +33,7 @@ def render(prompt: str, history: History | None, config: Prompt) -> list[Message
         if history:
             raise InvalidRequest("this model completes text and has no history", param="history")
         return prompt
-    return prepare([*_messages(history or ()), {"role": "user", "content": prompt}], config)
+    return prepare([*messages_of(history or ()), {"role": "user", "content": prompt}], config)
 
 
 def prepare(messages: Sequence[Any], config: Prompt) -> list[Any]:
@@ -91,7 +91,8 @@ class Stripped:
         return shown
 
 
-def _messages(history: History) -> list[Message]:
+def messages_of(history: History) -> list[Message]:
+    """Return a history as messages, without a client's other keys."""
     messages: list[Message] = []
     for turn in history:
         if isinstance(turn, dict):
