@@ -186,9 +186,7 @@ def choose_compiled(args: argparse.Namespace, config: ModelConfig) -> None:
         args.enforce_eager = True
     elif reason := compile_cache.choose(args, config):
         print(reason, file=sys.stderr, flush=True)
-    from vllm.platforms import current_platform
-
-    if args.enforce_eager and current_platform.is_cpu():
+    if args.enforce_eager and vllm_arguments.on_cpu():
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
@@ -211,9 +209,7 @@ def explained(settings: Settings, folder: RunFolder) -> Iterator[None]:
 def _work_around_vllm() -> None:
     """Turn off ahead-of-time compilation on a CPU. vLLM 0.32 cannot load its result there, so it
     would compile at every start: 56 s instead of 15 for the embedded model on 2 cores."""
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
+    if vllm_arguments.on_cpu():
         os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
         from service.models.vllm_private import inspect_models_here
 
