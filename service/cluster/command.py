@@ -17,7 +17,7 @@ from service.cluster.connection import RayGone, connected, end_orphans
 from service.cluster.state import State
 from service.errors import ConfigError, LaunchError
 from service.launch import environment as launch_environment
-from service.launch.listener import listener_of, warn_if_open
+from service.launch.listener import listener_of, ready_message, warn_if_open
 
 # Time, size and inode of a file.
 _Version = tuple[int, int, int] | None
@@ -45,7 +45,7 @@ def run(file: Path | None) -> None:
             stop = _Stop()  # over Ray's own handlers
             try:
                 if _start(cluster, state, stop):
-                    print(_ready_message(cluster), flush=True)
+                    print(_ready(cluster), flush=True)
                     _watch(state, stop, keys)
             finally:
                 state.forget()
@@ -177,16 +177,10 @@ def _update(cluster: Cluster, state: State) -> None:
     raise LaunchError(f"{reason}; what was served before is served on")
 
 
-def _ready_message(cluster: Cluster) -> str:
-    url = cluster.settings.url()
-    key = '  -H "Authorization: Bearer <the API key>" \\\n' if cluster.clients is not None else ""
+def _ready(cluster: Cluster) -> str:
+    keyed = cluster.clients is not None
     names = ", ".join(cluster.models)
-    return (
-        f"\nReady: {names} at {url}. Try:\n\n"
-        f"curl -X POST {url} \\\n{key}"
-        f'  -d \'{{"prompt": "What is the capital of France?", "model": "{cluster.default}"}}\'\n\n'
-        f"OpenAI clients: base_url {url}/v1   Metrics: {url}/metrics\n"
-    )
+    return ready_message(names, cluster.settings.url(), keyed=keyed, model=cluster.default)
 
 
 def _watch(state: State, stop: _Stop, keys: _Version) -> None:
