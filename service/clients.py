@@ -34,6 +34,8 @@ class Client:
 
 ANYONE = Client()
 
+Version = tuple[int, int, int]  # of a file: time, size and inode
+
 
 def digest(key: bytes) -> str:
     """Return the SHA-256 of a key, in hex."""
@@ -129,6 +131,15 @@ def _limits(words: list[str], place: str) -> dict[str, int]:
 def read_file(file: Path, place: str) -> dict[str, Client]:
     """Return the keys in a file as hash -> client. Raises ConfigError."""
     return parse(text_file.read(file, place), place)
+
+
+def version_of(file: Path | None) -> Version | None:
+    """Return what changes when a file is written or replaced; None if there is none."""
+    try:
+        stat = file.stat() if file else None
+    except OSError:
+        return None
+    return (stat.st_mtime_ns, stat.st_size, stat.st_ino) if stat else None
 
 
 def as_json(clients: Mapping[str, Client] | None) -> dict[str, dict[str, Any]] | None:

@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 from service import settings
+from service.clients import Version, version_of
 from service.cluster import applications, config, placement
 from service.cluster.applications import CHECK_INTERVAL
 from service.cluster.config import Cluster
@@ -19,9 +20,6 @@ from service.errors import ConfigError, LaunchError
 from service.launch import environment as launch_environment
 from service.launch.listener import listener_of, ready_message, warn_if_open
 
-# Time, size and inode of a file.
-_Version = tuple[int, int, int] | None
-
 
 def run(file: Path | None) -> None:
     """Serve the models of a file until SIGTERM or Ctrl-C.
@@ -30,7 +28,7 @@ def run(file: Path | None) -> None:
     """
     launch_environment.check()
     cluster = config.load(file)
-    keys = _version_of(cluster)
+    keys = version_of(cluster.settings.api_key_file)
     os.environ.pop("SERVICE_API_KEY", None)  # Ray's processes need only its hash
     state = State(cluster.settings.cache_dir)
     with state.owner() as owns:
@@ -183,7 +181,7 @@ def _ready(cluster: Cluster) -> str:
     return ready_message(names, cluster.settings.url(), keyed=keyed, model=cluster.default)
 
 
-def _watch(state: State, stop: _Stop, keys: _Version) -> None:
+def _watch(state: State, stop: _Stop, keys: Version | None) -> None:
     """Until a signal comes, give the replicas the API keys of a file that has changed.
 
     `keys` is the version of the file that was applied. Raises RayGone.
@@ -191,12 +189,13 @@ def _watch(state: State, stop: _Stop, keys: _Version) -> None:
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
-    refused: _Version = None
+    refused: Version | None = None
     while not stop.requested:
         time.sleep(CHECK_INTERVAL)
         try:
             applications.statuses()
-            version = _version_of(state.applied)
+            applied = state.applied
+            version = version_of(applied.settings.api_key_file if applied else None)
             if version in (None, keys, refused):
                 continue
             refused = version
@@ -218,16 +217,6 @@ def _with_keys_of_now(cluster: Cluster) -> Cluster:
     if cluster.settings.api_key_file is None:
         return cluster
     return dataclasses.replace(cluster, clients=cluster.settings.clients())
-
-
-def _version_of(cluster: Cluster | None) -> _Version:
-    """Return what changes with the file of API keys; None without one."""
-    file = cluster.settings.api_key_file if cluster else None
-    try:
-        stat = file.stat() if file else None
-    except OSError:
-        return None
-    return (stat.st_mtime_ns, stat.st_size, stat.st_ino) if stat else None
 
 
 def _end(cluster: Cluster) -> None:
