@@ -63,8 +63,7 @@ def check(file: Path | None) -> list[str]:
         if owns:
             _clear(state)
         with connected(state, starts=owns):
-            refused = placement.refused(cluster)
-            return [*([refused] if refused else []), *placement.lacking(cluster)]
+            return [*placement.refused(cluster), *placement.lacking(cluster)]
 
 
 def status() -> dict[str, Any]:
@@ -150,8 +149,10 @@ def _update(cluster: Cluster, state: State) -> None:
             "keys cannot be switched on or off while the cluster runs; set SERVICE_API_KEY or its "
             "file as the first command had it, or restart it"
         )
-    refused = [reason for reason in (placement.refused(cluster),) if reason]
-    if problems := [*refused, *([] if "RAY_ADDRESS" in os.environ else placement.lacking(cluster))]:
+    problems = placement.refused(cluster)
+    if "RAY_ADDRESS" not in os.environ:
+        problems += placement.lacking(cluster)
+    if problems:
         raise LaunchError(f"{'; '.join(problems)}; nothing was changed")
     gone = before.models.keys() - cluster.models.keys()
     both = {**before.models, **cluster.models}

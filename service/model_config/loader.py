@@ -45,7 +45,7 @@ def catalogue() -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
-def find(name_or_file: str) -> Path:
+def _find(name_or_file: str) -> Path:
     """Return the YAML file for a catalogue name or a path. Raises ConfigError."""
     entries = catalogue()
     if name_or_file in entries:
@@ -73,7 +73,7 @@ def load(
     more than its name and source. Raises ConfigError; InvalidConfig has all mistakes, each with
     file, line, key and the nearest valid name.
     """
-    file = file or find(name_or_file)
+    file = file or _find(name_or_file)
     document = _parse(file)
     data, lines, mistakes = document.data, document.lines, document.mistakes
     assigned: set[KeyPath] = set()
