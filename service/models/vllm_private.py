@@ -138,7 +138,7 @@ def hide_paths(models: Any) -> None:
     models.show_available_models = show_names
 
 
-def shorten_error_texts(limit: int = 1000) -> None:
+def shorten_error_texts(limit: int) -> None:
     """Make vLLM sanitise only the first `limit` characters of an error's text.
 
     The text echoes input, and sanitising a megabyte of slashes takes minutes. We use no more of it.
