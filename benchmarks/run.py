@@ -45,16 +45,8 @@ CONTENDERS: dict[str, Callable[[str, Sequence[str], Path], HttpContender | Offli
     "tutorial": contenders.tutorial,
     "llama.cpp": contenders.llama_cpp,
 }
-MODES = {
-    "service": ("plain", "stream"),
-    "int8": ("plain", "stream"),
-    "chat": ("plain", "stream"),
-    "vllm": ("plain", "stream"),
-    "offline": ("plain",),
-    "tutorial": ("plain",),
-    "llama.cpp": ("plain", "stream"),
-}
 _COMPARED = ["service", "vllm", "offline", "tutorial", "llama.cpp"]
+_WITHOUT_STREAM = ("offline", "tutorial")
 # Answers after which the tutorials' server has shown its speed, which is the same at any load.
 _TUTORIAL_ANSWERS = 6
 _WARM_UP = 4
@@ -155,13 +147,13 @@ class Benchmark:
         for turn in range(self.asked.rounds):
             for name in self._order(turn):
                 for concurrency in self.asked.concurrency:
-                    for mode in MODES[name]:
+                    for mode in _modes(name):
                         yield turn, name, mode, concurrency
 
     def _measure(self, turn: int, name: str, cells: list[Key], step: Callable[[str], None]) -> None:
         log = self.folder / "logs" / f"{turn}-{name}.log"
         with CONTENDERS[name](self.asked.model, self.asked.set, log) as contender:
-            for mode in MODES[name]:
+            for mode in _modes(name):
                 self._load(contender, mode, 2, f"warm-{turn}-{mode}", _WARM_UP)
             for key in cells:
                 *_, mode, concurrency = key
@@ -244,10 +236,12 @@ class Benchmark:
         return len(self._tokenizer.encode(text, add_special_tokens=False))
 
 
+def _modes(contender: str) -> tuple[str, ...]:
+    return ("plain",) if contender in _WITHOUT_STREAM else ("plain", "stream")
+
+
 def _machine() -> dict[str, Any]:
     """What the figures hold for."""
-    import torch
-
     gpu = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     packages = ("torch", "transformers", "fastapi", "uvicorn", "locust")
     versions = {name: version(name) for name in packages}

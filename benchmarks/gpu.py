@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--rounds", default="3")
     parser.add_argument("--prompt-tokens", default="220")
     parser.add_argument("--answer-tokens", default="180")
-    folder = Path(__file__).parent.parent / "results" / "gpu"
+    folder = Path(__file__).parent / "results" / "gpu"
     parser.add_argument("--folder", type=Path, default=folder)
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
