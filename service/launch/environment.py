@@ -83,10 +83,7 @@ def prepare(folder: RunFolder, settings: Settings) -> None:
         "VLLM_MAX_COMPLETION_PROMPTS": str(settings.max_sequences),
     }
     if not settings.verbose:
-        defaults |= {
-            "TORCH_CPP_LOG_LEVEL": "ERROR",
-            "TORCH_LOGS": "-torch._library.triton",
-        }
+        defaults |= {"TORCH_CPP_LOG_LEVEL": "ERROR", "TORCH_LOGS": "-torch._library.triton"}
         warnings.simplefilter("ignore")
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

@@ -20,13 +20,7 @@ from typing import TYPE_CHECKING
 from service import vllm_arguments, vllm_plugins, weights
 from service.api import application
 from service.errors import ConfigError, LaunchError, ServiceError, WeightsError
-from service.launch import (
-    compile_cache,
-    environment,
-    float_type,
-    start_errors,
-    tokenizer_choice,
-)
+from service.launch import compile_cache, environment, float_type, start_errors, tokenizer_choice
 from service.launch.run_folder import RunFolder
 from service.model_config import InvalidConfig, ModelConfig, Origins
 from service.phase import Phase

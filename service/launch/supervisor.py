@@ -82,9 +82,7 @@ def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["service.launch.fork_server"])
         process = context.Process(
-            target=_run_server,
-            args=(path, origins, listener),
-            name="MainProcess",
+            target=_run_server, args=(path, origins, listener), name="MainProcess"
         )
         url = settings.url(tls=tls is not None)
         ready = ready_message(f"{config.name} answers", url, keyed=clients is not None)
