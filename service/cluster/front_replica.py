@@ -19,8 +19,7 @@ from starlette.types import ASGIApp
 from service import clients
 from service.cluster.config import PREFIX
 from service.cluster.exchange import Part, Request
-from service.cluster.front import Front as FrontApplication
-from service.cluster.front import ReplicaLost
+from service.cluster.front import FrontApplication, ReplicaLost
 from service.settings import Settings
 
 _METRICS_SECONDS = 5.0
@@ -54,7 +53,7 @@ class Front:
 
 
 class _Handles:
-    """`front.Replicas` over Serve's handles."""
+    """`front.ReplicaHandles` over Serve's handles."""
 
     def __init__(self) -> None:
         self._handles: dict[str, DeploymentHandle[Any]] = {}

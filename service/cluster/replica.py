@@ -99,7 +99,7 @@ class Model:
         self._stack = contextlib.AsyncExitStack()
         args, folder = self._stack.enter_context(server.prepared(config, origins, loaded))
         with server.explained(loaded, folder):
-            await asyncio.to_thread(server.use_files, args, config, loaded)
+            await asyncio.to_thread(server.prepare_files, args, config, loaded)
             deployment = Deployment(
                 model=config,
                 settings=loaded,

@@ -50,7 +50,8 @@ def run(folder: RunFolder, origins: Origins, listener: socket.socket) -> None:
 
             fork_engine()
         folder.set_phase(Phase.DOWNLOADING)
-        use_files(args, config, settings, functools.partial(folder.set_phase, Phase.DOWNLOADING))
+        report = functools.partial(folder.set_phase, Phase.DOWNLOADING)
+        prepare_files(args, config, settings, report)
         folder.set_phase(Phase.LOADING)
         _serve(args, deployment, folder, listener)
 
@@ -87,7 +88,7 @@ def _ready_for_vllm(settings: Settings) -> Iterator[RunFolder]:
         yield folder
 
 
-def use_files(
+def prepare_files(
     args: argparse.Namespace,
     config: ModelConfig,
     settings: Settings,
