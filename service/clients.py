@@ -45,7 +45,8 @@ def digest(key: bytes) -> str:
 def hash_of(key: str, place: str) -> str:
     """Return the SHA-256 of a key, which may be given as `sha256:` and the hash.
 
-    Raises ConfigError for what would be another key than the one that is meant.
+    Raises ConfigError for what was probably mistyped: a malformed hash, or a character that cannot
+    be seen.
     """
     if match := _HASH.fullmatch(key):
         return match[1].lower()

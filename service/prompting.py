@@ -61,8 +61,8 @@ def append_turn(
 def split_thinking(text: str, tags: Sequence[str], finished: bool) -> tuple[str, str]:
     """Return the reasoning in an answer, and what follows it, both stripped.
 
-    DeepSeek-R1's chat template ends with the opening tag, so the answer often has the closing one
-    alone. Without that one, an answer that was cut short (not `finished`) is all reasoning.
+    DeepSeek-R1's chat template ends with the opening tag, so an answer often has only the closing
+    one. If it has neither and was cut short (`finished` is false), all of it is reasoning.
     """
     start, end = tags
     think, found, answer = text.partition(end)

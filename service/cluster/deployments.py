@@ -24,7 +24,7 @@ from service.errors import ConfigError
 from service.settings import Settings
 
 _GRACE_SECONDS = 10
-# Serve's own limit on requests of a replica. High, for ours knows when to refuse.
+# Serve's own limit of requests per replica. It is high, because our queue decides what to refuse.
 _MAX_ONGOING = 10_000
 
 
@@ -163,7 +163,8 @@ def _common_options(settings: Settings, arguments: Mapping[str, Any]) -> dict[st
 def _as_json(settings: Settings, pushed: object) -> str:
     """Return the settings without the key; and without its file, where keys are pushed.
 
-    They are null, not absent: for what is absent a node's own variable would count.
+    The values are null, not left out. A node's own SERVICE_ variables would replace what is left
+    out.
     """
     absent = {"api_key": None, **({"api_key_file": None} if pushed else {})}
     return settings.model_copy(update=absent).model_dump_json()

@@ -39,8 +39,8 @@ class _Replica(Host):
 class _End:
     """Stands for uvicorn's server, which is Serve's here.
 
-    A replica that has failed ends at once: one that only refuses has the fewest connections, so
-    HAProxy would send it whatever comes.
+    A replica that only refuses has the fewest connections, so HAProxy would send it all new
+    requests. So one that has failed ends at once.
     """
 
     def __init__(self) -> None:

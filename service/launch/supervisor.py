@@ -90,7 +90,7 @@ def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
 
 
 def _announce(message: str) -> None:
-    """Print a message, unless who read it has ended: that is no reason to end the server."""
+    """Print a message. If the reader of stdout has ended, drop it; the server goes on."""
     try:
         print(message, flush=True)
     except OSError:

@@ -126,7 +126,10 @@ def _of_rules(data: dict[str, Any], errors: Sequence[Any]) -> list[Any]:
 
 
 def _leave_out(data: dict[str, Any], path: KeyPath) -> None:
-    """Delete the innermost key on a path; all of the section, where one must be there."""
+    """Delete the innermost key on `path`.
+
+    If that is inside a required section, delete the whole section.
+    """
     section: Any = data
     last: tuple[dict[Any, Any], Any] | None = None
     for part in path[:1] if path[:1] in [(key,) for key in _STAND_INS] else path:

@@ -298,7 +298,8 @@ def compile_nothing_for_requests() -> None:
 
     vLLM compiles it at the first request that asks for them: all others wait some 20 s, and without
     a C++ compiler the engine ends. With TORCHDYNAMO_DISABLE, which eager servers set, nothing else
-    is compiled either; torch reads it at its import, which a forked process has behind it.
+    is compiled either. torch reads that variable when it is imported. A forked process has imported
+    torch already, so the option is set here.
     """
     sampler.batched_count_greater_than = inspect.unwrap(sampler.batched_count_greater_than)
     if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
