@@ -29,20 +29,20 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--rank", type=int, default=8)
-    asked = parser.parse_args()
-    config, _ = model_config.load(asked.model)
+    options = parser.parse_args()
+    config, _ = model_config.load(options.model)
     base = weights.fetch(config.source, settings.load().cache_dir)
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
         words = []
         for seed, name in enumerate(("a", "b")):
             checkpoints.write_adapter(
-                folder / name, base, modules="_proj", rank=asked.rank, seed=seed
+                folder / name, base, modules="_proj", rank=options.rank, seed=seed
             )
             words += ["--adapter", f"{name}={folder / name}"]
-        with Server.service(folder / "log", asked.model, *words) as server:
-            for concurrency in asked.concurrency:
-                _compare(server.url, config.name, asked.turns, concurrency)
+        with Server.service(folder / "log", options.model, *words) as server:
+            for concurrency in options.concurrency:
+                _compare(server.url, config.name, options.turns, concurrency)
 
 
 def _compare(url: str, base: str, turns: int, concurrency: int) -> None:

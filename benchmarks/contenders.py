@@ -45,8 +45,8 @@ class HttpContender:
     def __enter__(self) -> Self:
         self.server.__enter__()
         if self._first:
-            path, asked = self._first
-            body = json.dumps({**asked, "stream": True}).encode()
+            path, fields = self._first
+            body = json.dumps({**fields, "stream": True}).encode()
             headers = {"content-type": "application/json"}
             request = urllib.request.Request(self.server.url + path, body, headers)
             try:
@@ -196,10 +196,10 @@ class Offline:
         self._process.wait(60)
         self._log.close()
 
-    def run(self, **asked: Any) -> dict[str, float]:
+    def run(self, **options: Any) -> dict[str, float]:
         """Seconds and tokens of so many requests. Raises RuntimeError with its log."""
         assert self._process.stdin
-        self._process.stdin.write(json.dumps(asked) + "\n")
+        self._process.stdin.write(json.dumps(options) + "\n")
         self._process.stdin.flush()
         return self._answer()
 

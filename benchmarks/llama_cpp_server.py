@@ -16,11 +16,11 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--slots", type=int, required=True)
     parser.add_argument("--context", type=int, required=True, help="tokens of each slot")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     params = xllamacpp.CommonParams()
-    params.model.path = asked.file
-    params.hostnames, params.port = ["127.0.0.1"], asked.port
-    params.n_parallel, params.n_ctx = asked.slots, asked.slots * asked.context
+    params.model.path = options.file
+    params.hostnames, params.port = ["127.0.0.1"], options.port
+    params.n_parallel, params.n_ctx = options.slots, options.slots * options.context
     threads = len(os.sched_getaffinity(0))
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     server = xllamacpp.Server(params)

@@ -90,7 +90,7 @@ class _Client(FastHttpUser):
     more_headers: ClassVar[dict[str, str]] = {}
 
     @abstractmethod
-    def body(self, asked: workload.Ask) -> dict[str, object]:
+    def body(self, request: workload.Ask) -> dict[str, object]:
         """The request's JSON."""
 
     @abstractmethod
@@ -110,19 +110,19 @@ class _Client(FastHttpUser):
         if not Run.left:
             raise StopUser
         Run.left -= 1
-        asked = next(Run.requests)
+        request = next(Run.requests)
         if options.arrival_rate:
-            gevent.spawn(self._send, asked)
+            gevent.spawn(self._send, request)
         else:
-            self._send(asked)
+            self._send(request)
 
-    def _send(self, asked: workload.Ask) -> None:
+    def _send(self, request: workload.Ask) -> None:
         began = time.perf_counter()
         arrivals: list[float] = []
         key = self.environment.parsed_options.api_key
         with self.client.post(
             self.path,
-            json=self.body(asked),
+            json=self.body(request),
             headers=self.more_headers | ({"authorization": f"Bearer {key}"} if key else {}),
             stream=True,
             catch_response=True,
@@ -189,10 +189,10 @@ class Plain(_Client):
     path = "/"
     streams = False
 
-    def body(self, asked: workload.Ask) -> dict[str, object]:
+    def body(self, request: workload.Ask) -> dict[str, object]:
         return {
-            "prompt": asked.prompt,
-            "max_new_tokens": asked.max_tokens,
+            "prompt": request.prompt,
+            "max_new_tokens": request.max_tokens,
             "temperature": 0,
             "repetition_penalty": 1,
             "details": True,
@@ -219,12 +219,12 @@ class Chat(_Client):
     path = "/v1/chat/completions"
     streams = False
 
-    def body(self, asked: workload.Ask) -> dict[str, object]:
+    def body(self, request: workload.Ask) -> dict[str, object]:
         options: Any = self.environment.parsed_options
         body: dict[str, object] = {
             "model": options.model_name,
-            "messages": [{"role": "user", "content": asked.prompt}],
-            "max_completion_tokens": asked.max_tokens,
+            "messages": [{"role": "user", "content": request.prompt}],
+            "max_completion_tokens": request.max_tokens,
             "temperature": 0,
             "repetition_penalty": 1,
             "stream": self.streams,

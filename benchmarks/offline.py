@@ -30,8 +30,8 @@ def main() -> None:
         llm = LLM.from_engine_args(EngineArgs.from_cli_args(args))
         with check.rendering(args, llm.llm_engine.vllm_config) as (render, _):
 
-            def prompt(asked: workload.Ask) -> dict[str, Any]:
-                turns = prompting.render(asked.prompt, None, config.prompt)
+            def prompt(request: workload.Ask) -> dict[str, Any]:
+                turns = prompting.render(request.prompt, None, config.prompt)
                 return {"prompt_token_ids": render(turns, True)}
 
             print(json.dumps({"ready": True}), flush=True)
@@ -56,7 +56,7 @@ def _run(
     lengths = workload.Lengths(prompt_tokens, answer_tokens)
     source = workload.requests(f"{seed}-0", lengths)
     waiting = [next(source) for _ in range(requests)]
-    prompts = [prompt(asked) for asked in waiting]
+    prompts = [prompt(request) for request in waiting]
     began = time.perf_counter()
     tokens = added = running = 0
     while added < requests or running:

@@ -45,16 +45,8 @@ CONTENDERS: dict[str, Callable[[str, Sequence[str], Path], HttpContender | Offli
     "tutorial": contenders.tutorial,
     "llama.cpp": contenders.llama_cpp,
 }
-MODES = {
-    "service": ("plain", "stream"),
-    "int8": ("plain", "stream"),
-    "chat": ("plain", "stream"),
-    "vllm": ("plain", "stream"),
-    "offline": ("plain",),
-    "tutorial": ("plain",),
-    "llama.cpp": ("plain", "stream"),
-}
 _COMPARED = ["service", "vllm", "offline", "tutorial", "llama.cpp"]
+_WITHOUT_STREAM = ("offline", "tutorial")
 # Answers after which the tutorials' server has shown its speed, which is the same at any load.
 _TUTORIAL_ANSWERS = 6
 _WARM_UP = 4
@@ -80,29 +72,29 @@ def main() -> None:
     results = Path(__file__).parent / "results"
     today = results / datetime.date.today().isoformat()
     parser.add_argument("--folder", type=Path, default=today, help="[default: results/<date>]")
-    asked = parser.parse_args()
-    if asked.contenders is None:
-        config, _ = model_config.load(asked.model, asked.set)
+    options = parser.parse_args()
+    if options.contenders is None:
+        config, _ = model_config.load(options.model, options.set)
         has_gguf = config.source.embedded and not torch.cuda.is_available()
-        asked.contenders = [n for n in _COMPARED if n != "llama.cpp" or has_gguf]
+        options.contenders = [n for n in _COMPARED if n != "llama.cpp" or has_gguf]
     try:
-        Benchmark(asked).run()
+        Benchmark(options).run()
     except KeyboardInterrupt:
         print("\nStopped; the same command goes on from here.", file=sys.stderr)
         raise SystemExit(130) from None
-    print(f"Report: {report.write(asked.folder)}")
+    print(f"Report: {report.write(options.folder)}")
 
 
 class Benchmark:
     """One run: of each round, contender, mode and concurrency one cell, measured once."""
 
-    def __init__(self, asked: argparse.Namespace) -> None:
-        self.asked = asked
-        self.folder: Path = asked.folder
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.folder: Path = options.folder
         (self.folder / "raw").mkdir(parents=True, exist_ok=True)
         (self.folder / "logs").mkdir(exist_ok=True)
         self.cells_file = self.folder / "cells.jsonl"
-        chosen = {k: v for k, v in vars(asked).items() if k != "folder"}
+        chosen = {k: v for k, v in vars(options).items() if k != "folder"}
         about = self.folder / "about.json"
         if about.exists():
             before = json.loads(about.read_text())["settings"]
@@ -113,7 +105,7 @@ class Benchmark:
                 )
         else:
             about.write_text(json.dumps({"settings": chosen, **_machine()}, indent=1) + "\n")
-        config, _ = model_config.load(asked.model, asked.set)
+        config, _ = model_config.load(options.model, options.set)
         self.model_name = config.name
         self.chosen = compile_cache.CHOICES & config.engine.keys()
         self._tokenizer: Any = None
@@ -127,10 +119,10 @@ class Benchmark:
         todo = [key for key in self._all() if key not in done]
         # Once, so that all rounds run the same; a GPU's code is compiled by each start.
         if not done and not torch.cuda.is_available() and not self.chosen:
-            more = [[contenders.INT8]] if "int8" in self.asked.contenders else []
+            more = [[contenders.INT8]] if "int8" in self.options.contenders else []
             for added in [[], *more]:
-                sets = [word for each in (*self.asked.set, *added) for word in ("--set", each)]
-                command = [sys.executable, "-m", "service", "compile", self.asked.model, *sets]
+                sets = [word for each in (*self.options.set, *added) for word in ("--set", each)]
+                command = [sys.executable, "-m", "service", "compile", self.options.model, *sets]
                 subprocess.run(command, check=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         with Progress(*columns, TimeElapsedColumn()) as progress:
@@ -147,21 +139,21 @@ class Benchmark:
 
     def _order(self, turn: int) -> list[str]:
         """Each contender is first, second ... as often as the others."""
-        names: list[str] = self.asked.contenders
+        names: list[str] = self.options.contenders
         shift = turn % len(names)
         return names[shift:] + names[:shift]
 
     def _all(self) -> Iterator[Key]:
-        for turn in range(self.asked.rounds):
+        for turn in range(self.options.rounds):
             for name in self._order(turn):
-                for concurrency in self.asked.concurrency:
-                    for mode in MODES[name]:
+                for concurrency in self.options.concurrency:
+                    for mode in _modes(name):
                         yield turn, name, mode, concurrency
 
     def _measure(self, turn: int, name: str, cells: list[Key], step: Callable[[str], None]) -> None:
         log = self.folder / "logs" / f"{turn}-{name}.log"
-        with CONTENDERS[name](self.asked.model, self.asked.set, log) as contender:
-            for mode in MODES[name]:
+        with CONTENDERS[name](self.options.model, self.options.set, log) as contender:
+            for mode in _modes(name):
                 self._load(contender, mode, 2, f"warm-{turn}-{mode}", _WARM_UP)
             for key in cells:
                 *_, mode, concurrency = key
@@ -184,24 +176,23 @@ class Benchmark:
     ) -> dict[str, Any]:
         """Seconds, tokens and costs of so many requests; their own times under raw/ by `key`."""
         lengths = {
-            "prompt_tokens": self.asked.prompt_tokens,
-            "answer_tokens": self.asked.answer_tokens,
+            "prompt_tokens": self.options.prompt_tokens,
+            "answer_tokens": self.options.answer_tokens,
         }
         if isinstance(contender, Offline):
-            asked = {"seed": seed, "requests": requests, "concurrency": concurrency}
-            return contender.run(**asked, **lengths)
+            return contender.run(seed=seed, requests=requests, concurrency=concurrency, **lengths)
         name = "-".join(map(str, key)) if key else "warm-up"
         raw = self.folder / "raw" / f"{name}.jsonl"
-        options = {"seed": seed, "requests": requests, "raw": raw, "users": concurrency}
-        options |= {"spawn-rate": concurrency, "host": contender.server.url, "loglevel": "WARNING"}
-        options |= {"model-name": self.model_name}
+        flags = {"seed": seed, "requests": requests, "raw": raw, "users": concurrency}
+        flags |= {"spawn-rate": concurrency, "host": contender.server.url, "loglevel": "WARNING"}
+        flags |= {"model-name": self.model_name}
         if key and key[1] == "tutorial":
-            options["answers"] = _TUTORIAL_ANSWERS
-        options |= {name.replace("_", "-"): value for name, value in lengths.items()}
+            flags["answers"] = _TUTORIAL_ANSWERS
+        flags |= {name.replace("_", "-"): value for name, value in lengths.items()}
         command = [sys.executable, "-m", "locust", "--headless", "--only-summary"]
         command += ["--locustfile", str(Path(__file__).with_name("locustfile.py"))]
-        for option, value in options.items():
-            command += [f"--{option}", str(value)]
+        for flag, value in flags.items():
+            command += [f"--{flag}", str(value)]
         cpu = contender.cpu_seconds()
         ended = subprocess.run(
             [*command, contender.users[mode]], capture_output=True, text=True, check=False
@@ -238,16 +229,18 @@ class Benchmark:
         if self._tokenizer is None:
             from transformers import AutoTokenizer
 
-            config, _ = model_config.load(self.asked.model, self.asked.set)
+            config, _ = model_config.load(self.options.model, self.options.set)
             folder = weights.fetch(config.source, settings.load().cache_dir)
             self._tokenizer = AutoTokenizer.from_pretrained(folder)
         return len(self._tokenizer.encode(text, add_special_tokens=False))
 
 
+def _modes(contender: str) -> tuple[str, ...]:
+    return ("plain",) if contender in _WITHOUT_STREAM else ("plain", "stream")
+
+
 def _machine() -> dict[str, Any]:
     """What the figures hold for."""
-    import torch
-
     gpu = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     packages = ("torch", "transformers", "fastapi", "uvicorn", "locust")
     versions = {name: version(name) for name in packages}

@@ -38,19 +38,19 @@ async def health() -> None:
 @app.post("/")
 async def create_item(request: Request) -> dict[str, Any]:
     """`{"prompt": ...}` in, `{"response", "status", "time"}` out."""
-    asked = json.loads(await request.body())
-    messages = [{"role": "user", "content": asked["prompt"]}]
+    body = json.loads(await request.body())
+    messages = [{"role": "user", "content": body["prompt"]}]
     inputs = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     ).to(model.device)
     with torch.no_grad():
         ids = model.generate(
-            **inputs, max_new_tokens=asked.get("max_new_tokens", 512), do_sample=False
+            **inputs, max_new_tokens=body.get("max_new_tokens", 512), do_sample=False
         )
     answer = ids[0, inputs["input_ids"].shape[1] :]
     response = tokenizer.decode(answer, skip_special_tokens=True)
     time = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
-    print(f'[{time}], prompt:"{asked["prompt"]}", response:"{response!r}"')
+    print(f'[{time}], prompt:"{body["prompt"]}", response:"{response!r}"')
     torch_gc()
     return {"response": response, "status": 200, "time": time}
 
@@ -63,14 +63,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of the checkpoint")
     parser.add_argument("--template", help="chat template, where not the checkpoint's own")
     parser.add_argument("--port", type=int, default=6007)
-    asked = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(asked.folder)
-    if asked.template:
-        tokenizer.chat_template = asked.template
+    options = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(options.folder)
+    if options.template:
+        tokenizer.chat_template = options.template
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(asked.folder, dtype=torch.bfloat16).to(device)
+    model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.bfloat16).to(device)
     model.eval()
-    uvicorn.run(app, host="127.0.0.1", port=asked.port, workers=1, log_level="warning")
+    uvicorn.run(app, host="127.0.0.1", port=options.port, workers=1, log_level="warning")
 
 
 if __name__ == "__main__":

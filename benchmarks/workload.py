@@ -19,15 +19,15 @@ _WORDS = (
 _OPENING = "Write a long story, and do not stop before everything is told, in which"
 # Longest, as a multiple of the median: keeps the tail, and the run's end, within bounds.
 _LONGEST = 4
+_SPREAD = 0.6  # sigma of the lengths' logarithm
 
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Median tokens of prompts and answers, and how widely they spread (sigma of the logarithm)."""
+    """Median tokens of prompts and answers."""
 
     prompt: int = 48
     answer: int = 32
-    sigma: float = 0.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +42,12 @@ def requests(seed: str, lengths: Lengths) -> Iterator[Ask]:
     """Without end; the same for the same seed on every machine."""
     chance = random.Random(seed)
     for number in itertools.count():
-        words = _draw(chance, lengths.prompt, lengths.sigma)
+        words = _draw(chance, lengths.prompt)
         text = " ".join(chance.choices(_WORDS, k=max(4, words - len(_OPENING.split()))))
         prompt = f"({number}) {_OPENING} {text}."
-        yield Ask(prompt, _draw(chance, lengths.answer, lengths.sigma))
+        yield Ask(prompt, _draw(chance, lengths.answer))
 
 
-def _draw(chance: random.Random, median: int, sigma: float) -> int:
-    length = chance.lognormvariate(math.log(median), sigma)
+def _draw(chance: random.Random, median: int) -> int:
+    length = chance.lognormvariate(math.log(median), _SPREAD)
     return round(min(max(length, 4), _LONGEST * median))

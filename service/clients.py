@@ -38,6 +38,8 @@ class Client:
 
 ANYONE = Client()
 
+Version = tuple[int, int, int]  # of a file: time, size and inode
+
 
 def digest(key: bytes) -> str:
     """Return the SHA-256 of a key, in hex."""
@@ -47,7 +49,8 @@ def digest(key: bytes) -> str:
 def hash_of(key: str, place: str) -> str:
     """Return the SHA-256 of a key, which may be given as `sha256:` and the hash.
 
-    Raises ConfigError for what would be another key than the one that is meant.
+    Raises ConfigError for what was probably mistyped: a malformed hash, or a character that cannot
+    be seen.
     """
     if match := _HASH.fullmatch(key):
         return match[1].lower()
@@ -137,6 +140,15 @@ def _limits(words: list[str], place: str) -> dict[str, int]:
 def read_file(file: Path, place: str) -> dict[str, Client]:
     """Return the keys in a file as hash -> client. Raises ConfigError."""
     return parse(text_file.read(file, place), place)
+
+
+def version_of(file: Path | None) -> Version | None:
+    """Return what changes when a file is written or replaced; None if there is none."""
+    try:
+        stat = file.stat() if file else None
+    except OSError:
+        return None
+    return (stat.st_mtime_ns, stat.st_size, stat.st_ino) if stat else None
 
 
 def as_json(clients: Mapping[str, Client] | None) -> dict[str, dict[str, Any]] | None:

@@ -33,7 +33,7 @@ def render(prompt: str, history: History | None, config: Prompt) -> list[Message
         if history:
             raise InvalidRequest("this model completes text and has no history", param="history")
         return prompt
-    return prepare([*_messages(history or ()), {"role": "user", "content": prompt}], config)
+    return prepare([*messages_of(history or ()), {"role": "user", "content": prompt}], config)
 
 
 def prepare(messages: Sequence[Any], config: Prompt) -> list[Any]:
@@ -61,8 +61,8 @@ def append_turn(
 def split_thinking(text: str, tags: Sequence[str], finished: bool) -> tuple[str, str]:
     """Return the reasoning in an answer, and what follows it, both stripped.
 
-    DeepSeek-R1's chat template ends with the opening tag, so the answer often has the closing one
-    alone. Without that one, an answer that was cut short (not `finished`) is all reasoning.
+    DeepSeek-R1's chat template ends with the opening tag, so an answer often has only the closing
+    one. If it has neither and was cut short (`finished` is false), all of it is reasoning.
     """
     start, end = tags
     think, found, answer = text.partition(end)
@@ -91,7 +91,8 @@ class Stripped:
         return shown
 
 
-def _messages(history: History) -> list[Message]:
+def messages_of(history: History) -> list[Message]:
+    """Return a history as messages, without a client's other keys."""
     messages: list[Message] = []
     for turn in history:
         if isinstance(turn, dict):

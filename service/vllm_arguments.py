@@ -315,11 +315,9 @@ def pipeline_problem(args: argparse.Namespace) -> str | None:
 
 def _is_one_cpu(args: argparse.Namespace) -> bool:
     """Whether a single worker runs on a CPU with one NUMA node and no thread binding."""
-    from vllm.platforms import current_platform
-
     sizes = (args.tensor_parallel_size, args.pipeline_parallel_size, args.data_parallel_size)
     return (
-        bool(current_platform.is_cpu())
+        on_cpu()
         and set(sizes) == {1}
         and len([*Path("/sys/devices/system/node").glob("node[0-9]*")]) <= 1
         and os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind") == "nobind"

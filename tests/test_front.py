@@ -14,7 +14,7 @@ import yaml
 
 from service.cluster import environment, exchange, front
 from service.cluster.exchange import BEAT, Part, Request
-from service.cluster.front import Front, ReplicaLost
+from service.cluster.front import FrontApplication, ReplicaLost
 from service.errors import WaitedTooLong, refusal_body
 from service.settings import Settings
 
@@ -99,7 +99,7 @@ CORS = {"allow_origins": ["https://page.example"], "allow_credentials": True}
 
 def ask(replicas: Replicas, path: str = "/") -> httpx.Response:
     async def run() -> httpx.Response:
-        app: Any = Front(replicas, Settings(queue_timeout=0.5))
+        app: Any = FrontApplication(replicas, Settings(queue_timeout=0.5))
         app.configure("a", {"a": "a"}, None, CORS)
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://front") as client:
@@ -178,7 +178,7 @@ def test_kubernetes_has_the_environment_of_ray() -> None:
 @pytest.mark.parametrize(("method", "path"), [("POST", "/"), ("GET", "/health/live")])
 def test_a_page_elsewhere_may_read_what_the_front_answers_itself(method: str, path: str) -> None:
     async def run(origin: str) -> httpx.Response:
-        app: Any = Front(Replicas(well), Settings())
+        app: Any = FrontApplication(Replicas(well), Settings())
         app.configure("a", {"a": "a"}, None, CORS)
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://front") as client:

@@ -72,7 +72,7 @@ def stub_cluster(replicas: int) -> Iterator[tuple[str, str]]:
         config = {
             "default": "stub",
             "owners": {"stub": "stub"},
-            "keys": None,
+            "clients": None,
             "cors": {},
         }
         serve.run(

@@ -1,8 +1,8 @@
 """An API process as a whole: vLLM's application with our guards, contract, health and metrics.
 
-Code outside this package imports only this module. `build` makes the application for an engine
-client. Where vLLM starts the API processes itself, `configure` makes vLLM's own `build_app` build
-the same application.
+`launch` imports only this module. `build` makes the application for an engine client. Where vLLM
+starts the API processes itself, `configure` makes vLLM's own `build_app` build the same
+application.
 """
 
 import argparse
@@ -51,7 +51,8 @@ class Host:
 
     # Whether the service owns this process, so may handle SIGTERM and drain.
     handles_signals = False
-    # Whether to end when the engine stalls: another process answers, and this one only refuses.
+    # Whether the process ends when the engine stalls. Another replica answers then; this one could
+    # only refuse.
     replaceable = False
 
     def __init__(self) -> None:

@@ -141,7 +141,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._write_timer: asyncio.TimerHandle | None = None
         self._refused = False
         self._spare = False
-        # Unfinished ones; several if the client sends ahead.
+        # Responses that are not finished. There are several if the client sends requests ahead.
         self._cycles: deque[RequestResponseCycle] = deque()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

@@ -63,7 +63,10 @@ class Contract:
     async def create(self, http: Request) -> Response:
         """Answer one request. Raises RequestError."""
         record = RequestRecord.of(http.scope)
-        request = self._parse(await http.body(), record)
+        body = await http.body()
+        began = time.perf_counter()
+        request = parse(body)
+        record.layer_seconds += time.perf_counter() - began
         model = self.default if request.model is None else request.model
         adapter = self.adapter_of(model, record)
         deadline = deadline_of(http.scope, request.timeout)
@@ -80,12 +83,6 @@ class Contract:
                 first = await anext(generation.chunks)
                 generation.slot = stack.pop_all()
         return EventStream(self._events(generation, first, record), generation, self.cancellations)
-
-    def _parse(self, body: bytes, record: RequestRecord) -> ContractRequest:
-        began = time.perf_counter()
-        request = parse(body)
-        record.layer_seconds += time.perf_counter() - began
-        return request
 
     async def _start(
         self,
@@ -190,7 +187,7 @@ class Contract:
                 "completion_tokens": last.tokens,
                 "sampling": generation.params,
             }
-        return _json(body)
+        return _encode(body).encode()
 
 
 class EventStream(Response):
@@ -240,7 +237,3 @@ _encode = json.JSONEncoder(ensure_ascii=False).encode
 
 def _delta(text: str) -> bytes:
     return f'data: {{"delta": {_encode(text)}}}\n\n'.encode()
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    return _encode(value).encode()

@@ -19,7 +19,7 @@ from vllm.renderers import TokenizeParams
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from service.api import fast_render
+from service.api import fast_render, vllm_errors
 from service.errors import (
     EngineDead,
     GenerationFailed,
@@ -39,8 +39,6 @@ _INLINE_CHARACTERS = 4096
 # character. Without this limit, 4 MiB of text takes 1.2 GB where a token may have 128 characters.
 _MAX_CHARACTERS_PER_TOKEN = 16
 _MIN_CHARACTERS = 131_072  # room for 100 kB of tools
-# `parameter` of vLLM's TokenizeParams errors when a prompt does not fit.
-_TOO_LONG = ("input_text", "input_tokens")
 # Up to this many tokens are decoded on the event loop: about a millisecond.
 _INLINE_TOKENS = 2048
 
@@ -113,7 +111,7 @@ class Engine:
         try:
             rendered = await self._render(prompt)
         except (VLLMClientError, ValueError, TypeError, jinja2.TemplateError) as e:
-            if getattr(e, "parameter", None) in _TOO_LONG:
+            if getattr(e, "parameter", None) in vllm_errors.TOO_LONG:
                 raise PromptTooLong(
                     f"the prompt does not fit the model's context of {self.context} tokens, which "
                     "must also hold the answer; shorten the prompt or the history",
@@ -190,9 +188,8 @@ class Engine:
         """Yield chunks as they come, or without `stream` one with the whole text.
 
         With `echo`, the first chunk begins with the prompt's text; with `strip`, the whole text has
-        no white space around it. Only requests with the same
-        `cache_salt` share prefix cache entries. Closing or cancelling it aborts the request. Raises
-        RequestError.
+        no white space around it. Only requests with the same `cache_salt` share prefix cache
+        entries. Closing or cancelling it aborts the request. Raises RequestError.
         """
         kind = RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
         # vLLM must decode at each step only for a stream or stop strings.
@@ -269,9 +266,8 @@ class Engine:
             text = self._text(ids)
         else:
             text = await asyncio.to_thread(self._text, ids)
-        return (
-            text.rstrip("\ufffd") if reason == "length" else text
-        )  # drop half a character at the end
+        # An answer that was cut short may end with half a character.
+        return text.rstrip("\ufffd") if reason == "length" else text
 
     def _first_text(self, answer: list[int], text: str) -> str:
         """Adjust the first text of a stream, so that the whole equals that of `_decode`.

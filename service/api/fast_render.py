@@ -18,11 +18,7 @@ def chat_params(
     return ChatParams(
         chat_template=template,
         chat_template_content_format=content_format,
-        chat_template_kwargs={
-            **(kwargs or {}),
-            "add_generation_prompt": True,
-            "tokenize": False,
-        },
+        chat_template_kwargs={**(kwargs or {}), "add_generation_prompt": True, "tokenize": False},
     )
 
 

@@ -17,8 +17,7 @@ MAX_REGEX = 1_024
 # xgrammar's grammar for minProperties or maxProperties grows with the cube of the properties.
 MAX_COUNTED_PROPERTIES = 32
 # Compile time of all schemas in one request, in units of about 0.1 microseconds (xgrammar 0.2,
-# 2 GHz): so 0.1 s. The time for a pattern grows with the square of what its
-# repeats add to it.
+# 2 GHz): so 0.1 s. The time for a pattern grows with the square of what its repeats add to it.
 MAX_WORK = 1_000_000
 _RANGE_WORK = 20_000
 _FORMAT_WORK = 6_500

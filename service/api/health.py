@@ -21,10 +21,7 @@ class Health:
     """
 
     def __init__(
-        self,
-        stall_timeout: float,
-        step_timeout: float,
-        clock: Callable[[], float] = time.monotonic,
+        self, stall_timeout: float, step_timeout: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.phase = Phase.READY
         self._stall_timeout = stall_timeout

@@ -9,7 +9,7 @@ from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from service import clients
-from service.clients import Client
+from service.clients import Client, Version
 from service.errors import ConfigError, Unauthorized
 
 _logger = logging.getLogger("service")
@@ -53,8 +53,10 @@ class Keys:
     def __init__(self, clients: Mapping[str, Client], file: Path | None) -> None:
         self._clients = clients
         self._file = file
-        self._version: tuple[int, int, int] | None = None  # None: read the file at the first reload
-        self._refused: tuple[tuple[int, int, int] | None] | None = None  # logged once, read again
+        self._version: Version | None = None  # None: read the file at the first reload
+        # The version that was refused, in a tuple; None if none was. It is logged once, and read
+        # again until it is valid.
+        self._refused: tuple[Version | None] | None = None
 
     def replace(self, clients: Mapping[str, Client]) -> None:
         """Let these keys be the valid ones."""
@@ -88,7 +90,7 @@ class Keys:
 
         Returns whether the clients have changed.
         """
-        version = self._stat()
+        version = clients.version_of(self._file)
         if self._file is None or version == self._version:
             return False
         try:
@@ -106,12 +108,3 @@ class Keys:
                 _logger.info("API keys read again: %d in force", len(new_clients))
             return changed
         return False
-
-    def _stat(self) -> tuple[int, int, int] | None:
-        if self._file is None:
-            return None
-        try:
-            stat = self._file.stat()
-        except OSError:
-            return None
-        return stat.st_mtime_ns, stat.st_size, stat.st_ino

@@ -19,9 +19,7 @@ REQUESTS = Counter(
     ["route", "status"],
 )
 IN_FLIGHT = Gauge(
-    "service_requests_in_flight",
-    "HTTP requests being answered now.",
-    multiprocess_mode="livesum",
+    "service_requests_in_flight", "HTTP requests being answered now.", multiprocess_mode="livesum"
 )
 REQUEST_SECONDS = Histogram(
     "service_request_duration_seconds",

@@ -25,11 +25,7 @@ from service.api.record import REQUEST_ID, RequestRecord, request_id
 from service.api.refusal import refusal, refusal_event
 from service.api.routes import ROUTES, generates
 from service.api.state import ServiceState
-from service.errors import (
-    ClientGone,
-    EngineDead,
-    RequestError,
-)
+from service.errors import ClientGone, EngineDead, RequestError
 
 _logger = logging.getLogger("service")
 

@@ -11,7 +11,7 @@ from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 
 from service import prompting
-from service.api import routes
+from service.api import routes, vllm_errors
 from service.api.application import Deployment, Host
 from service.api.record import note_sequence
 from service.api.state import ServiceState
@@ -26,7 +26,7 @@ class ChatService:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        vllm_private.shorten_error_texts()
+        vllm_private.shorten_error_texts(vllm_errors.MAX_CHARACTERS)
         app.title = "vllm-chat-service"
         app.version = version(app.title)
         app.openapi = _openapi_with_our_routes(app)  # type: ignore[method-assign]

@@ -12,7 +12,7 @@ from service.api import metrics
 from service.clients import Client
 from service.errors import RateLimited
 
-# What a bucket must hold to let a request in is 1, less a float's error.
+# A request needs 1 in each bucket. This is 1 less the rounding error of a float.
 _ENOUGH = 0.999
 
 

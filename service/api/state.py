@@ -38,12 +38,7 @@ class ServiceState:
     hidden: Collection[str]  # vLLM's paths that clients must not reach
 
     def __init__(
-        self,
-        deployment: Deployment,
-        host: Host,
-        client: EngineClient,
-        state: State,
-        processes: int,
+        self, deployment: Deployment, host: Host, client: EngineClient, state: State, processes: int
     ) -> None:
         self.deployment = deployment
         self.host = host

@@ -11,10 +11,10 @@ from typing import Any
 
 from service.errors import RequestError
 
-_MAX_CHARACTERS = 1000
+MAX_CHARACTERS = 1000
 _MAX_DEPTH = 16  # parts of a param: `messages.0.content`
-# vLLM's params for a prompt that is too long, in any key of the body.
-_PROMPTS = ("input_tokens", "input_text")
+# What vLLM's errors name as the parameter when a prompt is too long, in any key of the body.
+TOO_LONG = ("input_tokens", "input_text")
 
 # (beginning of a text of vLLM 0.32, our text). {0} and so on are the matched numbers.
 _SENTENCES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
@@ -147,7 +147,7 @@ class Refused(RequestError):
 
 def text(error: dict[str, Any]) -> str:
     """Return the beginning of vLLM's own text, for the log of --verbose."""
-    return str(error.get("message") or error.get("detail") or "")[:_MAX_CHARACTERS]
+    return str(error.get("message") or error.get("detail") or "")[:MAX_CHARACTERS]
 
 
 def explain(
@@ -204,10 +204,10 @@ def _explain_validation(message: str, param: str | None) -> str:
 
 def _safe_param(param: Any, keys: Collection[str]) -> str | None:
     """Return the longest prefix of vLLM's param made of known keys and array indices, or None."""
-    if param in _PROMPTS:
+    if param in TOO_LONG:
         return str(param)
     parts: list[str] = []
-    for part in str(param or "")[:_MAX_CHARACTERS].removeprefix("body.").split(".")[:_MAX_DEPTH]:
+    for part in str(param or "")[:MAX_CHARACTERS].removeprefix("body.").split(".")[:_MAX_DEPTH]:
         if part not in keys and not (parts and re.fullmatch(r"[0-9]{1,6}", part)):
             break
         parts.append(part)

@@ -171,8 +171,7 @@ def verify(
 
 def models(
     word: Annotated[
-        str | None,
-        typer.Argument(help="Only those with this word in name, family or chapter."),
+        str | None, typer.Argument(help="Only those with this word in name, family or chapter.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
 ) -> None:

@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 from service import settings
+from service.clients import Version, version_of
 from service.cluster import applications, config, placement
 from service.cluster.applications import CHECK_INTERVAL
 from service.cluster.config import Cluster
@@ -17,10 +18,7 @@ from service.cluster.connection import RayGone, connected, end_orphans
 from service.cluster.state import State
 from service.errors import ConfigError, LaunchError
 from service.launch import environment as launch_environment
-from service.launch.listener import listener_of, warn_if_open
-
-# Time, size and inode of a file.
-_Version = tuple[int, int, int] | None
+from service.launch.listener import listener_of, ready_message, warn_if_open
 
 
 def run(file: Path | None) -> None:
@@ -30,7 +28,7 @@ def run(file: Path | None) -> None:
     """
     launch_environment.check()
     cluster = config.load(file)
-    keys = _version_of(cluster)
+    keys = version_of(cluster.settings.api_key_file)
     os.environ.pop("SERVICE_API_KEY", None)  # Ray's processes need only its hash
     state = State(cluster.settings.cache_dir)
     with state.owner() as owns:
@@ -45,7 +43,7 @@ def run(file: Path | None) -> None:
             stop = _Stop()  # over Ray's own handlers
             try:
                 if _start(cluster, state, stop):
-                    print(_ready_message(cluster), flush=True)
+                    print(_ready(cluster), flush=True)
                     _watch(state, stop, keys)
             finally:
                 state.forget()
@@ -65,8 +63,7 @@ def check(file: Path | None) -> list[str]:
         if owns:
             _clear(state)
         with connected(state, starts=owns):
-            refused = placement.refused(cluster)
-            return [*([refused] if refused else []), *placement.lacking(cluster)]
+            return [*placement.refused(cluster), *placement.lacking(cluster)]
 
 
 def status() -> dict[str, Any]:
@@ -152,8 +149,10 @@ def _update(cluster: Cluster, state: State) -> None:
             "keys cannot be switched on or off while the cluster runs; set SERVICE_API_KEY or its "
             "file as the first command had it, or restart it"
         )
-    refused = [reason for reason in (placement.refused(cluster),) if reason]
-    if problems := [*refused, *([] if "RAY_ADDRESS" in os.environ else placement.lacking(cluster))]:
+    problems = placement.refused(cluster)
+    if "RAY_ADDRESS" not in os.environ:
+        problems += placement.lacking(cluster)
+    if problems:
         raise LaunchError(f"{'; '.join(problems)}; nothing was changed")
     gone = before.models.keys() - cluster.models.keys()
     both = {**before.models, **cluster.models}
@@ -177,19 +176,13 @@ def _update(cluster: Cluster, state: State) -> None:
     raise LaunchError(f"{reason}; what was served before is served on")
 
 
-def _ready_message(cluster: Cluster) -> str:
-    url = cluster.settings.url()
-    key = '  -H "Authorization: Bearer <the API key>" \\\n' if cluster.clients is not None else ""
+def _ready(cluster: Cluster) -> str:
+    keyed = cluster.clients is not None
     names = ", ".join(cluster.models)
-    return (
-        f"\nReady: {names} at {url}. Try:\n\n"
-        f"curl -X POST {url} \\\n{key}"
-        f'  -d \'{{"prompt": "What is the capital of France?", "model": "{cluster.default}"}}\'\n\n'
-        f"OpenAI clients: base_url {url}/v1   Metrics: {url}/metrics\n"
-    )
+    return ready_message(names, cluster.settings.url(), keyed=keyed, model=cluster.default)
 
 
-def _watch(state: State, stop: _Stop, keys: _Version) -> None:
+def _watch(state: State, stop: _Stop, keys: Version | None) -> None:
     """Until a signal comes, give the replicas the API keys of a file that has changed.
 
     `keys` is the version of the file that was applied. Raises RayGone.
@@ -197,12 +190,13 @@ def _watch(state: State, stop: _Stop, keys: _Version) -> None:
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
-    refused: _Version = None
+    refused: Version | None = None
     while not stop.requested:
         time.sleep(CHECK_INTERVAL)
         try:
             applications.statuses()
-            version = _version_of(state.applied)
+            applied = state.applied
+            version = version_of(applied.settings.api_key_file if applied else None)
             if version in (None, keys, refused):
                 continue
             refused = version
@@ -224,16 +218,6 @@ def _with_keys_of_now(cluster: Cluster) -> Cluster:
     if cluster.settings.api_key_file is None:
         return cluster
     return dataclasses.replace(cluster, clients=cluster.settings.clients())
-
-
-def _version_of(cluster: Cluster | None) -> _Version:
-    """Return what changes with the file of API keys; None without one."""
-    file = cluster.settings.api_key_file if cluster else None
-    try:
-        stat = file.stat() if file else None
-    except OSError:
-        return None
-    return (stat.st_mtime_ns, stat.st_size, stat.st_ino) if stat else None
 
 
 def _end(cluster: Cluster) -> None:

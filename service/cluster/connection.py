@@ -25,7 +25,7 @@ class RayGone(LaunchError):
 
 
 def is_alive() -> bool:
-    """Whether the Ray that this command has started is alive. Of another's, it cannot say."""
+    """Whether Ray is alive. Always true for a Ray that another command has started."""
     if environment.folder_of(os.environ) is None:
         return True
     children = psutil.Process().children()

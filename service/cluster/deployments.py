@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve.config import AutoscalingConfig
 
-from service import clients
+from service.clients import as_json
 from service.cluster import config
 from service.cluster.config import DEREGISTER_SECONDS, PREFIX, Cluster, ClusterModel
 from service.cluster.front_replica import Front
@@ -24,7 +24,7 @@ from service.errors import ConfigError
 from service.settings import Settings
 
 _GRACE_SECONDS = 10
-# Serve's own limit on requests of a replica. High, for ours knows when to refuse.
+# Serve's own limit of requests per replica. It is high, because our queue decides what to refuse.
 _MAX_ONGOING = 10_000
 
 
@@ -47,12 +47,12 @@ def model(arguments: Arguments) -> serve.Application:
     chosen = cluster.models[arguments.name]
     if chosen.gpus is None:  # the nodes with GPUs may not be there yet
         raise ConfigError(f"{arguments.file}: models.{arguments.name} needs `gpus` in a RayService")
-    return _model(chosen, cluster.settings, keys=None, has_gpus=True, surge=arguments.surge)
+    return _model(chosen, cluster.settings, clients=None, has_gpus=True, surge=arguments.surge)
 
 
 def front(arguments: Arguments) -> serve.Application:
     """Build the front, for `import_path` of a RayService."""
-    return _front(_load(arguments), keys=None)
+    return _front(_load(arguments), clients=None)
 
 
 def _load(arguments: Arguments) -> Cluster:
@@ -69,22 +69,22 @@ def applications(
 
     `surge` are the models of which a new replica fits before an old one ends.
     """
-    keys = clients.as_json(cluster.clients)
+    clients = as_json(cluster.clients)
     targets = [
         serve.RunTarget(
-            _model(model, cluster.settings, keys, has_gpus=has_gpus, surge=name in surge),
+            _model(model, cluster.settings, clients, has_gpus=has_gpus, surge=name in surge),
             name=f"{PREFIX}-{name}",
             route_prefix=f"/{name}",
         )
         for name, model in cluster.models.items()
     ]
-    return [*targets, serve.RunTarget(_front(cluster, keys), name=PREFIX, route_prefix="/")]
+    return [*targets, serve.RunTarget(_front(cluster, clients), name=PREFIX, route_prefix="/")]
 
 
 def _model(
     model: ClusterModel,
     settings: Settings,
-    keys: dict[str, dict[str, Any]] | None,
+    clients: dict[str, dict[str, Any]] | None,
     *,
     has_gpus: bool,
     surge: bool,
@@ -104,8 +104,8 @@ def _model(
     arguments = {
         "model": model.config.model_dump_json(),
         "file": str(model.origins.file),
-        "settings": _as_json(settings, pushed=keys),
-        "keyed": keys is not None,
+        "settings": _as_json(settings, pushed=clients),
+        "keyed": clients is not None,
         "files": model.files,
     }
     options = cast(serve.Deployment, Model).options(
@@ -117,13 +117,13 @@ def _model(
         },
         max_constructor_retry_count=2,
         max_surge_percent=100 if surge else 0,
-        user_config=keys,
+        user_config=clients,
     )
     return options.bind(**arguments)
 
 
-def _front(cluster: Cluster, keys: dict[str, dict[str, Any]] | None) -> serve.Application:
-    arguments = {"settings": _as_json(cluster.settings, pushed=keys)}
+def _front(cluster: Cluster, clients: dict[str, dict[str, Any]] | None) -> serve.Application:
+    arguments = {"settings": _as_json(cluster.settings, pushed=clients)}
     engine = cluster.models[cluster.default].config.engine
     nodes = sum(node["Alive"] for node in ray.nodes())
     per_node = math.ceil(cluster.fronts / nodes)
@@ -136,7 +136,7 @@ def _front(cluster: Cluster, keys: dict[str, dict[str, Any]] | None) -> serve.Ap
         user_config={
             "default": cluster.default,
             "owners": cluster.owners(),
-            "keys": keys,
+            "clients": clients,
             "cors": {
                 "allow_origins": engine.get("allowed_origins", ["*"]),
                 "allow_credentials": engine.get("allow_credentials", False),
@@ -165,7 +165,8 @@ def _common_options(settings: Settings, arguments: Mapping[str, Any]) -> dict[st
 def _as_json(settings: Settings, pushed: object) -> str:
     """Return the settings without the key; and without its file, where keys are pushed.
 
-    They are null, not absent: for what is absent a node's own variable would count.
+    The values are null, not left out. A node's own SERVICE_ variables would replace what is left
+    out.
     """
     absent = {"api_key": None, **({"api_key_file": None} if pushed else {})}
     return settings.model_copy(update=absent).model_dump_json()

@@ -46,7 +46,8 @@ NEEDED = {
     )
 }
 _FILE = "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"
-# Of a cluster on this machine: what its processes print, and HAProxy's files, by default in /tmp.
+# Only for a cluster on this machine: its processes print less, and HAProxy's files are in its
+# folder instead of /tmp.
 _ALONE = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_COLOR_PREFIX": "0",

@@ -1,7 +1,7 @@
 """The front: one address for all models. It chooses by `model`, and asks another replica.
 
-It knows nothing of Ray: `Replicas` is what it needs of it. It has no queue and no limits of its
-own beside those on bodies: each replica has them.
+It knows nothing of Ray: `ReplicaHandles` is what it needs of it. It has no queue and no limits of
+its own beside those on bodies: each replica has them.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ _PAUSE = 0.25
 # A request may be what ends replicas, so it does not get them all.
 _MAX_LOST = 2
 # How long a replica may take for a health check or for its share of a list, in seconds.
-_PATIENCE = 5.0
+_ASK_SECONDS = 5.0
 # A replica that has sent nothing for so long has hung, or its machine has.
 _SILENCE = 4 * BEAT_SECONDS
 # A replica answers 503 with these words to a request that has waited as long as any may.
@@ -62,7 +62,7 @@ class ReplicaLost(Exception):
     """The replica has ended before its answer was complete."""
 
 
-class Replicas(Protocol):
+class ReplicaHandles(Protocol):
     """The replicas of all models."""
 
     def answer(self, model: str, request: Request) -> AsyncGenerator[Part | None, None]:
@@ -75,10 +75,10 @@ class Replicas(Protocol):
         """Return labels and text of the metrics of each replica."""
 
 
-class Front:
+class FrontApplication:
     """An ASGI application that sends each request to a replica of its model."""
 
-    def __init__(self, replicas: Replicas, settings: Settings) -> None:
+    def __init__(self, replicas: ReplicaHandles, settings: Settings) -> None:
         self._replicas = replicas
         self._settings = settings
         self._bodies = Bodies(settings)
@@ -112,7 +112,7 @@ class Front:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await _live(receive, send)
+            await _lifespan(receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
@@ -251,7 +251,7 @@ class Front:
         """Return status and body of a short answer of one replica; 503 if there is none."""
         status, body = 503, b""
         try:
-            async with asyncio.timeout(_PATIENCE):
+            async with asyncio.timeout(_ASK_SECONDS):
                 async for part in self._replicas.answer(model, request):
                     if part is not None:
                         status, body = part.status or status, body + part.body
@@ -263,7 +263,8 @@ class Front:
 async def _begun(parts: AsyncGenerator[Part | None, None], deadline: float) -> bool:
     """Wait for a replica to begin. Returns whether it did; else another may. Raises WaitedTooLong.
 
-    A replica that hangs, or that ends now, does so whatever the request says.
+    A replica that hangs or ends before it begins does so whatever the request is. It does not count
+    as an attempt.
     """
     try:
         async with asyncio.timeout(min(_SILENCE, max(0, deadline - time.monotonic()))):
@@ -336,9 +337,8 @@ class _Exchange:
                 {
                     "type": "http.response.start",
                     "status": part.status,
-                    "headers": [
-                        h for h in part.headers if h[0] != REQUEST_ID.encode()
-                    ],  # Serve sets it
+                    # Serve sets the id.
+                    "headers": [h for h in part.headers if h[0] != REQUEST_ID.encode()],
                 }
             )
         if self._events is not None:
@@ -365,7 +365,7 @@ def _request(scope: Scope, path: str, body: bytes) -> Request:
     )
 
 
-async def _live(receive: Receive, send: Send) -> None:
+async def _lifespan(receive: Receive, send: Send) -> None:
     """Answer the lifespan protocol: the front has nothing to start or end."""
     while True:
         message = await receive()

@@ -16,11 +16,10 @@ from ray.serve.exceptions import (
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.types import ASGIApp
 
-from service import clients
+from service.clients import from_json
 from service.cluster.config import PREFIX
 from service.cluster.exchange import Part, Request
-from service.cluster.front import Front as FrontApplication
-from service.cluster.front import ReplicaLost
+from service.cluster.front import FrontApplication, ReplicaLost
 from service.settings import Settings
 
 _METRICS_SECONDS = 5.0
@@ -45,16 +44,16 @@ class Front:
         """Take models and keys that have changed, without a restart."""
         owners = changed["owners"]
         await asyncio.to_thread(self._handles.use, sorted(set(owners.values())))
-        keys = changed["keys"]
-        known = clients.from_json(keys) if keys is not None else self._settings.clients()
-        self._front.configure(changed["default"], owners, known, changed["cors"])
+        pushed = changed["clients"]
+        clients = from_json(pushed) if pushed is not None else self._settings.clients()
+        self._front.configure(changed["default"], owners, clients, changed["cors"])
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._front
 
 
 class _Handles:
-    """`front.Replicas` over Serve's handles."""
+    """`front.ReplicaHandles` over Serve's handles."""
 
     def __init__(self) -> None:
         self._handles: dict[str, DeploymentHandle[Any]] = {}

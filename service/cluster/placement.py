@@ -63,21 +63,21 @@ def _needs(cluster: Cluster) -> dict[str, float]:
     }
 
 
-def refused(cluster: Cluster) -> str | None:
+def refused(cluster: Cluster) -> list[str]:
     """Return what vLLM does not accept of a model's YAML, asked on a node of the cluster."""
     import ray
 
     @ray.remote(num_cpus=0)
-    def refused() -> str | None:
+    def refused() -> list[str]:
         from service import vllm_arguments
 
         for model in cluster.models.values():
             try:
                 vllm_arguments.arguments(model.config, model.origins, cluster.settings)
             except ServiceError as e:
-                return f"{model.name}: {e}"
-        return None
+                return [f"{model.name}: {e}"]
+        return []
 
     print("Asking vLLM, which takes a while to import ...", file=sys.stderr, flush=True)
-    reason: str | None = ray.get(refused.remote())
-    return reason
+    reasons: list[str] = ray.get(refused.remote())
+    return reasons

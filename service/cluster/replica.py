@@ -15,9 +15,10 @@ from prometheus_client import generate_latest
 from ray import serve
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import clients, parent
+from service import parent
 from service.api.application import Deployment, Host
 from service.api.record import REQUEST_ID
+from service.clients import from_json
 from service.cluster import exchange
 from service.cluster.exchange import Part, Request
 from service.errors import LaunchError, Unavailable
@@ -39,8 +40,8 @@ class _Replica(Host):
 class _End:
     """Stands for uvicorn's server, which is Serve's here.
 
-    A replica that has failed ends at once: one that only refuses has the fewest connections, so
-    HAProxy would send it whatever comes.
+    A replica that only refuses has the fewest connections, so HAProxy would send it all new
+    requests. So one that has failed ends at once.
     """
 
     def __init__(self) -> None:
@@ -95,15 +96,15 @@ class Model:
         config = ModelConfig.model_validate_json(model)
         origins = Origins(Path(file), {}, frozenset())
         loaded = Settings.model_validate_json(settings, strict=False)
-        known = {} if keyed else loaded.clients()
+        clients = {} if keyed else loaded.clients()
         self._stack = contextlib.AsyncExitStack()
         args, folder = self._stack.enter_context(server.prepared(config, origins, loaded))
         with server.explained(loaded, folder):
-            await asyncio.to_thread(server.use_files, args, config, loaded)
+            await asyncio.to_thread(server.prepare_files, args, config, loaded)
             deployment = Deployment(
                 model=config,
                 settings=loaded,
-                clients=None if known is None else dict(known),
+                clients=None if clients is None else dict(clients),
                 instance=uuid.uuid4().hex,
             )
             self._asgi = await self._stack.enter_async_context(
@@ -111,9 +112,9 @@ class Model:
             )
         self._asgi.state.server = _End()
 
-    def reconfigure(self, keys: dict[str, dict[str, Any]]) -> None:
+    def reconfigure(self, clients: dict[str, dict[str, Any]]) -> None:
         """Take the keys of a file that has changed, without a restart."""
-        self._asgi.state.service.use_keys(clients.from_json(keys))
+        self._asgi.state.service.use_keys(from_json(clients))
 
     async def drain(self) -> None:
         """Refuse new requests, and finish those that were accepted."""

@@ -46,9 +46,7 @@ def choose(args: argparse.Namespace, config: ModelConfig) -> str | None:
     Sets `args.enforce_eager`; `args` must name the model's folder. Returns the reason, or None if
     the user or vLLM chooses.
     """
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu() or CHOICES & config.engine.keys():
+    if not vllm_arguments.on_cpu() or CHOICES & config.engine.keys():
         return None
     try:
         result = Compiled(**json.loads(file(args).read_text()))

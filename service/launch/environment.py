@@ -12,42 +12,35 @@ from service.launch.run_folder import FOLDER_VARIABLE, RunFolder
 from service.settings import Settings
 
 # vLLM's variables that would bypass a protection, run what nobody checks, or be ignored in silence.
+# (variable, the value that changes nothing, beside an empty one) -> why others are refused.
 _REFUSED = {
-    "VLLM_ALLOW_INSECURE_SERIALIZATION": "lets the engine's sockets run code: unset it",
-    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "lets clients load adapters from any path: unset it, and "
-    "give them with --adapter",
-    "VLLM_API_KEY": "guards /v1 and leaves POST / open: unset it, and set SERVICE_API_KEY, which "
-    "guards both",
-    "VLLM_CONFIGURE_LOGGING": "turns off the log in which prompts are left out: unset it",
-    "VLLM_DEBUG_LOG_API_SERVER_RESPONSE": "logs answers: unset it, and set SERVICE_LOG_PROMPTS",
-    "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION": "mixes up requests of the same id: unset it",
-    "VLLM_ENABLE_COHERE_API": "opens routes that go past the queue: unset it",
-    "VLLM_ENABLE_RESPONSES_API_STORE": "keeps all answers in memory, and gives one to any client "
-    "that knows its id: unset it",
-    "VLLM_LOGGING_CONFIG_PATH": "would be ignored: unset it; --verbose logs everything",
-    "VLLM_LOGGING_LEVEL": "would be ignored: unset it; --verbose logs everything",
-    "VLLM_MODEL_REDIRECT_PATH": "loads other files than those that are checked: unset it, and give "
-    "source.path",
-    "VLLM_SERVER_DEV_MODE": "opens routes that change the engine: unset it",
-    "VLLM_TEST_FORCE_LOAD_FORMAT": "loads other weights than those that are checked: unset it, and "
-    "set engine.load_format",
-    "VLLM_USE_RUST_FRONTEND": "serves without POST / and without the queue: unset it",
-}
-# Of those that are no flags, or are on by default, the values that change nothing; else "0".
-_HARMLESS = {
-    "VLLM_API_KEY": "",
-    "VLLM_CONFIGURE_LOGGING": "1",
-    "VLLM_LOGGING_CONFIG_PATH": "",
-    "VLLM_LOGGING_LEVEL": "INFO",
-    "VLLM_MODEL_REDIRECT_PATH": "",
-    "VLLM_TEST_FORCE_LOAD_FORMAT": "",
+    ("VLLM_ALLOW_INSECURE_SERIALIZATION", "0"): "lets the engine's sockets run code: unset it",
+    ("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0"): "lets clients load adapters from any path: unset "
+    "it, and give them with --adapter",
+    ("VLLM_API_KEY", ""): "guards /v1 and leaves POST / open: unset it, and set SERVICE_API_KEY, "
+    "which guards both",
+    ("VLLM_CONFIGURE_LOGGING", "1"): "turns off the log in which prompts are left out: unset it",
+    ("VLLM_DEBUG_LOG_API_SERVER_RESPONSE", "0"): "logs answers: unset it, and set "
+    "SERVICE_LOG_PROMPTS",
+    ("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", "0"): "mixes up requests of the same id: unset it",
+    ("VLLM_ENABLE_COHERE_API", "0"): "opens routes that go past the queue: unset it",
+    ("VLLM_ENABLE_RESPONSES_API_STORE", "0"): "keeps all answers in memory, and gives one to any "
+    "client that knows its id: unset it",
+    ("VLLM_LOGGING_CONFIG_PATH", ""): "would be ignored: unset it; --verbose logs everything",
+    ("VLLM_LOGGING_LEVEL", "INFO"): "would be ignored: unset it; --verbose logs everything",
+    ("VLLM_MODEL_REDIRECT_PATH", ""): "loads other files than those that are checked: unset it, "
+    "and give source.path",
+    ("VLLM_SERVER_DEV_MODE", "0"): "opens routes that change the engine: unset it",
+    ("VLLM_TEST_FORCE_LOAD_FORMAT", ""): "loads other weights than those that are checked: unset "
+    "it, and set engine.load_format",
+    ("VLLM_USE_RUST_FRONTEND", "0"): "serves without POST / and without the queue: unset it",
 }
 
 
 def check() -> None:
     """Raise ConfigError for a variable of vLLM's that would undo what the service promises."""
-    for variable, reason in _REFUSED.items():
-        if os.environ.get(variable, "") not in ("", _HARMLESS.get(variable, "0")):
+    for (variable, harmless), reason in _REFUSED.items():
+        if os.environ.get(variable, "") not in ("", harmless):
             raise ConfigError(f"{variable} {reason}")
 
 
@@ -85,10 +78,7 @@ def prepare(folder: RunFolder, settings: Settings) -> None:
         "VLLM_MAX_COMPLETION_PROMPTS": str(settings.max_sequences),
     }
     if not settings.verbose:
-        defaults |= {
-            "TORCH_CPP_LOG_LEVEL": "ERROR",
-            "TORCH_LOGS": "-torch._library.triton",
-        }
+        defaults |= {"TORCH_CPP_LOG_LEVEL": "ERROR", "TORCH_LOGS": "-torch._library.triton"}
         warnings.simplefilter("ignore")
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

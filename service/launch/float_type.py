@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
+from service import vllm_arguments
 from service.model_config import ModelConfig
 from service.weights import tensor_files
 
@@ -24,11 +25,10 @@ def choose(args: argparse.Namespace, config: ModelConfig) -> str | None:
     kernels for it do not support float32; ours do.
     """
     import torch
-    from vllm.platforms import current_platform
 
     from service.models import cpu_int8
 
-    if not current_platform.is_cpu():
+    if not vllm_arguments.on_cpu():
         return None
     file = Path(args.model) / "config.json"
     checkpoint = tensor_files.read_json(file) if file.exists() else {}

@@ -1,6 +1,7 @@
-"""The socket of a service."""
+"""The socket of a service, and what a command says of it."""
 
 import errno
+import json
 import socket
 import sys
 
@@ -39,4 +40,15 @@ def warn_if_open(listener: socket.socket, settings: Settings, *, keyed: bool) ->
         f"WARNING: {settings.host} can be reached from other machines, and no API key is set: "
         "whoever reaches it may use it. Set SERVICE_API_KEY_FILE, or listen on 127.0.0.1.",
         file=sys.stderr,
+    )
+
+
+def ready_message(who: str, url: str, *, keyed: bool, model: str | None = None) -> str:
+    """Return what a command prints when `who` is ready at `url`. The example asks for `model`."""
+    key = '  -H "Authorization: Bearer <the API key>" \\\n' if keyed else ""
+    body = {"prompt": "What is the capital of France?", **({"model": model} if model else {})}
+    return (
+        f"\nReady: {who} at {url}. Try:\n\n"
+        f"curl -X POST {url} \\\n{key}  -d '{json.dumps(body, ensure_ascii=False)}'\n\n"
+        f"OpenAI clients: base_url {url}/v1   Metrics: {url}/metrics\n"
     )

@@ -20,13 +20,7 @@ from typing import TYPE_CHECKING
 from service import vllm_arguments, vllm_plugins, weights
 from service.api import application
 from service.errors import ConfigError, LaunchError, ServiceError, WeightsError
-from service.launch import (
-    compile_cache,
-    environment,
-    float_type,
-    start_errors,
-    tokenizer_choice,
-)
+from service.launch import compile_cache, environment, float_type, start_errors, tokenizer_choice
 from service.launch.run_folder import RunFolder
 from service.model_config import InvalidConfig, ModelConfig, Origins
 from service.phase import Phase
@@ -56,7 +50,8 @@ def run(folder: RunFolder, origins: Origins, listener: socket.socket) -> None:
 
             fork_engine()
         folder.set_phase(Phase.DOWNLOADING)
-        use_files(args, config, settings, functools.partial(folder.set_phase, Phase.DOWNLOADING))
+        report = functools.partial(folder.set_phase, Phase.DOWNLOADING)
+        prepare_files(args, config, settings, report)
         folder.set_phase(Phase.LOADING)
         _serve(args, deployment, folder, listener)
 
@@ -93,7 +88,7 @@ def _ready_for_vllm(settings: Settings) -> Iterator[RunFolder]:
         yield folder
 
 
-def use_files(
+def prepare_files(
     args: argparse.Namespace,
     config: ModelConfig,
     settings: Settings,
@@ -186,9 +181,7 @@ def choose_compiled(args: argparse.Namespace, config: ModelConfig) -> None:
         args.enforce_eager = True
     elif reason := compile_cache.choose(args, config):
         print(reason, file=sys.stderr, flush=True)
-    from vllm.platforms import current_platform
-
-    if args.enforce_eager and current_platform.is_cpu():
+    if args.enforce_eager and vllm_arguments.on_cpu():
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
@@ -211,9 +204,7 @@ def explained(settings: Settings, folder: RunFolder) -> Iterator[None]:
 def _work_around_vllm() -> None:
     """Turn off ahead-of-time compilation on a CPU. vLLM 0.32 cannot load its result there, so it
     would compile at every start: 56 s instead of 15 for the embedded model on 2 cores."""
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
+    if vllm_arguments.on_cpu():
         os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
         from service.models.vllm_private import inspect_models_here
 

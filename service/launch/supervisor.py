@@ -29,7 +29,7 @@ from service import vllm_arguments
 from service.api.application import Deployment
 from service.errors import ConfigError, LaunchError, ServiceError
 from service.launch import environment, server
-from service.launch.listener import listener_of, warn_if_open
+from service.launch.listener import listener_of, ready_message, warn_if_open
 from service.launch.progress_server import ProgressServer
 from service.launch.run_folder import RunFolder
 from service.model_config import ModelConfig, Origins
@@ -82,26 +82,15 @@ def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["service.launch.fork_server"])
         process = context.Process(
-            target=_run_server,
-            args=(path, origins, listener),
-            name="MainProcess",
+            target=_run_server, args=(path, origins, listener), name="MainProcess"
         )
-        ready = _ready_message(config.name, settings.url(tls=tls is not None), clients is not None)
+        url = settings.url(tls=tls is not None)
+        ready = ready_message(f"{config.name} answers", url, keyed=clients is not None)
         _Supervisor(process, folder, progress, ready, settings).run()
 
 
-def _ready_message(model: str, url: str, needs_key: bool) -> str:
-    key = '  -H "Authorization: Bearer <the API key>" \\\n' if needs_key else ""
-    return (
-        f"\nReady: {model} answers at {url}. Try:\n\n"
-        f"curl -X POST {url} \\\n{key}"
-        '  -d \'{"prompt": "What is the capital of France?"}\'\n\n'
-        f"OpenAI clients: base_url {url}/v1   Metrics: {url}/metrics\n"
-    )
-
-
 def _announce(message: str) -> None:
-    """Print a message, unless who read it has ended: that is no reason to end the server."""
+    """Print a message. If the reader of stdout has ended, drop it; the server goes on."""
     try:
         print(message, flush=True)
     except OSError:

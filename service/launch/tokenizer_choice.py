@@ -19,7 +19,7 @@ def choose(args: argparse.Namespace) -> str | None:
     """Set the mode that reads tokenizer.json itself, where transformers' class gives other ids.
 
     Returns a line for the user, if there is something to say; raises LaunchError where that mode
-    would not help. The loaded tokenizer is vLLM's, which keeps it: a start that changes nothing
+    would not help. vLLM caches the tokenizer that is loaded here, so a start that changes nothing
     loads it once.
     """
     from vllm.tokenizers.registry import cached_get_tokenizer

@@ -4,7 +4,7 @@ Settings of a deployment (address, keys, logging) are in `settings.py`.
 """
 
 from service.model_config.document import InvalidConfig, Mistake, Origins
-from service.model_config.loader import catalogue, find, load, name_of
+from service.model_config.loader import catalogue, load, name_of
 from service.model_config.schema import ModelConfig, Source
 from service.model_config.shipped import listing
 from service.model_config.spelling import nearest
@@ -16,7 +16,6 @@ __all__ = [
     "Origins",
     "Source",
     "catalogue",
-    "find",
     "listing",
     "load",
     "name_of",

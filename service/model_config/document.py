@@ -150,9 +150,10 @@ def value_of(text: str) -> Any:
 
 
 def _compose(text: str) -> yaml.Node | None:
-    """Parse by libyaml, which is ten times as fast, or else by PyYAML's own parser.
+    """Parse with libyaml, which is ten times as fast.
 
-    That one words mistakes better. Nesting of some 100,000 brackets overflows libyaml's stack.
+    If that fails, parse with PyYAML, whose messages are better. Long texts go to PyYAML alone: some
+    100,000 nested brackets overflow libyaml's stack.
     """
     if len(text) <= _SHORT and yaml.__with_libyaml__:
         try:

@@ -45,7 +45,7 @@ def catalogue() -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
-def find(name_or_file: str) -> Path:
+def _find(name_or_file: str) -> Path:
     """Return the YAML file for a catalogue name or a path. Raises ConfigError."""
     entries = catalogue()
     if name_or_file in entries:
@@ -73,7 +73,7 @@ def load(
     more than its name and source. Raises ConfigError; InvalidConfig has all mistakes, each with
     file, line, key and the nearest valid name.
     """
-    file = file or find(name_or_file)
+    file = file or _find(name_or_file)
     document = _parse(file)
     data, lines, mistakes = document.data, document.lines, document.mistakes
     assigned: set[KeyPath] = set()
@@ -126,7 +126,10 @@ def _of_rules(data: dict[str, Any], errors: Sequence[Any]) -> list[Any]:
 
 
 def _leave_out(data: dict[str, Any], path: KeyPath) -> None:
-    """Delete the innermost key on a path; all of the section, where one must be there."""
+    """Delete the innermost key on `path`.
+
+    If that is inside a required section, delete the whole section.
+    """
     section: Any = data
     last: tuple[dict[Any, Any], Any] | None = None
     for part in path[:1] if path[:1] in [(key,) for key in _STAND_INS] else path:

@@ -45,19 +45,13 @@ class Baichuan2Model(LlamaModel):  # type: ignore[misc]
     # vLLM splits a matrix that is fused on disk before it shards it.
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_substr={".W_pack.": ".qkv_proj."},
-        orig_to_new_stacked={
-            ".gate_proj": (".gate_up_proj", 0),
-            ".up_proj": (".gate_up_proj", 1),
-        },
+        orig_to_new_stacked={".gate_proj": (".gate_up_proj", 0), ".up_proj": (".gate_up_proj", 1)},
     )
 
 
 class Baichuan2ForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
     hf_to_vllm_mapper = Baichuan2Model.hf_to_vllm_mapper
-    packed_modules_mapping = {
-        "qkv_proj": ["qkv_proj"],
-        "gate_up_proj": ["gate_proj", "up_proj"],
-    }
+    packed_modules_mapping = {"qkv_proj": ["qkv_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
     # Without lm_head: NormHead would be of the head and an adapter's part of it together.
     embedding_modules = {"embed_tokens": "input_embeddings"}
 

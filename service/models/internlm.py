@@ -20,8 +20,11 @@ from transformers import LlamaConfig
 
 class _Config(LlamaConfig):  # type: ignore[misc]  # transformers is not typed for us
     rope_parameters: dict[str, Any] | None = None
+    bias: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.bias and not isinstance(self, InternLMConfig):
+            raise ValueError("config.json: an InternLM2 or InternLM3 with bias was never published")
         super().__post_init__(**kwargs)
         rope = self.rope_parameters or {}
         if rope.get("rope_type") == "dynamic":
@@ -53,11 +56,6 @@ class InternLM2Config(_Config):
     model_type = "internlm2"
 
     vocab_size: int = 92544
-    bias: bool = False
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        _refuse_bias(self.bias)
-        super().__post_init__(**kwargs)
 
 
 class InternLM3Config(_Config):
@@ -66,14 +64,4 @@ class InternLM3Config(_Config):
     model_type = "internlm3"
 
     vocab_size: int = 128512
-    bias: bool = False
     qkv_bias: bool = False
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        _refuse_bias(self.bias)
-        super().__post_init__(**kwargs)
-
-
-def _refuse_bias(bias: bool) -> None:
-    if bias:
-        raise ValueError("config.json: an InternLM2 or InternLM3 with bias was never published")

@@ -15,11 +15,10 @@ def keep_nucleus(
 ) -> torch.Tensor:
     """Set all logits to -inf but those of each row's nucleus, in place.
 
-    The nucleus are the most probable tokens of which those before the last have less than `p`
-    together ("The Curious Case of Neural Text Degeneration", arXiv:1904.09751). Of tokens that are
-    equally probable at its edge, the highest ids are kept. `logits` are [sequences, vocabulary],
-    float32; `p` is [sequences], and 1 keeps a row as it is. `by_sorting` does the same for the rows
-    whose nucleus is wide.
+    A row's nucleus is the smallest set of its most probable tokens whose probabilities sum to `p`
+    or more (arXiv:1904.09751). Of tokens that are equally probable at its edge, the highest ids are
+    kept. `logits` are [sequences, vocabulary], float32; `p` is [sequences], and 1 keeps a row as it
+    is. `by_sorting` does the same for the rows whose nucleus is wide.
     """
     rows = (p < 1).nonzero().squeeze(1)
     for width in _WIDTHS:

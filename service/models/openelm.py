@@ -22,11 +22,7 @@ from vllm.model_executor.models.llama import (
     LlamaForCausalLM,
     LlamaMLP,
 )
-from vllm.model_executor.models.utils import (
-    AutoWeightsLoader,
-    WeightsMapper,
-    extract_layer_index,
-)
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, extract_layer_index
 
 
 class OpenELMConfig(PreTrainedConfig):  # type: ignore[misc]  # neither it nor vLLM is typed for us

@@ -73,10 +73,7 @@ class QwenForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             ".mlp.c_proj.": ".mlp.down_proj.",
         },
     )
-    packed_modules_mapping = {
-        "qkv_proj": ["qkv_proj"],
-        "gate_up_proj": ["gate_proj", "up_proj"],
-    }
+    packed_modules_mapping = {"qkv_proj": ["qkv_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         loaded: set[str] = AutoWeightsLoader(self).load_weights(

@@ -138,7 +138,7 @@ def hide_paths(models: Any) -> None:
     models.show_available_models = show_names
 
 
-def shorten_error_texts(limit: int = 1000) -> None:
+def shorten_error_texts(limit: int) -> None:
     """Make vLLM sanitise only the first `limit` characters of an error's text.
 
     The text echoes input, and sanitising a megabyte of slashes takes minutes. We use no more of it.
@@ -298,7 +298,8 @@ def compile_nothing_for_requests() -> None:
 
     vLLM compiles it at the first request that asks for them: all others wait some 20 s, and without
     a C++ compiler the engine ends. With TORCHDYNAMO_DISABLE, which eager servers set, nothing else
-    is compiled either; torch reads it at its import, which a forked process has behind it.
+    is compiled either. torch reads that variable when it is imported. A forked process has imported
+    torch already, so the option is set here.
     """
     sampler.batched_count_greater_than = inspect.unwrap(sampler.batched_count_greater_than)
     if os.environ.get("TORCHDYNAMO_DISABLE") == "1":

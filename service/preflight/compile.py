@@ -29,9 +29,7 @@ def make(config: ModelConfig, origins: Origins, settings: Settings) -> compile_c
         raise ConfigError(f"{place}: decides whether `serve` compiles; leave it out")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     with server.prepared(config, origins, settings) as (args, folder):
-        from vllm.platforms import current_platform
-
-        if not current_platform.is_cpu():
+        if not vllm_arguments.on_cpu():
             raise ConfigError("on a GPU `serve` compiles by itself, in a minute or two")
         server.fetch_files(args, config, settings)
         file = compile_cache.file(args)

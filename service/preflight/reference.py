@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,7 +95,7 @@ class Experts:
     router: Tensor  # [experts, hidden]
     per_token: int
     is_normalized: bool  # whether a token's weights sum to one
-    matrices: Callable[[int], tuple[Tensor, Tensor, Tensor]]  # gate, up and down of one
+    matrices: Callable[[int], Sequence[Tensor]]  # gate, up and down of one
 
 
 @dataclass
@@ -122,37 +122,21 @@ class Layer:
     experts: Experts | None = None
 
 
-class Architecture(Protocol):
-    """The differences between architectures. Attributes are named as in Llama's config.json."""
-
-    layers: int
-    head_dim: int
-    rms_norm_eps: float
-    residual_scale: float
-    is_interleaved: bool  # whether a rotated pair is two neighbours
-
-    def __init__(self, config: dict[str, Any], weights: Weights) -> None: ...
-
-    def inverse_frequencies(self) -> Tensor:
-        """Return the radians per position of each rotated pair, [at most head_dim / 2]."""
-        ...
-
-    def embed(self, ids: Tensor) -> Tensor: ...
-    def layer(self, index: int) -> Layer: ...
-    def final_norm(self) -> Tensor: ...
-    def head(self) -> Tensor:
-        """Return the output weights, [vocabulary, hidden]."""
-        ...
-
-
 class Llama:
     """Llama; XVERSE is the same. The other classes override their differences."""
 
     residual_scale = 1.0
-    is_interleaved = False
+    is_interleaved = False  # whether a rotated pair is two neighbours
     tied_by_default = False
+    keys: dict[str, str] = {}  # Llama's name of a key of config.json -> the architecture's
+    # Names of tensors, without ".weight". Those of a layer follow its number.
+    table, norm, output = "model.embed_tokens", "model.norm", "lm_head"
+    stack, mlp = "model.layers", "mlp"
+    matrices = ("gate_proj", "up_proj", "down_proj")
+    others = ("self_attn.o_proj", "input_layernorm", "post_attention_layernorm")
 
     def __init__(self, config: dict[str, Any], weights: Weights) -> None:
+        config = {**config, **{ours: config[theirs] for ours, theirs in self.keys.items()}}
         self.config = config
         self.weights = weights
         self.layers: int = config["num_hidden_layers"]
@@ -163,6 +147,7 @@ class Llama:
         self.rope_theta: float = config.get("rope_theta", 10000.0)
 
     def inverse_frequencies(self) -> Tensor:
+        """Return the radians per position of each rotated pair, [at most head_dim / 2]."""
         scaling = self.config.get("rope_scaling") or {}
         # "dynamic" changes nothing up to max_position_embeddings, and the engine stops there.
         if scaling and (kind := scaling.get("rope_type", scaling.get("type"))) != "dynamic":
@@ -170,50 +155,51 @@ class Llama:
         return _inverse_frequencies(self.rope_theta, self.head_dim)
 
     def embed(self, ids: Tensor) -> Tensor:
-        return self.weights.embed("model.embed_tokens.weight", ids)
+        return self.weights.embed(f"{self.table}.weight", ids)
 
-    def qkv(self, prefix: str) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (self.weights[f"{prefix}.{name}_proj.weight"] for name in "qkv")
-        return q, k, v
+    def tensor(self, index: int, name: str, kind: str = "weight") -> Tensor:
+        """Return a tensor of a layer."""
+        return self.weights[f"{self.stack}.{index}.{name}.{kind}"]
 
-    def feed_forward(self, prefix: str) -> tuple[Tensor, Tensor, Tensor]:
-        gate, up, down = (
-            self.weights[f"{prefix}.{name}_proj.weight"] for name in ("gate", "up", "down")
-        )
-        return gate, up, down
+    def heads_of(self, index: int) -> tuple[int, int]:
+        """Return the number of query and KV heads of a layer."""
+        return self.heads, self.kv_heads
 
-    def layer(self, index: int, mlp: str = "mlp") -> Layer:
-        prefix = f"model.layers.{index}"
-        q, k, v = self.qkv(f"{prefix}.self_attn")
-        gate, up, down = self.feed_forward(f"{prefix}.{mlp}")
-        return Layer(
-            self.heads,
-            self.kv_heads,
-            q,
-            k,
-            v,
-            self.weights[f"{prefix}.self_attn.o_proj.weight"],
-            gate,
-            up,
-            down,
-            self.weights[f"{prefix}.input_layernorm.weight"],
-            self.weights[f"{prefix}.post_attention_layernorm.weight"],
-        )
+    def qkv(self, index: int) -> Sequence[Tensor]:
+        return [self.tensor(index, f"self_attn.{name}_proj") for name in "qkv"]
+
+    def split_qkv(self, index: int, rows: Tensor) -> Sequence[Tensor]:
+        """Split what is one tensor: the rows of q, then k, then v."""
+        heads, kv_heads = self.heads_of(index)
+        return torch.split(rows, [n * self.head_dim for n in (heads, kv_heads, kv_heads)])
+
+    def gate_up_down(self, index: int) -> Sequence[Tensor]:
+        return self.matrices_of(index, self.mlp)
+
+    def matrices_of(self, index: int, mlp: str) -> Sequence[Tensor]:
+        return [self.tensor(index, f"{mlp}.{name}") for name in self.matrices]
+
+    def layer(self, index: int) -> Layer:
+        q, k, v = self.qkv(index)
+        gate, up, down = self.gate_up_down(index)
+        o, attention_norm, mlp_norm = (self.tensor(index, name) for name in self.others)
+        heads = self.heads_of(index)
+        return Layer(*heads, q, k, v, o, gate, up, down, attention_norm, mlp_norm)
 
     def final_norm(self) -> Tensor:
-        return self.weights["model.norm.weight"]
+        return self.weights[f"{self.norm}.weight"]
 
     def head(self) -> Tensor:
+        """Return the output weights, [vocabulary, hidden]."""
         tied = self.config.get("tie_word_embeddings", self.tied_by_default)
-        return self.weights["model.embed_tokens.weight" if tied else "lm_head.weight"]
+        return self.weights[f"{self.table if tied else self.output}.weight"]
 
 
 class Baichuan2(Llama):
     """Source: baichuan-inc's modeling_baichuan.py."""
 
-    def qkv(self, prefix: str) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.weights[f"{prefix}.W_pack.weight"].chunk(3)
-        return q, k, v
+    def qkv(self, index: int) -> Sequence[Tensor]:
+        return self.split_qkv(index, self.tensor(index, "self_attn.W_pack"))
 
     def head(self) -> Tensor:
         return normalize(super().head(), dim=1)
@@ -263,54 +249,34 @@ class MiniCPM(Llama):
         return super().head() * scale
 
 
-class OpenELM:
+class OpenELM(Llama):
     """Source: apple's modeling_openelm.py and apple/corenet's general_gpt.py."""
 
-    residual_scale = 1.0
-    is_interleaved = False
     rms_norm_eps = 1e-6
+    table, norm = "transformer.token_embeddings", "transformer.norm"
+    stack = "transformer.layers"
+    others = ("attn.out_proj", "attn_norm", "ffn_norm")
 
     def __init__(self, config: dict[str, Any], weights: Weights) -> None:
-        self.config = config
+        self.config = {"tie_word_embeddings": config.get("share_input_output_layers", True)}
         self.weights = weights
-        self.layers: int = config["num_transformer_layers"]
-        self.head_dim: int = config["head_dim"]
+        self.layers = config["num_transformer_layers"]
+        self.all_heads = list(zip(config["num_query_heads"], config["num_kv_heads"], strict=True))
+        self.head_dim = config["head_dim"]
+        self.rope_theta = config["rope_freq_constant"]
 
-    def inverse_frequencies(self) -> Tensor:
-        return _inverse_frequencies(self.config["rope_freq_constant"], self.head_dim)
+    def heads_of(self, index: int) -> tuple[int, int]:
+        return self.all_heads[index]
 
-    def embed(self, ids: Tensor) -> Tensor:
-        return self.weights.embed("transformer.token_embeddings.weight", ids)
+    def qkv(self, index: int) -> Sequence[Tensor]:
+        return self.split_qkv(index, self.tensor(index, "attn.qkv_proj"))
+
+    def gate_up_down(self, index: int) -> Sequence[Tensor]:
+        return [*self.tensor(index, "ffn.proj_1").chunk(2), self.tensor(index, "ffn.proj_2")]
 
     def layer(self, index: int) -> Layer:
-        prefix = f"transformer.layers.{index}"
-        query_heads = self.config["num_query_heads"][index]
-        kv_heads = self.config["num_kv_heads"][index]
-        sizes = [heads * self.head_dim for heads in (query_heads, kv_heads, kv_heads)]
-        q, k, v = torch.split(self.weights[f"{prefix}.attn.qkv_proj.weight"], sizes)
-        gate, up = self.weights[f"{prefix}.ffn.proj_1.weight"].chunk(2)
-        return Layer(
-            query_heads,
-            kv_heads,
-            q,
-            k,
-            v,
-            self.weights[f"{prefix}.attn.out_proj.weight"],
-            gate,
-            up,
-            self.weights[f"{prefix}.ffn.proj_2.weight"],
-            self.weights[f"{prefix}.attn_norm.weight"],
-            self.weights[f"{prefix}.ffn_norm.weight"],
-            self.weights[f"{prefix}.attn.q_norm.weight"],
-            self.weights[f"{prefix}.attn.k_norm.weight"],
-        )
-
-    def final_norm(self) -> Tensor:
-        return self.weights["transformer.norm.weight"]
-
-    def head(self) -> Tensor:
-        tied = self.config.get("share_input_output_layers", True)
-        return self.weights["transformer.token_embeddings.weight" if tied else "lm_head.weight"]
+        q_norm, k_norm = (self.tensor(index, f"attn.{name}_norm") for name in "qk")
+        return replace(super().layer(index), q_norm=q_norm, k_norm=k_norm)
 
 
 class InternLM(Llama):
@@ -324,13 +290,13 @@ class InternLM(Llama):
         self.rope_theta = rotary.get("base", self.rope_theta)
         self.is_biased: bool = config.get("bias", True)
 
-    def layer(self, index: int, mlp: str = "mlp") -> Layer:
-        layer = super().layer(index, mlp)
+    def layer(self, index: int) -> Layer:
+        layer = super().layer(index)
         if not self.is_biased:
             return layer
-        prefix = f"model.layers.{index}.self_attn"
         biases: dict[str, Any] = {
-            f"{name}_bias": self.weights[f"{prefix}.{name}_proj.bias"] for name in self.biased
+            f"{name}_bias": self.tensor(index, f"self_attn.{name}_proj", "bias")
+            for name in self.biased
         }
         return replace(layer, **biases)
 
@@ -338,31 +304,16 @@ class InternLM(Llama):
 class InternLM2(Llama):
     """Source: InternLM's technical report, arXiv:2403.17297, and its modeling_internlm2.py."""
 
-    def embed(self, ids: Tensor) -> Tensor:
-        return self.weights.embed("model.tok_embeddings.weight", ids)
+    table, output = "model.tok_embeddings", "output"
+    mlp, matrices = "feed_forward", ("w1", "w3", "w2")
+    others = ("attention.wo", "attention_norm", "ffn_norm")
 
-    def layer(self, index: int, mlp: str = "feed_forward") -> Layer:
-        prefix = f"model.layers.{index}"
+    def qkv(self, index: int) -> Sequence[Tensor]:
         # For each KV head: the heads of q that share it, then k, then v.
-        grouped = self.weights[f"{prefix}.attention.wqkv.weight"]
-        grouped = grouped.view(self.kv_heads, -1, self.head_dim, grouped.shape[1])
-        return Layer(
-            self.heads,
-            self.kv_heads,
-            grouped[:, :-2].flatten(0, 2),
-            grouped[:, -2].flatten(0, 1),
-            grouped[:, -1].flatten(0, 1),
-            self.weights[f"{prefix}.attention.wo.weight"],
-            self.weights[f"{prefix}.{mlp}.w1.weight"],
-            self.weights[f"{prefix}.{mlp}.w3.weight"],
-            self.weights[f"{prefix}.{mlp}.w2.weight"],
-            self.weights[f"{prefix}.attention_norm.weight"],
-            self.weights[f"{prefix}.ffn_norm.weight"],
-        )
-
-    def head(self) -> Tensor:
-        tied = self.config.get("tie_word_embeddings", False)
-        return self.weights["model.tok_embeddings.weight" if tied else "output.weight"]
+        rows = self.tensor(index, "attention.wqkv")
+        grouped = rows.view(self.kv_heads, -1, self.head_dim, rows.shape[1])
+        q, k, v = grouped[:, :-2], grouped[:, -2], grouped[:, -1]
+        return q.flatten(0, 2), k.flatten(0, 1), v.flatten(0, 1)
 
 
 class InternLM3(InternLM):
@@ -375,52 +326,25 @@ class InternLM3(InternLM):
         self.is_biased = config.get("qkv_bias", False)
 
 
-class Qwen:
+class Qwen(Llama):
     """Source: Alibaba's modeling_qwen.py, for texts of at most seq_length tokens."""
 
-    residual_scale = 1.0
-    is_interleaved = False
+    keys = {
+        "head_dim": "kv_channels",
+        "rms_norm_eps": "layer_norm_epsilon",
+        "rope_theta": "rotary_emb_base",
+    }
+    table, norm = "transformer.wte", "transformer.ln_f"
+    stack = "transformer.h"
+    matrices = ("w2", "w1", "c_proj")
+    others = ("attn.c_proj", "ln_1", "ln_2")
 
-    def __init__(self, config: dict[str, Any], weights: Weights) -> None:
-        self.weights = weights
-        self.layers: int = config["num_hidden_layers"]
-        self.heads: int = config["num_attention_heads"]
-        self.head_dim: int = config["kv_channels"]
-        self.rms_norm_eps: float = config["layer_norm_epsilon"]
-        self.rope_theta: float = config["rotary_emb_base"]
-
-    def inverse_frequencies(self) -> Tensor:
-        return _inverse_frequencies(self.rope_theta, self.head_dim)
-
-    def embed(self, ids: Tensor) -> Tensor:
-        return self.weights.embed("transformer.wte.weight", ids)
+    def qkv(self, index: int) -> Sequence[Tensor]:
+        return self.split_qkv(index, self.tensor(index, "attn.c_attn"))
 
     def layer(self, index: int) -> Layer:
-        prefix = f"transformer.h.{index}"
-        q, k, v = self.weights[f"{prefix}.attn.c_attn.weight"].chunk(3)
-        q_bias, k_bias, v_bias = self.weights[f"{prefix}.attn.c_attn.bias"].chunk(3)
-        return Layer(
-            self.heads,
-            self.heads,
-            q,
-            k,
-            v,
-            self.weights[f"{prefix}.attn.c_proj.weight"],
-            self.weights[f"{prefix}.mlp.w2.weight"],
-            self.weights[f"{prefix}.mlp.w1.weight"],
-            self.weights[f"{prefix}.mlp.c_proj.weight"],
-            self.weights[f"{prefix}.ln_1.weight"],
-            self.weights[f"{prefix}.ln_2.weight"],
-            q_bias=q_bias,
-            k_bias=k_bias,
-            v_bias=v_bias,
-        )
-
-    def final_norm(self) -> Tensor:
-        return self.weights["transformer.ln_f.weight"]
-
-    def head(self) -> Tensor:
-        return self.weights["lm_head.weight"]
+        q, k, v = self.split_qkv(index, self.tensor(index, "attn.c_attn", "bias"))
+        return replace(super().layer(index), q_bias=q, k_bias=k, v_bias=v)
 
 
 class Index(Llama):
@@ -434,27 +358,41 @@ class Index(Llama):
 class DeepSeekMoE(Llama):
     """Source: arXiv:2401.06066 and deepseek-ai's modeling_deepseek.py."""
 
-    def layer(self, index: int, mlp: str = "mlp") -> Layer:
-        if index < self.config["first_k_dense_replace"]:
+    def is_dense(self, index: int) -> bool:
+        first: int = self.config["first_k_dense_replace"]
+        return index < first
+
+    def gate_up_down(self, index: int) -> Sequence[Tensor]:
+        return self.matrices_of(index, "mlp" if self.is_dense(index) else "mlp.shared_experts")
+
+    def layer(self, index: int) -> Layer:
+        if self.is_dense(index):
             return super().layer(index)
-        prefix = f"model.layers.{index}.mlp"
         experts = Experts(
-            self.weights[f"{prefix}.gate.weight"],
+            self.tensor(index, "mlp.gate"),
             self.config["num_experts_per_tok"],
             self.config["norm_topk_prob"],
-            lambda expert: self.feed_forward(f"{prefix}.experts.{expert}"),
+            lambda expert: self.matrices_of(index, f"mlp.experts.{expert}"),
         )
-        return replace(super().layer(index, "mlp.shared_experts"), experts=experts)
+        return replace(super().layer(index), experts=experts)
 
 
-class ChatGLM:
+class ChatGLM(Llama):
     """ChatGLM2, ChatGLM3 and GLM-4. Source: THUDM's modeling_chatglm.py.
 
     Half of each head is rotated, and neighbours are a pair.
     """
 
-    residual_scale = 1.0
     is_interleaved = True
+    keys = {
+        "num_hidden_layers": "num_layers",
+        "head_dim": "kv_channels",
+        "rms_norm_eps": "layernorm_epsilon",
+    }
+    table = "transformer.embedding.word_embeddings"
+    norm, output = "transformer.encoder.final_layernorm", "transformer.output_layer"
+    stack = "transformer.encoder.layers"
+    others = ("self_attention.dense", "input_layernorm", "post_attention_layernorm")
 
     def __init__(self, config: dict[str, Any], weights: Weights) -> None:
         for key, value in {
@@ -466,56 +404,32 @@ class ChatGLM:
         }.items():
             if config[key] != value:
                 raise ValueError(f"a ChatGLM with {key} other than {value} is not known here")
-        self.config = config
-        self.weights = weights
-        self.layers: int = config["num_layers"]
-        self.heads: int = config["num_attention_heads"]
-        self.head_dim: int = config["kv_channels"]
-        self.kv_heads: int = (
-            config["multi_query_group_num"] if config["multi_query_attention"] else self.heads
-        )
-        self.rms_norm_eps: float = config["layernorm_epsilon"]
+        super().__init__(config, weights)
+        if config["multi_query_attention"]:
+            self.kv_heads = config["multi_query_group_num"]
 
     def inverse_frequencies(self) -> Tensor:
         theta = 10000.0 * (self.config.get("rope_ratio") or 1)
         return _inverse_frequencies(theta, self.head_dim // 2)
 
-    def embed(self, ids: Tensor) -> Tensor:
-        return self.weights.embed("transformer.embedding.word_embeddings.weight", ids)
+    def qkv(self, index: int) -> Sequence[Tensor]:
+        return self.split_qkv(index, self.tensor(index, "self_attention.query_key_value"))
+
+    def gate_up_down(self, index: int) -> Sequence[Tensor]:
+        gate_up = self.tensor(index, "mlp.dense_h_to_4h")
+        return [*gate_up.chunk(2), self.tensor(index, "mlp.dense_4h_to_h")]
 
     def layer(self, index: int) -> Layer:
-        prefix = f"transformer.encoder.layers.{index}"
-        sizes = [heads * self.head_dim for heads in (self.heads, self.kv_heads, self.kv_heads)]
-        packed = f"{prefix}.self_attention.query_key_value"
-        q, k, v = torch.split(self.weights[f"{packed}.weight"], sizes)
-        gate, up = self.weights[f"{prefix}.mlp.dense_h_to_4h.weight"].chunk(2)
-        layer = Layer(
-            self.heads,
-            self.kv_heads,
-            q,
-            k,
-            v,
-            self.weights[f"{prefix}.self_attention.dense.weight"],
-            gate,
-            up,
-            self.weights[f"{prefix}.mlp.dense_4h_to_h.weight"],
-            self.weights[f"{prefix}.input_layernorm.weight"],
-            self.weights[f"{prefix}.post_attention_layernorm.weight"],
-        )
-        if self.config["add_qkv_bias"]:
-            bias = self.weights[f"{packed}.bias"]
-            layer.q_bias, layer.k_bias, layer.v_bias = torch.split(bias, sizes)
-        return layer
-
-    def final_norm(self) -> Tensor:
-        return self.weights["transformer.encoder.final_layernorm.weight"]
-
-    def head(self) -> Tensor:
-        return self.weights["transformer.output_layer.weight"]
+        layer = super().layer(index)
+        if not self.config["add_qkv_bias"]:
+            return layer
+        bias = self.tensor(index, "self_attention.query_key_value", "bias")
+        q, k, v = self.split_qkv(index, bias)
+        return replace(layer, q_bias=q, k_bias=k, v_bias=v)
 
 
 # Architecture in config.json -> class.
-ARCHITECTURES: dict[str, type[Architecture]] = {
+ARCHITECTURES: dict[str, type[Llama]] = {
     "BaichuanForCausalLM": Baichuan2,
     "BlueLMForCausalLM": BlueLM,
     "ChatGLMForConditionalGeneration": ChatGLM,
@@ -550,7 +464,7 @@ def logits(
 
 
 @torch.inference_mode()
-def forward(model: Architecture, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+def forward(model: Llama, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
     """Run all sequences layer by layer."""
     frequencies = model.inverse_frequencies()
     hidden = [model.embed(torch.tensor(ids)) for ids in sequences]
@@ -571,11 +485,11 @@ def _inverse_frequencies(theta: float, head_dim: int) -> Tensor:
     return torch.tensor(float(theta)) ** -(torch.arange(0, head_dim, 2).float() / head_dim)
 
 
-def _rms_norm(model: Architecture, x: Tensor, weight: Tensor) -> Tensor:
+def _rms_norm(model: Llama, x: Tensor, weight: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + model.rms_norm_eps) * weight
 
 
-def _attention(model: Architecture, layer: Layer, x: Tensor, frequencies: Tensor) -> Tensor:
+def _attention(model: Llama, layer: Layer, x: Tensor, frequencies: Tensor) -> Tensor:
     tokens = len(x)
     q = linear(x, layer.q, layer.q_bias).view(tokens, layer.query_heads, -1)
     k = linear(x, layer.k, layer.k_bias).view(tokens, layer.kv_heads, -1)

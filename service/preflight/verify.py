@@ -100,9 +100,9 @@ def verify(
     logits: list[Any] = []
     try:
         for adapter, group in itertools.groupby(answers, lambda answer: answer.adapter):
-            asked = [answer.prompt_ids + answer.token_ids for answer in group]
+            sequences = [answer.prompt_ids + answer.token_ids for answer in group]
             folder_of = Path(adapter.path) if adapter else None
-            logits += reference.logits(Path(args.model), asked, folder_of)
+            logits += reference.logits(Path(args.model), sequences, folder_of)
     except KeyError as e:
         raise WeightsError(f"the reference cannot run: config.json has no {e}") from e
     except (ImportError, ValueError, RuntimeError) as e:
@@ -152,8 +152,8 @@ def _ask_engine(
         rendered * len(adapters), sampling, lora_request=requests, use_tqdm=False
     )
     answers = []
-    asked = itertools.product(adapters, prompts)
-    for (adapter, prompt), output in zip(asked, outputs, strict=True):
+    questions = itertools.product(adapters, prompts)
+    for (adapter, prompt), output in zip(questions, outputs, strict=True):
         (completion,) = output.outputs
         places = [{id: p.logprob for id, p in place.items()} for place in completion.logprobs]
         texts = {id: tokenizer.decode([id]) for place in places for id in place}

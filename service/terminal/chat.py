@@ -9,6 +9,7 @@ from typing import Any
 
 from service.errors import ConfigError, ServiceError
 from service.model_config import nearest
+from service.prompting import messages_of
 from service.terminal import output
 from service.terminal.remote import Remote
 
@@ -138,7 +139,7 @@ class _Conversation:
         before = self.history
         question = self.unanswered
         if question is None:
-            messages = _messages(before)
+            messages = messages_of(before)
             if not messages or messages[-1]["role"] != "assistant":
                 raise ConfigError("/regenerate: there is no question yet")
             question = messages[-2]["content"]
@@ -156,7 +157,7 @@ class _Conversation:
         if not self.history:
             raise ConfigError("/save FILE: there is no conversation yet")
         # The keys of POST /, so that the conversation can go on.
-        document = {"model": self.model, "history": _messages(self.history)}
+        document = {"model": self.model, "history": messages_of(self.history)}
         text = json.dumps(document, ensure_ascii=False, indent=2) + "\n"
         try:
             file = Path(name).expanduser().absolute()
@@ -180,26 +181,13 @@ class _Conversation:
     def _set_system(self, text: str) -> None:
         if not self.has_history:
             raise ConfigError("/system TEXT: this model completes text; it has no system message")
-        turns = [turn for turn in _messages(self.history) if turn["role"] != "system"]
+        turns = [turn for turn in messages_of(self.history) if turn["role"] != "system"]
         self.history = [{"role": "system", "content": text}, *turns] if text else turns
         _note(f"the system message is {'set' if text else 'out'}")
 
 
 def _with_argument(command: str) -> str:
     return f"{command} {_COMMANDS[command][0]}".rstrip()
-
-
-def _messages(history: list[Any]) -> list[dict[str, Any]]:
-    """Return a history as objects with role and content."""
-    messages = []
-    for turn in history:
-        if isinstance(turn, dict):
-            messages.append(turn)
-        else:
-            user, assistant = turn
-            messages.append({"role": "user", "content": user})
-            messages.append({"role": "assistant", "content": assistant})
-    return messages
 
 
 def _note(text: str) -> None:

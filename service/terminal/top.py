@@ -105,6 +105,10 @@ def _all(labels: dict[str, str]) -> bool:
     return True
 
 
+def _has(label: str, value: str) -> _Chosen:
+    return lambda labels: labels.get(label) == value
+
+
 class _Look:
     """Two scrapes. `chosen` says which series of a metric count."""
 
@@ -135,26 +139,18 @@ class _Look:
     def replicas(self) -> list[dict[str, Any]]:
         series = [dict(labels) for labels in self._after.get("vllm:num_requests_running", {})]
         keys = {(s.get("model", ""), s["replica"]) for s in series if s.get("replica")}
-        rows = []
-        for model, replica in sorted(keys):
-
-            def mine(labels: dict[str, str], replica: str = replica) -> bool:
-                return labels.get("replica") == replica
-
-            rows.append({"model": model, "replica": replica, **self._of_engine(mine)})
-        return rows
+        return [
+            {"model": model, "replica": replica, **self._of_engine(_has("replica", replica))}
+            for model, replica in sorted(keys)
+        ]
 
     def clients(self) -> list[dict[str, Any]]:
         """Rows of all clients, the busiest first."""
         names = self._values("service_client_requests_total", "client")
         names |= self._values("service_tokens_total", "client")
-        rows = []
-        for name in sorted(names):
-
-            def mine(labels: dict[str, str], name: str = name) -> bool:
-                return labels.get("client") == name
-
-            rows.append({"client": name, **self._of_requests(mine)})
+        rows = [
+            {"client": name, **self._of_requests(_has("client", name))} for name in sorted(names)
+        ]
         busy = ("generation_tokens_per_second", "requests_per_second")
         return sorted(rows, key=lambda row: [row[figure] for figure in busy], reverse=True)
 

@@ -19,16 +19,14 @@ class ByteLevelTokenizer(TokenizersBackend):  # type: ignore[misc]  # transforme
     """The base of the tokenizers from a tiktoken file. Control tokens in a text stay text."""
 
     @classmethod
-    def of(
-        cls, tokenizer: Tokenizer, control: Sequence[str], eos: str, truncation_side: str = "left"
-    ) -> Any:
+    def of(cls, tokenizer: Tokenizer, control: Sequence[str], eos: str) -> Any:
         """Return vLLM's tokenizer for one that `load` made. `control` are its special tokens."""
         made = cls(
             tokenizer_object=tokenizer,
             eos_token=eos,
             pad_token="<|endoftext|>",
             extra_special_tokens=[*control],
-            truncation_side=truncation_side,
+            truncation_side="left",
         )
         return get_cached_tokenizer(made)
 

@@ -84,20 +84,18 @@ def rounds_of(turns: Sequence[tuple[str, T]]) -> list[list[tuple[str, T]]]:
 
 def added_tokens(folder: Path) -> dict[int, str]:
     """Return the tokens that tokenizer_config.json adds, by their ids."""
-    try:
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    added = config.get("added_tokens_decoder", {})
+    added = _read(folder, "tokenizer_config.json").get("added_tokens_decoder", {})
     return {int(id): token["content"] for id, token in added.items()}
 
 
 def generation_config(folder: Path) -> dict[str, Any]:
     """Return generation_config.json, from which some formats take token ids, or an empty dict."""
+    return _read(folder, "generation_config.json")
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
     try:
-        config: dict[str, Any] = json.loads(
-            (folder / "generation_config.json").read_text(encoding="utf-8")
-        )
+        read: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    return config
+    return read

@@ -39,7 +39,7 @@ class Glm4Tokenizer(byte_level.ByteLevelTokenizer):
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{' '.join(_PREFIX)} $A", special_tokens=prefix
         )
-        return cls.of(tokenizer, _CONTROL, "<|endoftext|>", kwargs.get("truncation_side", "left"))
+        return cls.of(tokenizer, _CONTROL, "<|endoftext|>")
 
     def apply_chat_template(
         self,

@@ -61,7 +61,8 @@ def literal(
     `add_bos` all are rendered to token ids, with the tokenizer's bos if it adds one.
 
     The tags of reasoning in an assistant's turn stay what they are, for templates look for them to
-    leave old reasoning out. `encode_text` is that of the tokenizer which this one is a copy of.
+    leave old reasoning out. `encode_text` is the encoder of the tokenizer that is copied; None:
+    make one.
     """
     control = control_pattern(tokenizer)
     in_answers = control_pattern(tokenizer, except_for=_REASONING)

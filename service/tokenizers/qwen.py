@@ -26,7 +26,7 @@ class QwenTokenizer(byte_level.ByteLevelTokenizer):
     def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> Any:
         file = Path(path) / "qwen.tiktoken"
         tokenizer = byte_level.load(file, byte_level.words(digits=1), _CONTROL, nfc=True)
-        return cls.of(tokenizer, _CONTROL, "<|im_end|>", kwargs.get("truncation_side", "left"))
+        return cls.of(tokenizer, _CONTROL, "<|im_end|>")
 
     def apply_chat_template(
         self,

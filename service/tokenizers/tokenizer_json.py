@@ -1,4 +1,4 @@
-"""tokenizer.json taken at its word, for any model that has one.
+"""Reads tokenizer.json as it is, for any model that has one.
 
 AutoTokenizer of transformers 5 picks a class by the names in tokenizer_config.json and config.json,
 and most of those classes keep only the vocabulary of tokenizer.json and build the rest anew. Where

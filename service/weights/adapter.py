@@ -1,8 +1,7 @@
 """Reads a LoRA adapter's files and says what does not fit its base, before anything is loaded.
 
 vLLM finds most of it only when it has loaded the base, and silently ignores matrices of unknown
-modules. A module is a tensor of the base's files: PEFT names both alike, whatever
-the architecture.
+modules. A module is a tensor of the base's files: PEFT names both alike, whatever the architecture.
 """
 
 import math

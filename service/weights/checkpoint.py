@@ -12,13 +12,7 @@ from typing import Any
 
 from service.errors import WeightsError
 from service.weights import adapter, tensor_files
-from service.weights.tensor_files import (
-    REMEDY,
-    read_json,
-    read_object,
-    visible,
-    weight_files,
-)
+from service.weights.tensor_files import REMEDY, read_json, read_object, visible, weight_files
 
 # Architectures with a separate head unless config.json sets tie_word_embeddings.
 _UNTIED = frozenset(

@@ -111,10 +111,7 @@ def convert(gguf_file: Path, folder: Path) -> None:
 
     reader = GGUFReader(gguf_file)
     config = _config(reader)
-    heads = {
-        "attn_q": config["num_attention_heads"],
-        "attn_k": config["num_key_value_heads"],
-    }
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     tensors = {}
     for tensor in track(
         reader.tensors, description="Converting to bf16", console=Console(stderr=True)

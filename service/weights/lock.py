@@ -18,6 +18,7 @@ def locked(file: Path, name: str) -> Iterator[None]:
     except Timeout:
         print(f"Waiting for {name}, which is being fetched ...", file=sys.stderr, flush=True)
         lock.acquire()
-    with lock:  # reentrant: a second level, so release the first
-        lock.release()
+    try:
         yield
+    finally:
+        lock.release()

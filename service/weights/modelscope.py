@@ -166,9 +166,8 @@ def _complete(
     try:
         recorded = json.loads(_receipt(folder, weights).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return files is None and _looks_complete(
-            folder, weights
-        )  # downloaded by modelscope's own command
+        # modelscope's own command has downloaded it.
+        return files is None and _looks_complete(folder, weights)
     except (OSError, ValueError):
         return False
     try:

@@ -12,10 +12,7 @@ from service.errors import WeightsError
 
 _NOT_WEIGHTS = ("training_args.bin", "optimizer.bin")  # vLLM ignores them too
 # Pattern of weight files -> the index that vLLM reads.
-_INDEX = {
-    "*.safetensors": "model.safetensors.index.json",
-    "*.bin": "pytorch_model.bin.index.json",
-}
+_INDEX = {"*.safetensors": "model.safetensors.index.json", "*.bin": "pytorch_model.bin.index.json"}
 REMEDY = "fetch the model again"
 _LFS_POINTER = b"version https://git-lfs"  # the file's beginning
 

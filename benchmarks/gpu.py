@@ -35,35 +35,35 @@ def main() -> None:
     parser.add_argument("--rounds", default="3")
     parser.add_argument("--prompt-tokens", default="220")
     parser.add_argument("--answer-tokens", default="180")
-    folder = Path(__file__).parent.parent / "results" / "gpu"
+    folder = Path(__file__).parent / "results" / "gpu"
     parser.add_argument("--folder", type=Path, default=folder)
-    asked = parser.parse_args()
-    asked.folder.mkdir(parents=True, exist_ok=True)
-    right = check(asked)
-    for model in asked.models:
-        time(model, asked)
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    right = check(options)
+    for model in options.models:
+        time(model, options)
     raise SystemExit(0 if right else 1)
 
 
-def check(asked: argparse.Namespace) -> bool:
+def check(options: argparse.Namespace) -> bool:
     """Verify each architecture, and write a table; whether all agree with their references."""
     lines = ["| architecture | type | mode | verdict |", "|---|---|---|---|"]
     right = True
-    for architecture, dtype, mode, verdict, equal in _verdicts(asked):
+    for architecture, dtype, mode, verdict, equal in _verdicts(options):
         right = right and equal
         lines.append(f"| {architecture} | {dtype} | {mode} | {verdict} |")
         print(lines[-1], flush=True)
     if len(lines) > 2:
-        (asked.folder / "verify.md").write_text("\n".join(lines) + "\n")
+        (options.folder / "verify.md").write_text("\n".join(lines) + "\n")
     return right
 
 
-def _verdicts(asked: argparse.Namespace) -> Iterator[tuple[str, str, str, str, bool]]:
-    for architecture in asked.architectures:
+def _verdicts(options: argparse.Namespace) -> Iterator[tuple[str, str, str, str, bool]]:
+    for architecture in options.architectures:
         with tempfile.TemporaryDirectory() as name:
             folder = checkpoints.write(architecture, Path(name))
-            for dtype in asked.dtypes:
-                for mode in asked.modes:
+            for dtype in options.dtypes:
+                for mode in options.modes:
                     sets = (f"engine.dtype={dtype}", MODES[mode])
                     command = [sys.executable, "-m", "service", "verify", "--json"]
                     command.append(checkpoints.CATALOGUE[architecture])
@@ -78,13 +78,13 @@ def _verdicts(asked: argparse.Namespace) -> Iterator[tuple[str, str, str, str, b
                     yield architecture, dtype, mode, verdict, done.returncode == 0
 
 
-def time(model: str, asked: argparse.Namespace) -> None:
+def time(model: str, options: argparse.Namespace) -> None:
     """The benchmark of one model with random weights, under its name in the folder."""
     command = [sys.executable, "-m", "benchmarks.run", "--model", model]
     command += ["--set", "engine.load_format=dummy", "--contenders", *_CONTENDERS]
-    command += ["--concurrency", *asked.concurrency, "--rounds", asked.rounds]
-    command += ["--prompt-tokens", asked.prompt_tokens, "--answer-tokens", asked.answer_tokens]
-    subprocess.run([*command, "--folder", str(asked.folder / Path(model).stem)], check=True)
+    command += ["--concurrency", *options.concurrency, "--rounds", options.rounds]
+    command += ["--prompt-tokens", options.prompt_tokens, "--answer-tokens", options.answer_tokens]
+    subprocess.run([*command, "--folder", str(options.folder / Path(model).stem)], check=True)
 
 
 if __name__ == "__main__":
