@@ -302,7 +302,8 @@ def test_reasoning_is_apart_from_the_answer_on_every_route(
         for line in lines
         if line and "[DONE]" not in line
     ]
-    assert "".join(piece.get("reasoning") or "" for piece in pieces) == "hm"
+    reasoning = "".join(piece.get("reasoning") or "" for piece in pieces)
+    assert reasoning.removeprefix("<think>") == "hm"  # vLLM keeps a tag that comes with other text
     assert "".join(piece.get("content") or "" for piece in pieces) == "Yes"
 
     kinds = {"reasoning": "hm", "message": "Yes"}
