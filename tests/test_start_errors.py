@@ -149,6 +149,7 @@ def test_each_cause_ends_in_one_line(tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.usefixtures("environment")
 def test_a_pipeline_is_checked_for_the_machine_that_is_asked_about(tmp_path: Path) -> None:
     config, origins = model_config.load("qwen2-7b-instruct", ["engine.pipeline_parallel_size=2"])
     (problem,) = check.check(config, origins, settings.load()).problems
