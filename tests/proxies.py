@@ -35,12 +35,23 @@ http {{
 }}
 """
 
+# What Debian's own haproxy.cfg has before the page's part: where it logs. Here that is `output`.
+HAPROXY = """
+global
+    log stdout format raw local0
+    zero-warning
+
+"""
+
 
 class Proxy:
-    """One that runs; `process` is its first."""
+    """One that runs; `process` is its first, and `output` what it prints."""
 
-    def __init__(self, name: str, port: int, process: "subprocess.Popen[bytes]") -> None:
+    def __init__(
+        self, name: str, port: int, process: "subprocess.Popen[bytes]", output: Path
+    ) -> None:
         self.name = name
+        self.output = output
         self.port = port
         self.url = f"https://localhost:{port}"
         self.process = process
@@ -78,13 +89,13 @@ def running(
         file.write_text(NGINX.format(folder=folder, page=text))
         command = [program, "-c", str(file), "-p", str(folder), "-e", f"{folder}/log"]
     else:
-        file.write_text(text)
+        file.write_text(HAPROXY + text)
         command = [program, "-W", "-db", "-f", str(file)]
     with (folder / "output").open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output)
     try:
         _wait(f"https://localhost:{port}", process, folder)
-        yield Proxy(name, port, process)
+        yield Proxy(name, port, process, folder / "output")
     finally:
         process.terminate()
         process.wait(PATIENCE)

@@ -24,7 +24,8 @@ class ScriptedServer(ThreadingHTTPServer):
         self.answers: dict[str, Iterable[str | bytes]] = {}  # bytes are sent as they are
         self.rate = 0.0  # pieces a second; 0: as fast as the page reads
         self.refuses = False
-        self.models = ["scripted"]
+        # Names, or what /v1/models says of one.
+        self.models: list[str | dict[str, str]] = ["scripted"]
         self.index: dict[str, Any] = {
             "model": "scripted",
             "style": "chat",
@@ -73,7 +74,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/":
             self._json(self.server.index)
         elif path == "/v1/models":
-            self._json({"data": [{"id": name, "root": name} for name in self.server.models]})
+            models = self.server.models
+            said = [m if isinstance(m, dict) else {"id": m, "root": m} for m in models]
+            self._json({"data": said})
         else:
             self._json({"status": "ready"})
 

@@ -185,7 +185,7 @@ HOSTILE = {
     "javascript": "[a](javascript:document.title='broken') <javascript:alert(1)> [b](JaVaScRiPt:1)",
     "entity": "[a](&#106;avascript:alert(1)) [b](\\x01javascript:1) [c](java&#10;script:1)",
     "data": "[a](data:text/html,<script>1</script>) ![b](data:image/svg+xml,<svg/>)",
-    "local": "[a](file:///etc/passwd) [b](/v1/models) [c](//example.com) [d](vbscript:1)",
+    "local": "[a](file:///etc/passwd) [b](/v1/models) [c](//x.org) [d](vbscript:1) [e](http:/x)",
     "picture": "![a](javascript:alert(1)) ![b](/x.png)",
     "reference": "[a]\n\n[a]: javascript:alert(1)\n\n[b][a]",
     "info": '```"><script>document.title="broken"</script>\n</code></pre><b>x</b>\n```',
@@ -527,6 +527,11 @@ def test_a_full_browser_drops_the_oldest_conversations(server: ScriptedServer, p
     is_answered(page)
     expect(page.locator("#notice")).to_contain_text("This conversation is not kept")
     assert page.evaluate(titles) == ["short"]
+    # Where another tab takes what is dropped meanwhile, that is told too.
+    page.evaluate("() => { Storage.prototype.setItem = () => { throw new DOMException(); }; }")
+    ask(page, "again")
+    is_answered(page, 2)
+    expect(page.locator("#notice")).to_contain_text("This conversation is not kept")
 
 
 def test_what_is_not_a_conversation_is_passed_over(server: ScriptedServer, page: Page) -> None:
@@ -650,6 +655,15 @@ def test_below_a_prefix_with_a_choice_of_models(server: ScriptedServer, opened: 
     assert server.paths == {"/llm/", "/llm/health/ready", "/llm/v1/models"}
 
 
+def test_the_chooser_has_models_and_adapters_and_no_aliases(
+    server: ScriptedServer, opened: Opener
+) -> None:
+    tuned = {"id": "tuned", "root": "tuned", "parent": "scripted"}
+    alias = {"id": "alias", "root": "scripted"}
+    server.models = ["scripted", alias, tuned]
+    expect(opened().locator("#models option")).to_have_text(["scripted", "tuned"])
+
+
 def test_a_text_file_comes_into_the_prompt(page: Page, tmp_path: Path) -> None:
     def attach(name: str, content: bytes) -> None:
         file = tmp_path / name
@@ -671,6 +685,19 @@ def test_a_text_file_comes_into_the_prompt(page: Page, tmp_path: Path) -> None:
     expect(page.locator("#notice")).to_have_text("")
     attach("bigger.txt", b"a" * (256 * 1024 + 1))
     expect(page.locator("#notice")).to_contain_text("more than 256 KiB")
+    # One that is gone, or locked, can be chosen again.
+    page.evaluate(
+        """() => {
+            window.read = Blob.prototype.arrayBuffer;
+            Blob.prototype.arrayBuffer = async () => { throw new DOMException(); };
+        }"""
+    )
+    prompt.fill("")
+    attach("late.txt", b"here")
+    expect(page.locator("#notice")).to_have_text("The file cannot be read.")
+    page.evaluate("() => { Blob.prototype.arrayBuffer = window.read; }")
+    attach("late.txt", b"here")
+    expect(prompt).to_have_value("late.txt:\n```\nhere\n```\n")
 
 
 def test_a_completion_is_plain_text(server: ScriptedServer, opened: Opener) -> None:

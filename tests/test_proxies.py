@@ -209,6 +209,53 @@ def test_clients_that_say_nothing_do_not_reach_the_service(
         assert len(open_connections(service)) < 5
 
 
+# A request has a second, in place of the page's figures and of nginx's own.
+IMPATIENT = {
+    "nginx": {
+        "client_header_timeout 10s": "client_header_timeout 1s",
+        "client_max_body_size": "client_body_timeout 1s; client_max_body_size",
+    },
+    "haproxy": {"timeout http-request 30s": "timeout http-request 1s"},
+}
+
+
+@hardening(3)
+@pytest.mark.parametrize("name", proxies.NAMES)
+def test_a_head_that_is_too_slow_ends_the_connection(
+    name: str, start: Start, service: Server, trust: ssl.SSLContext
+) -> None:
+    proxy = start(name, service.url, more=IMPATIENT[name])
+    with socket.create_connection(("127.0.0.1", proxy.port)) as raw:
+        with trust.wrap_socket(raw, server_hostname="localhost") as slow:
+            slow.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\n")
+            assert slow.recv(12) in (b"", b"HTTP/1.1 408")
+
+
+@hardening(3)
+def test_an_address_has_so_many_connections_to_haproxy(
+    start: Start, service: Server, trust: ssl.SSLContext
+) -> None:
+    proxy = start("haproxy", service.url, more={"gt 120 }": "gt 3 }"})
+    with ExitStack() as stack:
+        held: list[http.client.HTTPSConnection] = []
+        with pytest.raises(OSError):
+            for _ in range(4):
+                held.append(http.client.HTTPSConnection("localhost", proxy.port, context=trust))
+                stack.callback(held[-1].close)
+                held[-1].connect()
+        held[0].request("GET", "/health/live")
+        assert held[0].getresponse().status == 200
+
+
+def test_haproxy_logs_requests(start: Start, https: httpx.Client, service: Server) -> None:
+    proxy = start("haproxy", service.url)
+    assert https.get(f"{proxy.url}/health/live").status_code == 200
+    deadline = time.monotonic() + PATIENCE
+    while '"GET /health/live HTTP/1.1"' not in proxy.output.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 BODY = json.dumps(SHORT).encode()
 
 
@@ -255,13 +302,6 @@ def test_a_slow_body_is_waited_for_by_the_proxy(
         assert slow_body(secure) == 200, name
 
 
-# A body has a second, in place of the page's figures and of nginx's own.
-IMPATIENT = {
-    "nginx": {"client_max_body_size": "client_body_timeout 1s; client_max_body_size"},
-    "haproxy": {"timeout http-request 30s": "timeout http-request 1s"},
-}
-
-
 @hardening(3)
 def test_a_body_that_is_too_slow_is_refused_by_the_proxy(
     start: Start, service: Server, trust: ssl.SSLContext
@@ -286,8 +326,13 @@ def test_where_no_server_answers_the_proxy_says_so(
 
 
 @contextmanager
-def answering(status: int) -> Iterator[tuple[str, list[str]]]:
-    """A server that is ready, and answers POST so: its URL, and the paths that it was asked for."""
+def answering(
+    status: int, body: bytes = b"", seconds: float = 0
+) -> Iterator[tuple[str, list[str]]]:
+    """A server that is ready, and answers POST so, after some time.
+
+    Its URL, and the paths that it was asked for; after each body that it could send, "sent".
+    """
     asked: list[str] = []
 
     class Answer(BaseHTTPRequestHandler):
@@ -298,10 +343,16 @@ def answering(status: int) -> Iterator[tuple[str, list[str]]]:
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
             asked.append(self.path)
+            time.sleep(seconds)
             self.send_response(status)
             self.send_header("Retry-After", "7")
-            self.send_header("Content-Length", "0")
+            self.send_header("Content-Length", str(len(body)))
             self.end_headers()
+            if body:
+                # Without this the kernel may hold all of it.
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+                self.wfile.write(body)
+                asked.append("sent")
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -320,6 +371,32 @@ def test_where_both_servers_are_busy_each_is_asked_once_and_the_client_told_when
             answer = https.post(f"{proxy.url}/{count}", json=SHORT)
             assert (answer.status_code, answer.headers.get("retry-after")) == (503, "7"), count
     assert asked_one == asked_other == ["/1", "/2", "/3", "/4", "/5"]
+
+
+def test_what_has_taken_long_is_not_sent_again_by_nginx(start: Start, https: httpx.Client) -> None:
+    more = {"proxy_next_upstream_timeout 120s": "proxy_next_upstream_timeout 1s"}
+    with (
+        answering(503, seconds=2) as (one, asked_one),
+        answering(503, seconds=2) as (other, more_asked),
+    ):
+        proxy = start("nginx", one, other, more=more)
+        assert https.post(proxy.url, json=SHORT).headers["retry-after"] == "7"
+    assert asked_one + more_asked == ["/"]
+
+
+def test_an_answer_that_is_read_slowly_is_held_by_nginx(
+    start: Start, trust: ssl.SSLContext
+) -> None:
+    with answering(200, b"a" * 3_900_000) as (url, asked), socket.socket() as raw:
+        proxy = start("nginx", url)
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.connect(("127.0.0.1", proxy.port))
+        with trust.wrap_socket(raw, server_hostname="localhost") as reader:
+            reader.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\n1")
+            deadline = time.monotonic() + PATIENCE
+            while asked != ["/", "sent"]:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
 
 
 SOON = {

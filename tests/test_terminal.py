@@ -192,7 +192,7 @@ def test_where_stderr_is_closed_no_message_comes_on_stdout() -> None:
     assert (done.returncode, done.stdout) == (2, b"")
 
 
-def test_a_conversation_that_cannot_be_saved_is_told_and_leaves_no_file(
+def test_a_conversation_that_cannot_be_saved_is_told_and_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     talk = conversation._Conversation(remote.Remote("x", None), {}, False)
@@ -200,16 +200,27 @@ def test_a_conversation_that_cannot_be_saved_is_told_and_leaves_no_file(
     with pytest.raises(ConfigError, match="/save FILE: "):
         talk._save("~nobody-of-this-name/x")
     file = tmp_path / "talk.json"
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # as a full disk
-    try:
-        with pytest.raises(ServiceError, match="/save FILE: it cannot be written: "):
-            talk._save(str(file))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not file.exists()
+
+    def save_on_a_full_disk() -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            with pytest.raises(ServiceError, match="/save FILE: it cannot be written: "):
+                talk._save(str(file))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    save_on_a_full_disk()
+    assert list(tmp_path.iterdir()) == []
     talk._save(str(file))
-    assert json.loads(file.read_text())["history"][0]["content"] == "What?"
+    saved = file.read_text()
+    assert json.loads(saved)["history"][0]["content"] == "What?"
+    talk.history *= 2
+    save_on_a_full_disk()
+    assert list(tmp_path.iterdir()) == [file] and file.read_text() == saved
+    talk._save(str(file))
+    assert list(tmp_path.iterdir()) == [file]
+    assert len(json.loads(file.read_text())["history"]) == 4
     gone = tmp_path / "gone"
     gone.mkdir()
     monkeypatch.chdir(gone)
@@ -429,11 +440,14 @@ def test_figures_of_a_part_are_of_its_series_alone() -> None:
     assert (tuned["running"], tuned["prompt_tokens_per_second"]) == (None, 0.5)
 
 
-def test_no_message_shows_the_password_of_a_url() -> None:
-    with pytest.raises(ServiceError) as error:
-        remote.Remote("http://anna:secret@127.0.0.1:1", None).models()
-    assert str(error.value).startswith("http://127.0.0.1:1: ")
-    assert "secret" not in str(error.value)
-    with pytest.raises(ServiceError) as error:
-        usage.of_prometheus("http://anna:secret@127.0.0.1:1", "1h")
-    assert str(error.value).startswith("http://127.0.0.1:1: ")
+@pytest.mark.parametrize("password", ["sec", "sec@ret", "sec/ret"])
+def test_no_message_shows_the_password_of_a_url(password: str) -> None:
+    url = f"http://anna:{password}@127.0.0.1:1"
+    for ask in (
+        lambda: remote.Remote(url, None).models(),
+        lambda: usage.of_prometheus(url, "1h"),
+    ):
+        with pytest.raises(ServiceError) as error:
+            ask()
+        assert str(error.value).startswith("http://127.0.0.1:1: ")
+        assert "sec" not in str(error.value)

@@ -161,15 +161,17 @@ class _Conversation:
         text = json.dumps(document, ensure_ascii=False, indent=2) + "\n"
         try:
             file = Path(name).expanduser().absolute()
-            mode = "w" if file in self.files else "x"
-            with file.open(mode, encoding="utf-8", errors="backslashreplace") as out:
-                self.files.add(file)
+            # One's own file stays until the new one is whole.
+            part = file.with_name(f"{file.name}.part") if file in self.files else file
+            with part.open("x", encoding="utf-8", errors="backslashreplace") as out:
                 try:
                     out.write(text)
                     out.flush()
                 except OSError:  # such as a full disk
-                    file.unlink()
+                    part.unlink()
                     raise
+            part.replace(file)
+            self.files.add(file)
         except FileExistsError:
             raise ConfigError("/save FILE: there is such a file; choose another name") from None
         except OSError as e:

@@ -17,7 +17,7 @@ from service.errors import ConfigError, ServiceError
 Metrics = dict[str, dict[tuple[tuple[str, str], ...], float]]
 
 
-_PASSWORD = re.compile(r"(?<=://)[^/@]*@")
+_PASSWORD = re.compile(r"(?<=://).*@")
 # The statuses of requests that were refused because of the load.
 REFUSED = ("429", "503")
 
@@ -58,7 +58,7 @@ class Remote:
         """Turn errors into a ServiceError: the server does not answer, or is another program."""
         try:
             yield
-        except (httpx.HTTPError, httpx.InvalidURL) as e:
+        except httpx.HTTPError as e:
             if "CERTIFICATE_VERIFY_FAILED" in str(e):
                 raise ServiceError(
                     f"{self.url}: its certificate is not trusted; name it in SSL_CERT_FILE"
@@ -66,8 +66,8 @@ class Remote:
             raise ServiceError(f"{self.url}: {e}; is the server running? (--url)") from None
         except UnicodeEncodeError as e:
             raise ServiceError(f"this cannot be sent: {e.reason}") from None
-        except UnicodeError:  # of the codec `idna`
-            raise ServiceError(f"{self.url}: this is no name of a host (--url)") from None
+        except (httpx.InvalidURL, UnicodeError):  # which may quote a password
+            raise ServiceError(f"{self.url}: this is no address of a server (--url)") from None
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ServiceError(
                 f"{self.url}: this is not the answer of chat-service (--url)"

@@ -87,11 +87,12 @@ def _query(url: str, expr: str) -> Iterator[tuple[Labels, float]]:
             )
         for series in answer["data"]["result"]:
             yield series["metric"], float(series["value"][1])
-    except (httpx.HTTPError, httpx.InvalidURL, OSError) as e:
+    except (httpx.HTTPError, OSError) as e:
         raise ServiceError(
             f"{without_password(url)}: {e}; is Prometheus running? (--prometheus)"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    # InvalidURL is here because it may quote a password.
+    except (httpx.InvalidURL, ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise ServiceError(
             f"{without_password(url)}: this is not the answer of Prometheus (--prometheus)"
         ) from None
