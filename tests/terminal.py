@@ -9,7 +9,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import psutil
 
@@ -20,7 +20,11 @@ INTERRUPTED = ("env", "--default-signal=INT")
 
 
 def run(
-    *words: str, width: int = 80, typed: Sequence[bytes] = (), prompt: bytes = b""
+    *words: str,
+    width: int = 80,
+    typed: Sequence[bytes] = (),
+    prompt: bytes = b"",
+    env: Mapping[str, str] | None = None,
 ) -> tuple[int, str]:
     """The status of a command, and what its terminal shows, without colours.
 
@@ -28,14 +32,14 @@ def run(
     """
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
-    env = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    inherited = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     process = subprocess.Popen(
         # Ctrl-C reaches the processes of which this is the terminal.
         ["setsid", "--ctty", *INTERRUPTED, sys.executable, "-m", "service", *words],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
-        env={**env, "TERM": "xterm"},
+        env={**inherited, "TERM": "xterm", **(env or {})},
     )
     os.close(theirs)
     shown, waiting = b"", list(typed)

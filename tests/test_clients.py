@@ -38,13 +38,19 @@ LANGUAGES = {
     "java": ("Ask.java", ["java"], "openjdk-17-jdk-headless"),
     "go": ("block.go", ["go", "run"], "golang-go"),
 }
-# Someone at the page of Streamlit, who asks twice.
+# Someone at the page of Streamlit, who first has a wrong key, and then asks twice.
 READER = """
+import os
 import sys
 
 from streamlit.testing.v1 import AppTest
 
 app = AppTest.from_file(sys.argv[1], default_timeout=600).run()
+key = os.environ["API_KEY"]
+os.environ["API_KEY"] = "wrong"
+app.chat_input[0].set_value("Hello?").run()
+assert "API key" in app.error[0].value, app.error
+os.environ["API_KEY"] = key
 for question in ("What is the capital of France?", "And of Italy?"):
     app.chat_input[0].set_value(question).run()
     assert not app.exception and not app.error, (app.exception, app.error)

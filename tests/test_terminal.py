@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shlex
 import signal
@@ -140,6 +141,14 @@ def test_any_encoding_and_a_broken_byte_are_survived(
     done = subprocess.run(asked, capture_output=True, env=env, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["history"][0][0] == "\u4f60\ufffd"
+    # At a terminal, where readline takes what is typed, in the locale's encoding.
+    if encoding == "utf-8":
+        keys = ["\u4f60\u597d\r".encode(), b"\x04"]
+        options = ("--url", service.url, "--max-new-tokens", "1", "--json")
+        status, text = terminal.run("chat", *options, env=env, typed=keys, prompt=b"> ")
+        assert status == 0, text
+        (line,) = re.findall(r'\{"response".*\}', text)
+        assert json.loads(line)["history"][0][0] == "\u4f60\u597d"
     folder = tmp_path / "\u4f60\U0001f600"
     folder.mkdir()
     (folder / "config.json").write_text("{}")

@@ -39,7 +39,11 @@ def chat(remote: Remote, prompt: str | None, options: dict[str, Any], *, as_json
     conversation.has_history = remote.has_history()
     if at_terminal:
         with suppress(ImportError):  # some builds of Python have no readline
-            import readline  # noqa: F401 - `input` uses it, for arrow keys
+            import readline  # `input` uses it, for arrow keys
+
+            # In the locale C it would take bytes of UTF-8 for keys with Meta.
+            for setting in ("convert-meta off", "input-meta on", "output-meta on"):
+                readline.parse_and_bind(f"set {setting}")
         _note("/help lists the commands; Ctrl-D ends.")
     while True:
         try:
