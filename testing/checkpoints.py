@@ -383,10 +383,14 @@ def qwen2(**changes: Any) -> tuple[dict[str, Any], Tensors]:
     config = _config("Qwen2ForCausalLM", model_type="qwen2", **LLAMA, **grouped) | changes
     del config["auto_map"]
     tensors = _llama_tensors(config, kv_heads=2)
-    for index in range(config["num_hidden_layers"]):
+    _add_qkv_biases(tensors, config["num_hidden_layers"])
+    return config, tensors
+
+
+def _add_qkv_biases(tensors: Tensors, layers: int) -> None:
+    for index in range(layers):
         for name, size in (("q", HIDDEN), ("k", HIDDEN // 2), ("v", HIDDEN // 2)):
             tensors[f"model.layers.{index}.self_attn.{name}_proj.bias"] = _random(size)
-    return config, tensors
 
 
 def internlm(**changes: Any) -> tuple[dict[str, Any], Tensors]:
@@ -455,12 +459,14 @@ def internlm3(**changes: Any) -> tuple[dict[str, Any], Tensors]:
         head_dim=32,
         num_key_value_heads=2,
         pad_token_id=2,
-        qkv_bias=False,
+        qkv_bias=True,
         rope_scaling={"factor": 6.0, "rope_type": "dynamic"},
         rope_theta=50000000,
     )
     config |= changes
-    return config, _llama_tensors(config, kv_heads=2)
+    tensors = _llama_tensors(config, kv_heads=2)
+    _add_qkv_biases(tensors, config["num_hidden_layers"])
+    return config, tensors
 
 
 def qwen(**changes: Any) -> tuple[dict[str, Any], Tensors]:
@@ -871,7 +877,7 @@ def internlm_tokenizer(folder: Path, **options: Any) -> None:
     _json(folder, "tokenizer_config.json", auto_map=remote, tokenizer_class="InternLMTokenizer")
 
 
-def internlm2_tokenizer(folder: Path, **options: Any) -> None:
+def internlm2_tokenizer(folder: Path, version: int = 2, **options: Any) -> None:
     """Only tokenizer.model, whose pieces of the control tokens have other names."""
     control = {"[UNUSED_TOKEN_145]": "<|im_end|>", "[UNUSED_TOKEN_146]": "<|im_start|>"}
     model = sentencepiece_model(folder, tuple(control), **options)
@@ -883,14 +889,20 @@ def internlm2_tokenizer(folder: Path, **options: Any) -> None:
         }
         for piece, token in control.items()
     }
+    name = f"InternLM{version}Tokenizer"
     _json(
         folder,
         "tokenizer_config.json",
         added_tokens_decoder=added,
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
-        auto_map={"AutoTokenizer": ["tokenization_internlm2.InternLM2Tokenizer", None]},
-        tokenizer_class="InternLM2Tokenizer",
+        auto_map={"AutoTokenizer": [f"tokenization_internlm{version}.{name}", None]},
+        tokenizer_class=name,
     )
+
+
+def internlm3_tokenizer(folder: Path, **options: Any) -> None:
+    """Its file asks for a dummy prefix."""
+    internlm2_tokenizer(folder, 3, **{"add_dummy_prefix": True, **options})
 
 
 def index_tokenizer(folder: Path, **options: Any) -> None:
@@ -962,6 +974,6 @@ TOKENIZERS: dict[str, Callable[..., None]] = {
     "internlm": internlm_tokenizer,
     "internlm2": internlm2_tokenizer,
     "qwen": qwen_tokenizer,
-    "internlm3": llama_tokenizer,  # the published one has a class of its own
+    "internlm3": internlm3_tokenizer,
     "deepseek_moe": qwen2_tokenizer,
 }

@@ -87,7 +87,7 @@ def http(service: Server) -> Iterator[httpx.Client]:
 
 def logged(server: Server, text: str) -> bool:
     """Whether the server has logged `text`; a request's line follows its answer by a moment."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while text not in server.log.read_text():
         if time.monotonic() > deadline:
             return False

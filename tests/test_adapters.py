@@ -388,6 +388,10 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     "DoRA": ({"use_dora": True}, "trained with DoRA; merge it into its base"),
     "modules": ({"modules_to_save": ["embed_tokens"]}, "(modules_to_save); merge it"),
     "biases": ({"bias": "all"}, "it has biases (bias: all); merge it"),
+    "experts": (
+        {"target_modules": None, "target_parameters": ["mlp.experts.down_proj"]},
+        "it changes experts as parameters (target_parameters); merge it",
+    ),
     "rank": ({"rank": 600, "modules": "0.self_attn.q"}, "rank is 600, and vLLM takes 512 at most"),
     "kind": ({"peft_type": "PREFIX_TUNING"}, "of the kind PREFIX_TUNING, and vLLM takes LoRA"),
     "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, "began by changing its base"),
@@ -437,6 +441,11 @@ def test_experts_on_a_cpu_and_what_mla_folds_are_told(
     (problem,) = inspect(lora, base).problems
     assert "on a CPU vLLM takes no adapter for a model with experts; merge it" in problem
     assert inspect(lora, base, for_gpu=True).problems == []
+    lora = checkpoints.write_adapter(tmp_path / "lora-experts", base, modules=r"\.experts")
+    assert inspect(lora, base, for_gpu=True).problems == []
+    dense = checkpoints.write("qwen2", tmp_path / "dense")
+    (problem,) = inspect(lora, dense, for_gpu=True).problems
+    assert "its base has no model.layers.1.mlp.experts." in problem
     # As DeepSeek-Coder-V2's chapter trains it, among others.
     base = tmp_path / "mla"
     base.mkdir()

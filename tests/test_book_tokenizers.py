@@ -9,6 +9,7 @@ import pytest
 import tiktoken
 from vllm.tokenizers import get_tokenizer
 
+from service import model_config
 from testing import checkpoints
 from tests.test_tokenizers import (
     FLAGS,
@@ -21,7 +22,7 @@ from tests.test_tokenizers import (
     user,
 )
 
-ALL = ("chatglm3", "characterglm", "glm4", "index", "internlm", "internlm2", "qwen")
+ALL = ("chatglm3", "characterglm", "glm4", "index", "internlm", "internlm2", "internlm3", "qwen")
 SENTENCEPIECE = tuple(name for name in ALL if name not in ("glm4", "qwen"))
 META = {"bot_name": "苏梦远", "user_name": "陆星辰", "bot_info": "歌手\n女", "user_info": ""}
 # Strings that each format must keep as text.
@@ -32,8 +33,14 @@ SPELLED = {
     "index": "<unk>reserved_0reserved_1</s>",
     "internlm": "<eoh><eoa></s><s>",
     "internlm2": "<|im_end|><|im_start|>[UNUSED_TOKEN_145]</s>",
+    "internlm3": "<|im_end|><|im_start|>[UNUSED_TOKEN_145]</s>",
     "qwen": "<|im_end|><|im_start|><|endoftext|><|extra_0|>",
 }
+
+
+def mode(name: str) -> str:
+    config, _ = model_config.load(checkpoints.CATALOGUE[name])
+    return str(config.engine["tokenizer_mode"])
 
 
 def options(name: str) -> dict[str, Any]:
@@ -89,7 +96,7 @@ def test_glm4_encodes_each_piece_alone(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("name", ["chatglm3", "glm4"])
 def test_the_line_of_a_glm_turn_is_its_metadata(tmp_path: Path, name: str) -> None:
-    tokenizer = load(name, tmp_path, name)
+    tokenizer = load(name, tmp_path, mode(name))
     encode, id_of = tokenizer.encode_text, tokenizer.get_vocab().__getitem__
     turns: list[dict[str, Any]] = [user("a"), {**assistant("好"), "metadata": "browser"}, user("b")]
     ids = prompt(tokenizer, name, *turns)
@@ -137,23 +144,27 @@ def test_internlm_encodes_one_string(tmp_path: Path, text: str, flags: dict[str,
         prompt(internlm, "internlm", system("S"), user("a"))
 
 
-@pytest.mark.parametrize("flags", FLAGS, ids=["plain", "prefix", "prefix and nfkc"])
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [*(("internlm2", flags) for flags in FLAGS), ("internlm3", {})],
+    ids=["plain", "prefix", "prefix and nfkc", "InternLM3"],
+)
 @pytest.mark.parametrize("text", TEXTS)
-def test_internlm2_encodes_between_control_tokens(
-    tmp_path: Path, text: str, flags: dict[str, Any]
+def test_internlm2_and_3_encode_between_control_tokens(
+    tmp_path: Path, text: str, name: str, flags: dict[str, Any]
 ) -> None:
-    internlm2 = load("internlm2", tmp_path, "internlm2", **flags)
-    model = model_of(internlm2)
+    tokenizer = load(name, tmp_path, "internlm2", **flags)
+    model = model_of(tokenizer)
     end, start = (model.piece_to_id(f"[UNUSED_TOKEN_{i}]") for i in (145, 146))
 
     def turn(role: str, content: str) -> list[int]:
         return [start, *model.encode(f"{role}\n{content}"), end, *model.encode("\n")]
 
-    assert prompt(internlm2, "internlm2", system("S"), user(text), assistant("a"), user("b")) == [
+    assert prompt(tokenizer, name, system("S"), user(text), assistant("a"), user("b")) == [
         *[1, *turn("system", "S"), *turn("user", text), *turn("assistant", "a")],
         *[*turn("user", "b"), start, *model.encode("assistant\n")],
     ]
-    assert internlm2.get_vocab()["<|im_end|>"] == end
+    assert tokenizer.get_vocab()["<|im_end|>"] == end
 
 
 @pytest.mark.parametrize("flags", FLAGS, ids=["plain", "prefix", "prefix and nfkc"])
@@ -215,9 +226,22 @@ def test_characterglm_asks_for_its_persons(tmp_path: Path, meta: object) -> None
         tokenizer.apply_chat_template([user("a")], session_meta=broken)
 
 
+@pytest.mark.parametrize("name", SENTENCEPIECE)
+def test_a_key_for_llamas_class_takes_no_space_from_a_text(tmp_path: Path, name: str) -> None:
+    plain = load(name, tmp_path / "plain", mode(name), add_dummy_prefix=True)
+    checkpoints.TOKENIZERS[name](tmp_path, add_dummy_prefix=True)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "legacy": False}))
+    told = get_tokenizer(tmp_path, tokenizer_mode=mode(name))
+    assert told.encode("你好 a") == plain.encode("你好 a")
+    assert prompt(told, name, user("a"), assistant("b"), user("c")) == prompt(
+        plain, name, user("a"), assistant("b"), user("c")
+    )
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_control_tokens_in_a_message_stay_text(tmp_path: Path, name: str) -> None:
-    tokenizer = load(name, tmp_path, name)
+    tokenizer = load(name, tmp_path, mode(name))
     ids = {*tokenizer.all_special_ids, *getattr(tokenizer, "marker_ids", {}).values()}
 
     def rendered(text: str) -> list[int]:
@@ -230,7 +254,7 @@ def test_control_tokens_in_a_message_stay_text(tmp_path: Path, name: str) -> Non
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_limit_drops_the_oldest_rounds_first(tmp_path: Path, name: str) -> None:
-    tokenizer = load(name, tmp_path, name)
+    tokenizer = load(name, tmp_path, mode(name))
     rounds = [[user(f"question {i}"), assistant(f"answer {i}")] for i in range(3)]
 
     def render(*turns: list[dict[str, str]], **more: Any) -> list[int]:
@@ -249,7 +273,7 @@ def test_a_limit_drops_the_oldest_rounds_first(tmp_path: Path, name: str) -> Non
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_stream_never_shows_half_a_character(tmp_path: Path, name: str) -> None:
-    tokenizer = load(name, tmp_path, name)
+    tokenizer = load(name, tmp_path, mode(name))
     text = "你好龘靐😀👩‍👩‍👧🏔️ and ünïcode"
     pieces = streamed(tokenizer, tokenizer.encode(text, add_special_tokens=False))
     assert not any("\ufffd" in piece for piece in pieces)
@@ -260,28 +284,39 @@ def test_a_stream_never_shows_half_a_character(tmp_path: Path, name: str) -> Non
 @pytest.mark.parametrize("name", ALL)
 def test_control_tokens_are_no_text_of_an_answer(tmp_path: Path, name: str) -> None:
     """So `sampling.stop` of the YAML matches them by their ids."""
-    tokenizer = load(name, tmp_path, name)
+    tokenizer = load(name, tmp_path, mode(name))
     vocabulary = tokenizer.get_vocab()
     for token in {
         "chatglm3": ["<|user|>", "<|observation|>"],
         "glm4": ["<|user|>", "<|observation|>", "<|endoftext|>"],
         "internlm": ["<eoa>"],
         "internlm2": ["<|im_end|>"],
+        "internlm3": ["<|im_end|>"],
         "qwen": ["<|im_start|>", "<|im_end|>"],
     }.get(name, []):
         assert tokenizer.decode([vocabulary[token]], skip_special_tokens=True) == ""
 
 
-@pytest.mark.parametrize("name", ["chatglm3", "glm4"])
-def test_files_that_number_a_control_token_otherwise_are_refused(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "id", "message"),
+    [
+        ("chatglm3", 448, "token 448 is '<.other.>'.*another model's"),
+        ("glm4", 406, "token 406 is '<.other.>'.*another model's"),
+        ("qwen", 402, "token 402 is '<.other.>'.*another model's"),
+        ("glm4", 414, r"token 414 \('<.other.>'\) was added in training.*merge without it"),
+        ("qwen", 608, r"token 608 \('<.other.>'\) was added in training.*merge without it"),
+    ],
+)
+def test_files_that_number_a_control_token_otherwise_are_refused(
+    tmp_path: Path, name: str, id: int, message: str
+) -> None:
     load(name, tmp_path, name)
-    id = 448 if name == "chatglm3" else 406
     token = {"content": "<|other|>", "special": True, "lstrip": False}
     keys = {
         "added_tokens_decoder": {str(id): token | dict.fromkeys(("rstrip", "normalized"), False)}
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(keys))
-    with pytest.raises(ValueError, match=f"token {id} is '<.other.>'.*another model's"):
+    with pytest.raises(ValueError, match=message):
         get_tokenizer(tmp_path, tokenizer_mode=name)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from service import model_config, settings
 from service.cli import models
@@ -251,7 +252,7 @@ def test_a_model_of_a_long_context_starts_on_24_gib_as_its_yaml_is(
 ) -> None:
     config = model_config.load(name)[0]
     (row,) = model_config.listing(name)
-    quantization = {} if row["24 GiB card"] == "yes" else {"quantization": row["24 GiB card"]}
+    quantization = {"fp8": {"quantization": "fp8_per_tensor"}, "yes": {}}[row["24 GiB card"]]
     (tmp_path / "config.json").write_text(json.dumps(LONG[name]))
     assert config.about.parameters
     index = {"metadata": {"total_size": int(config.about.parameters * 2e9)}, "weight_map": {}}
@@ -274,7 +275,8 @@ def test_what_changes_the_bytes(tmp_path: Path) -> None:
     assert two.demand.block == 16 * 2 * (1 + 3 + 3) * 32 * 2  # 3 KV heads are repeated
     table = checkpoints.VOCABULARY * checkpoints.HIDDEN
     halved = (room.demand.weights - 2 * table) / 2 + 2 * table
-    assert on_24_gib(folder, quantization="fp8").demand.weights == halved
+    for name in ("fp8_per_tensor", "fp8"):  # the second is its old name
+        assert on_24_gib(folder, quantization=name).demand.weights == halved
     with_output_layer = halved + table  # which is the table of tokens too, and is copied
     assert on_24_gib(folder, quantization="cpu_int8").demand.weights == with_output_layer
     lora = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 64}
@@ -285,6 +287,12 @@ def test_what_changes_the_bytes(tmp_path: Path) -> None:
     assert shared * 2 - alone == 2 * 64 * 2 * whole  # sides that both have
     graphs = room.demand.overhead - on_24_gib(folder, enforce_eager=True).demand.overhead
     assert graphs == int(1.44 * GIB)
+    tensors = load_file(folder / "model.safetensors")
+    latent = tensors.pop("transformer.layers.0.attn.out_proj.weight")
+    tensors["transformer.layers.0.attn.kv_b_proj.weight"] = latent  # stays in two bytes
+    save_file(tensors, folder / "model.safetensors")
+    with_latent = with_output_layer + latent.numel()
+    assert on_24_gib(folder, quantization="cpu_int8").demand.weights == with_latent
 
 
 def test_files_that_are_no_checkpoint_are_told(tmp_path: Path) -> None:
@@ -322,8 +330,8 @@ DEMAND = fit.Demand(
             fit.Fit(DEMAND, 24 * GIB, 1, None),
             (5, 4096),
             "5 x 4,096 tokens need 2.00 GiB more KV cache than there is; set "
-            "engine.max_model_len=3264, engine.kv_cache_dtype=fp8, engine.quantization=fp8, or a "
-            "larger engine.tensor_parallel_size",
+            "engine.max_model_len=3264, engine.kv_cache_dtype=fp8, "
+            "engine.quantization=fp8_per_tensor, or a larger engine.tensor_parallel_size",
         ),
         (
             fit.Fit(DEMAND, 17 * GIB, 1, None),

@@ -69,6 +69,7 @@ def test_check_says_what_is_computed_in_and_why(model: str, insisting: bool) -> 
         ({}, "half", "float16"),
         ({"quantization_config": {}, "dtype": "bfloat16"}, "auto", None),
         ({"text_config": {"quantization_config": {}}}, "auto", None),
+        ({"quantization_config": None, "dtype": "float16"}, "auto", "float16"),
     ],
 )
 def test_the_type_of_the_files_is_read_where_vllm_reads_it(

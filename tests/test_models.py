@@ -151,6 +151,10 @@ def swap_halves(matrix: torch.Tensor) -> torch.Tensor:
     return torch.cat(matrix.chunk(2)[::-1])
 
 
+def interleaved(matrix: torch.Tensor) -> torch.Tensor:
+    return torch.stack(matrix.chunk(2), 1).flatten(0, 1)
+
+
 def ungrouped(wqkv: torch.Tensor) -> torch.Tensor:
     """All of q, then k, then v, where the model expects them for each KV head."""
     groups = wqkv.view(2, 4, -1, wqkv.shape[1])
@@ -194,6 +198,10 @@ MISTAKES: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None] | dict[str, 
     ),
     "no rope_theta": ("internlm2", rope(10000.0)),
     "no rope_theta in the third": ("internlm3", rope(10000.0)),
+    "no bias on InternLM3's q, k and v": (
+        "internlm3",
+        loaded_as(LlamaForCausalLM, "_proj.bias", torch.zeros_like),
+    ),
     "w1 for gate": ("qwen", take_w1_for_gate),
     "no bias on q, k and v": (
         "qwen",
@@ -211,6 +219,10 @@ MISTAKES: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None] | dict[str, 
     "no bias on ChatGLM's q, k and v": (
         "chatglm3",
         loaded_as(ChatGLMForCausalLM, "query_key_value.bias", torch.zeros_like),
+    ),
+    "gate and up interleaved": (
+        "chatglm3",
+        loaded_as(ChatGLMForCausalLM, "dense_h_to_4h", interleaved),
     ),
     "halves as pairs": ("chatglm3", {"original_rope": False}),
     "no rope_ratio": ("glm4", {"rope_ratio": 1}),
@@ -371,6 +383,18 @@ def test_a_text_is_as_long_as_the_model_is_exact(
     load_general_plugins()
     checkpoints.write(name, tmp_path, **config)
     assert ModelConfig(str(tmp_path), skip_tokenizer_init=True).max_model_len == length
+
+
+@pytest.mark.parametrize("kind", ["default", "dynamic"])
+def test_the_reference_reads_the_rotation_that_transformers_5_saves(
+    tmp_path: Path, kind: str
+) -> None:
+    published = checkpoints.write("internlm3", tmp_path / "published")
+    rope = {"rope_type": kind, "rope_theta": 50000000, "factor": 6.0}
+    keys = {"rope_theta": None, "rope_scaling": None, "rope_parameters": rope}
+    saved = checkpoints.write("internlm3", tmp_path / "saved", **keys)
+    (expected,), (logits,) = (reference.logits(f, PROMPTS[:1]) for f in (published, saved))
+    assert torch.equal(logits, expected)
 
 
 def test_an_index_that_does_not_say_whether_it_has_a_norm_head_is_refused(tmp_path: Path) -> None:

@@ -86,6 +86,21 @@ def test_penalties_are_vllms_in_every_bit(others: float, longest: int) -> None:
     assert torch.equal(ours, theirs) and not torch.equal(ours, logits)
 
 
+def test_top_p_takes_equals_and_rows_that_are_no_numbers_as_vllm_does() -> None:
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    from service.models import vllm_private
+
+    low, none = -torch.inf, torch.nan
+    logits = torch.tensor([[1.0, 1, 1, 0], [low] * 4, [none] * 4])
+    p = torch.full((3,), 0.5)
+    ours = vllm_private.apply_top_k_top_p(logits.clone(), None, p)
+    theirs = topk_topp_sampler.apply_top_k_top_p_pytorch(logits.clone(), None, p)
+    kept = torch.tensor([[low, 1, 1, low], [low] * 4, [none] * 4])  # of equals the highest ids
+    torch.testing.assert_close(ours, kept, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(theirs, kept, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("vocabulary", [40, 5000])
 @pytest.mark.parametrize("k", [None, (1, 5, 64, 65, 2000, 5000)])
 @pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 3.0, 8.0, 100.0])

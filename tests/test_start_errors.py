@@ -150,13 +150,19 @@ def test_each_cause_ends_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("environment")
-def test_a_pipeline_is_checked_for_the_machine_that_is_asked_about(tmp_path: Path) -> None:
+def test_a_pipeline_and_8_bits_are_checked_for_the_machine_that_is_asked_about(
+    tmp_path: Path,
+) -> None:
     config, origins = model_config.load("qwen2-7b-instruct", ["engine.pipeline_parallel_size=2"])
     (problem,) = check.check(config, origins, settings.load()).problems
     assert "vLLM has no pipeline on a CPU" in problem
     checkpoints.write("qwen2", tmp_path)
     config, origins = checkpoints.load("qwen2", tmp_path, "engine.pipeline_parallel_size=2")
     assert check.check(config, origins, settings.load(), memory=24 << 30).problems == []
+    config, origins = checkpoints.load("qwen2", tmp_path, "engine.quantization=cpu_int8")
+    (problem,) = check.check(config, origins, settings.load(), memory=24 << 30).problems
+    assert problem.endswith("cpu_int8 is for CPUs; on a GPU use fp8_per_tensor")
+    assert check.check(config, origins, settings.load()).problems == []
 
 
 @pytest.mark.parametrize("name", sorted(checkpoints.BUILDERS))

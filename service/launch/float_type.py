@@ -35,7 +35,7 @@ def choose(args: argparse.Namespace, config: ModelConfig) -> str | None:
     # The values of config.json win over those of its text_config.
     checkpoint = {**(checkpoint.get("text_config") or {}), **checkpoint}
     by_vllm = args.quantization and args.quantization != cpu_int8.NAME
-    if by_vllm or "quantization_config" in checkpoint:
+    if by_vllm or checkpoint.get("quantization_config") is not None:
         return None
     wanted = _SPELLINGS.get(args.dtype, args.dtype)
     if wanted == "auto":

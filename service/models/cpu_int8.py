@@ -35,7 +35,10 @@ def register() -> None:
 
 
 class CpuInt8Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is not typed for us
-    """Chooses the layers: all linear ones and the output layer. Embeddings and experts stay."""
+    """Chooses the layers: all linear ones and the output layer. Embeddings and experts stay.
+
+    So does an output layer that is the embedding itself, as Gemma 2's.
+    """
 
     def __init__(self) -> None:
         """Raises ValueError on a processor that has no such kernel."""
@@ -63,7 +66,11 @@ class CpuInt8Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is not ty
     def from_config(cls, config: dict[str, Any]) -> "CpuInt8Config":
         return cls()
 
-    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> "_Method | None":
+    def get_quant_method(
+        self, layer: torch.nn.Module, prefix: str
+    ) -> UnquantizedLinearMethod | None:
+        if prefix.endswith(".kv_b_proj"):  # multi-head latent attention reads the weight itself
+            return UnquantizedLinearMethod()
         return _Method() if isinstance(layer, LinearBase | ParallelLMHead) else None
 
 

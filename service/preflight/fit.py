@@ -123,7 +123,7 @@ class Fit:
         demand = self.demand
         smaller = "a larger engine.tensor_parallel_size"
         if demand.on_gpu:
-            smaller = f"engine.quantization=fp8, or {smaller}"
+            smaller = f"engine.quantization=fp8_per_tensor, or {smaller}"
         if demand.max_loras > 1:
             smaller = f"engine.max_loras=1, {smaller}"
         used = demand.beside_the_cache + (self.fixed_kv_cache or 0)
@@ -300,9 +300,12 @@ def _weights(model: Any, folder: Path) -> int:
     unchanged, quantised = elements, 0
     table = model.get_vocab_size() * model.get_hidden_size()
     tied = getattr(model.hf_text_config, "tie_word_embeddings", False)
-    if model.quantization == cpu_int8.NAME:  # a tied output layer is a copy
-        experts = sum(t.floats for name, t in base_tensors(folder).items() if ".experts." in name)
-        unchanged = table + experts
+    if model.quantization == cpu_int8.NAME:  # a tied output layer is a copy, but for Gemma 2's
+        unchanged = table + sum(
+            tensor.floats
+            for name, tensor in base_tensors(folder).items()
+            if ".experts." in name or name.endswith(".kv_b_proj.weight")
+        )
         quantised = elements - unchanged + (table if tied else 0)
     elif model.quantization and "8" in model.quantization:  # except embeddings and output layer
         unchanged = table if tied else 2 * table

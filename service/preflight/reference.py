@@ -144,14 +144,18 @@ class Llama:
         self.kv_heads: int = config.get("num_key_value_heads") or self.heads
         self.head_dim: int = config.get("head_dim") or config["hidden_size"] // self.heads
         self.rms_norm_eps: float = config.get("rms_norm_eps", 1e-6)
-        self.rope_theta: float = config.get("rope_theta", 10000.0)
+        rope = config.get("rope_parameters") or {}  # transformers 5 saves both keys as this one
+        self.rope_theta: float = rope.get("rope_theta") or config.get("rope_theta", 10000.0)
+        self.scaling: dict[str, Any] = rope or config.get("rope_scaling") or {}
+        self.scaling_kind = self.scaling.get("rope_type", self.scaling.get("type", "default"))
 
     def inverse_frequencies(self) -> Tensor:
         """Return the radians per position of each rotated pair, [at most head_dim / 2]."""
-        scaling = self.config.get("rope_scaling") or {}
         # "dynamic" changes nothing up to max_position_embeddings, and the engine stops there.
-        if scaling and (kind := scaling.get("rope_type", scaling.get("type"))) != "dynamic":
-            raise ValueError(f"rope_scaling of type {kind} is not known to the reference")
+        if self.scaling_kind not in ("default", "dynamic"):
+            raise ValueError(
+                f"rope_scaling of type {self.scaling_kind} is not known to the reference"
+            )
         return _inverse_frequencies(self.rope_theta, self.head_dim)
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -214,13 +218,12 @@ class BlueLM(Llama):
 
     def inverse_frequencies(self) -> Tensor:
         frequencies = _inverse_frequencies(self.rope_theta, self.head_dim)
-        scaling = self.config.get("rope_scaling")
-        if not scaling:
+        if self.scaling_kind == "default":
             return frequencies
-        if scaling["type"] != "ntkmixed":
-            raise ValueError(f"rope_scaling of type {scaling['type']} is not BlueLM's")
-        pairs, power = self.head_dim // 2, scaling["power"]
-        a = math.log(int(scaling["factor"])) / pairs**power
+        if self.scaling_kind != "ntkmixed":
+            raise ValueError(f"rope_scaling of type {self.scaling_kind} is not BlueLM's")
+        pairs, power = self.head_dim // 2, self.scaling["power"]
+        a = math.log(int(self.scaling["factor"])) / pairs**power
         return frequencies / torch.exp(a * torch.arange(1, pairs + 1).float() ** power)
 
     def embed(self, ids: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import TokenizersBackend
 from vllm.tokenizers.hf import get_cached_tokenizer
 
+from service.tokenizers import chat
+
 
 class ByteLevelTokenizer(TokenizersBackend):  # type: ignore[misc]  # transformers is untyped
     """The base of the tokenizers from a tiktoken file. Control tokens in a text stay text."""
@@ -75,6 +77,22 @@ def load(file: Path, words: str, control: Sequence[str], *, nfc: bool = False) -
         [AddedToken(token, special=True, normalized=False) for token in control]
     )
     return tokenizer
+
+
+def check_added(folder: Path, tokenizer: Tokenizer) -> None:
+    """Raise ValueError if tokenizer_config.json has other control tokens than the tokenizer."""
+    for id, token in chat.added_tokens(folder).items():
+        known = tokenizer.id_to_token(id)
+        if known is None:
+            raise ValueError(
+                f"tokenizer_config.json: token {id} ({token!r}) was added in training, which this "
+                "mode does not read; merge without it, or leave it out of tokenizer_config.json"
+            )
+        if known != token:
+            raise ValueError(
+                f"tokenizer_config.json: token {id} is {token!r}, and by the tokenizer's file "
+                f"{known!r}; these files are another model's"
+            )
 
 
 def _ranks(file: Path) -> dict[bytes, int]:

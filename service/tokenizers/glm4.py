@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import processors
 
-from service.tokenizers import byte_level, chat, glm
+from service.tokenizers import byte_level, glm
 
 _CONTROL = (
     *("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"),
@@ -29,12 +29,7 @@ class Glm4Tokenizer(byte_level.ByteLevelTokenizer):
         tokenizer = byte_level.load(
             folder / "tokenizer.model", byte_level.words(digits=3), _CONTROL
         )
-        for id, token in chat.added_tokens(folder).items():
-            if tokenizer.id_to_token(id) != token:
-                raise ValueError(
-                    f"tokenizer_config.json: token {id} is {token!r}, and by tokenizer.model "
-                    f"{tokenizer.id_to_token(id)!r}; these files are another model's"
-                )
+        byte_level.check_added(folder, tokenizer)
         prefix = [(token, tokenizer.token_to_id(token)) for token in _PREFIX]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{' '.join(_PREFIX)} $A", special_tokens=prefix

@@ -24,8 +24,11 @@ class QwenTokenizer(byte_level.ByteLevelTokenizer):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> Any:
-        file = Path(path) / "qwen.tiktoken"
-        tokenizer = byte_level.load(file, byte_level.words(digits=1), _CONTROL, nfc=True)
+        folder = Path(path)
+        tokenizer = byte_level.load(
+            folder / "qwen.tiktoken", byte_level.words(digits=1), _CONTROL, nfc=True
+        )
+        byte_level.check_added(folder, tokenizer)
         return cls.of(tokenizer, _CONTROL, "<|im_end|>")
 
     def apply_chat_template(

@@ -52,6 +52,7 @@ class SentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]  # tra
             added = self._added_tokens(vocab_file, kwargs.pop("added_tokens_decoder", {}))
             kwargs.pop("additional_special_tokens", None)
             kwargs["sp_model_kwargs"] = kwargs.get("sp_model_kwargs") or {}  # null in InternLM2's
+            kwargs["legacy"] = True  # false takes the dummy prefix; the publishers' classes keep it
             super().__init__(
                 vocab_file=vocab_file,
                 unk_token=unk_token,

@@ -188,6 +188,8 @@ def _of_config(config: Mapping[str, Any]) -> list[str]:
     if kind != "LORA":
         kind = str(kind)[:40]
         return [f"it is of the kind {kind}, and vLLM takes LoRA alone; train it as LoRA"]
+    if config.get("target_modules") is None and config.get("target_parameters"):
+        return [f"it changes experts as parameters (target_parameters); {_MERGE}"]
     if missing := [key for key in _REQUIRED if config.get(key) is None]:
         return [f"its {CONFIG} has no {' and no '.join(missing)}; copy it again"]
     for key in ("r", "lora_alpha"):
@@ -289,11 +291,12 @@ def _of_modules(
     modules = {name.rpartition(".")[0]: tensor for name, tensor in base.items()}
     kinds = {_last(module) for module in modules}
     tails = {_LAYER.sub("", module) for module in modules}
+    has_experts = any(".experts." in module for module in modules)
     unknown: set[str] = set()
     elsewhere: list[str] = []
     for name, match in matrices.items():
         module = match[1].removeprefix(_PREFIX)
-        if ".experts" in module:  # fused in memory by some versions of transformers
+        if has_experts and ".experts" in module:  # fused in memory by some versions of transformers
             continue
         if _last(module) not in kinds:
             unknown.add(_last(module))
