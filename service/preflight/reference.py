@@ -255,7 +255,7 @@ class MiniCPM(Llama):
 class OpenELM(Llama):
     """Source: apple's modeling_openelm.py and apple/corenet's general_gpt.py."""
 
-    rms_norm_eps = 1e-6
+    rms_norm_eps, scaling_kind = 1e-6, "default"
     table, norm = "transformer.token_embeddings", "transformer.norm"
     stack = "transformer.layers"
     others = ("attn.out_proj", "attn_norm", "ffn_norm")
