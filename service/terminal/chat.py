@@ -99,7 +99,7 @@ class _Conversation:
         if word not in _COMMANDS:
             known = ", ".join(_with_argument(command) for command in _COMMANDS)
             near = nearest(word, _COMMANDS)
-            raise ConfigError(f"there is no such command{near}; there are {known}; {_LITERAL}")
+            raise ConfigError(f"there is no such command{near}; there are {known}; {_LITERAL}; Ctrl-D ends")
         match word:
             case "/help":
                 width = max(len(_with_argument(command)) for command in _COMMANDS)
