@@ -18,10 +18,12 @@ _BLANKS = re.compile(r"[ \t]+")
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HASH = re.compile(r"sha256:([0-9a-f]{64})", re.IGNORECASE)
 _LIKE_A_HASH = re.compile(
-    r"(?:sha|md)[-_]?[0-9]{1,3}[:=$-]|\$(?:2[abxy]|apr1|argon2\w*|[1567y])\$|\{S?SHA", re.IGNORECASE
+    r"(?:[\w.-]+:)?"  # a name, in files for Apache
+    r"(?:(?:sha|md)[-_]?[0-9]{1,3}[:=$(-]|\$[\w-]+\$|\{[A-Z0-9-]+\}|(?:pbkdf2|scrypt|blake2)\w*[:$(])",
+    re.IGNORECASE,
 )
-_NAME_LIKE_A_HASH = re.compile(r"[0-9a-f]{40,64}", re.IGNORECASE)  # what sha256sum prints first
-_VARIABLE = re.compile(r"\w*KEY[=:]", re.IGNORECASE)  # a line of an environment file
+_NAME_LIKE_A_HASH = re.compile(r"[0-9a-f]{32,64}", re.IGNORECASE)  # what sha256sum prints first
+_VARIABLE = re.compile(r"[$\w:.-]*KEY[=:]", re.IGNORECASE)  # as in files of variables
 _LIMIT = re.compile(r"(requests|tokens)=([1-9][0-9]{0,11})/min")
 _FORM = "a line is NAME KEY [WEIGHT] [requests=N/min] [tokens=N/min]"
 
@@ -77,7 +79,7 @@ def parse(text: str, place: str) -> dict[str, Client]:
         if words := [word for word in _BLANKS.split(content) if word]:
             _check_comment(words, comment, f"{place}:{number}")
             lines.append((number, words))
-    if len(lines) == 1 and len(lines[0][1]) == 1 and not _VARIABLE.match(lines[0][1][0]):
+    if len(lines) == 1 and len(lines[0][1]) == 1:
         lines = [(lines[0][0], ["default", *lines[0][1]])]
     clients: dict[str, Client] = {}
     by_name: dict[str, Client] = {}
@@ -87,6 +89,10 @@ def parse(text: str, place: str) -> dict[str, Client]:
         name, key, *rest = words
         if not _NAME.fullmatch(name):
             raise ConfigError(f"{place}:{number}: a name has 1 to 64 of A-Z a-z 0-9 . _ -")
+        if _VARIABLE.match(key) or name in ("export", "set"):
+            raise ConfigError(
+                f"{place}:{number}: write the key alone, without the word KEY before it"
+            )
         if _NAME_LIKE_A_HASH.fullmatch(name):
             raise ConfigError(
                 f"{place}:{number}: the name looks like a hash; {_FORM}, a hash as sha256:..."

@@ -122,8 +122,13 @@ SUM = b"5e884898da28047151d0e56f8dc6292773603d0d6aabbdd62a11ef721d1542d8"
         (b"%s alice\n" % SUM, "keys:1: the name looks like a hash"),
         (b"alice $2y$05$abcdefghijklmnopqrstuv\n", "keys:1: a hash is sha256: and 64 hex digits"),
         (b"alice {SHA}5en6G6MezRroT3XKqkdPOmY/BfQ=\n", "keys:1: a hash is sha256: and 64"),
-        (b"SERVICE_API_KEY=k1\n", "keys:1: a line is NAME KEY"),
-        (b"api_key:k1\n", "keys:1: a line is NAME KEY"),
+        (b"5f4dcc3b5aa765d61d8327deb882cf99  -\n", "keys:1: the name looks like a hash"),
+        (b"alice:$2y$05$abcdefghijklmnopqrstuv\n", "keys:1: a hash is sha256: and 64 hex"),
+        (b"alice pbkdf2_sha256$1$abc$def\n", "keys:1: a hash is sha256: and 64 hex digits"),
+        (b"SERVICE_API_KEY=k1\n", "keys:1: write the key alone"),
+        (b"export SERVICE_API_KEY=k1\n", "keys:1: write the key alone"),
+        (b'$env:SERVICE_API_KEY="k1"\n', "keys:1: write the key alone"),
+        (b"api_key:k1\n", "keys:1: write the key alone"),
     ],
 )
 def test_what_an_editor_spoils_is_refused_with_its_line(

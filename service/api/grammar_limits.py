@@ -27,8 +27,13 @@ _RANGES = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum
 _CLASS_SIZE = 5
 # `*+` gives nothing back: a `[` that nothing closes takes the rest, once.
 _TOKEN = re.compile(
-    r"""\[(?:\\.|[^\]\\])*+\]?|\\.|\{(?P<min>\d{1,9})(?:,(?P<max>\d{0,9}))?\}|.""", re.DOTALL
+    r"""\[(?:\\.|[^\]\\])*+\]?|\\."""
+    # As xgrammar reads a repeat: with zeros in front, and with blanks.
+    r"""|\{[ ]*0*(?P<min>\d{1,9})[ ]*(?:,[ ]*0*(?P<max>\d{0,9})[ ]*)?\}"""
+    r"""|(?P<huge>\{[\d ,]*\})|.""",
+    re.DOTALL,
 )
+_HUGE = 10**9  # times, of a repeat with more digits
 
 
 def check(grammar: Any, param: str | None, work: int) -> int:
@@ -101,8 +106,8 @@ def expanded_size(pattern: str) -> int:
     last = 0  # the size of what a repeat would repeat
     for token in _TOKEN.finditer(pattern):
         text = token[0]
-        if token["min"] is not None:
-            times = max(int(token["min"]), int(token["max"] or 0), 1)
+        if token["min"] is not None or token["huge"]:
+            times = max(int(token["min"]), int(token["max"] or 0), 1) if token["min"] else _HUGE
             groups[-1] += last * (times - 1)
             last *= times
         elif text == "(":

@@ -42,9 +42,9 @@ def _sent(scope: Scope, path: str) -> Iterator[bytes]:
     headers = Headers(scope=scope)
     scheme, _, key = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
-        yield key.strip().encode("latin-1")
+        yield key.strip(" \t").encode("latin-1")
     if path.startswith(_ANTHROPIC):
-        yield headers.get("x-api-key", "").strip().encode("latin-1")
+        yield headers.get("x-api-key", "").strip(" \t").encode("latin-1")
 
 
 class Keys:

@@ -76,9 +76,12 @@ class State:
     @property
     def applied(self) -> Cluster | None:
         """The cluster that was applied last, and came up."""
+        if not self._applied.exists():
+            return None
+        content = self._applied.read_bytes()
         try:
-            applied: Cluster = pickle.loads(self._applied.read_bytes())
-        except Exception:  # none was, or another version of this package has written it
+            applied: Cluster = pickle.loads(content)
+        except Exception:  # another version of this package has written it
             return None
         return applied
 

@@ -95,8 +95,6 @@ def prepare_files(
     report: Callable[[int], None] | None = None,
 ) -> None:
     """Fetch and check the model's files, set them in `args`, and choose what depends on them."""
-    if problem := vllm_arguments.pipeline_problem(args):
-        raise ConfigError(problem)
     fetch_files(args, config, settings, report)
     if args.load_format == "auto":  # other formats need no weights, or use other files
         checkpoint.check(Path(args.model))
@@ -110,6 +108,8 @@ def fetch_files(
     report: Callable[[int], None] | None = None,
 ) -> None:
     """Fetch missing files of the model and its tokenizer, and set both in `args`."""
+    if problem := vllm_arguments.pipeline_problem(args):
+        raise ConfigError(problem)
     needs_weights = args.load_format != "dummy"
     folders = {name: weights.fetch_adapter(name, a) for name, a in config.adapters.items()}
     for name, path in folders.items():  # before a long download of the base

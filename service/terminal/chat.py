@@ -21,7 +21,7 @@ _COMMANDS = {
     "/save": ("FILE", "writes the conversation as JSON"),
     "/system": ("TEXT", "sets the system message; without a text, takes it out"),
 }
-_LITERAL = "a question that begins with / is typed with //"
+_LITERAL = "a question that begins with / is typed with //, and Ctrl-D ends"
 
 
 def chat(remote: Remote, prompt: str | None, options: dict[str, Any], *, as_json: bool) -> None:
@@ -99,13 +99,13 @@ class _Conversation:
         if word not in _COMMANDS:
             known = ", ".join(_with_argument(command) for command in _COMMANDS)
             near = nearest(word, _COMMANDS)
-            raise ConfigError(f"there is no such command{near}; there are {known}; {_LITERAL}; Ctrl-D ends")
+            raise ConfigError(f"there is no such command{near}; there are {known}; {_LITERAL}")
         match word:
             case "/help":
                 width = max(len(_with_argument(command)) for command in _COMMANDS)
                 for command, (_, meaning) in _COMMANDS.items():
                     _note(f"{_with_argument(command):{width}}  {meaning}")
-                _note(f"{_LITERAL}; Ctrl-C ends an answer, Ctrl-D the conversation")
+                _note(f"{_LITERAL}; Ctrl-C ends an answer")
             case "/model":
                 self._choose(argument)
             case "/regenerate":

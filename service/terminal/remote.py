@@ -46,12 +46,12 @@ class Remote:
         with self._explained():
             self._client = client(url, timeout=30)
         if key := (key or "").strip():  # the server strips its key too
-            if not (key.isascii() and key.isprintable()):
+            if not key.isprintable():
                 raise ConfigError(
                     "the API key has a character that no header may hold; correct --key or "
                     "SERVICE_API_KEY"
                 )
-            self._client.headers["authorization"] = f"Bearer {key}"
+            self._client.headers.update([(b"authorization", f"Bearer {key}".encode())])
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
