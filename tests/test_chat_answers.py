@@ -178,6 +178,14 @@ def test_an_answer_in_pieces_looks_as_it_does_at_once(server: ScriptedServer, pa
     assert page.locator(".model .text").inner_html() == streamed
 
 
+def test_a_price_before_code_or_bold_text_is_no_formula(server: ScriptedServer, page: Page) -> None:
+    server.answers["go"] = ["`a` for $5, `b` for US$6, `$c`, `$d`; **$7**, or **$e** each; $x$"]
+    ask(page, "go")
+    is_answered(page)
+    expect(page.locator(".model .text code")).to_have_text(["a", "b", "$c", "$d"])
+    expect(page.locator(".model .text strong")).to_have_text(["$7", "$e"])
+
+
 HOSTILE = {
     "script": "<script>document.title='broken'</script>",
     "handler": "<img src=x onerror=\"document.title='broken'\"><svg/onload=alert(1)>",
@@ -819,6 +827,7 @@ def test_the_chosen_language_is_for_all_of_the_page_and_kept(
 ) -> None:
     server.models = ["scripted", "other"]
     page.reload()
+    expect(page.get_by_label("model")).to_be_visible()
     server.rate = 20
     server.answers["count"] = (f"{number} " for number in range(1000))
     ask(page, "count")

@@ -47,8 +47,6 @@ def check(
     `memory` is bytes per GPU to plan for; None: this machine's. `concurrent` requests of `context`
     tokens must fit. Weights are never loaded. Raises ServiceError.
     """
-    from service.models import cpu_int8
-
     must_fit = memory is not None or context is not None or concurrent > 1
     with server.prepared(config, origins, settings) as (args, folder):
         rows = [
@@ -68,6 +66,8 @@ def check(
         problems = [problem for adapter in adapters for problem in adapter.problems]
         if memory is None and (problem := vllm_arguments.pipeline_problem(args)):
             problems.append(problem)
+        from service.models import cpu_int8  # imports torch, which `prepared` makes quiet
+
         if memory is not None and args.quantization == cpu_int8.NAME:
             problems.append(
                 f"engine.quantization: {cpu_int8.NAME} is for CPUs; on a GPU use fp8_per_tensor"

@@ -87,12 +87,12 @@ def _query(url: str, expr: str) -> Iterator[tuple[Labels, float]]:
             )
         for series in answer["data"]["result"]:
             yield series["metric"], float(series["value"][1])
-    except (httpx.HTTPError, OSError) as e:
+    except (httpx.HTTPError, httpx.InvalidURL, OSError) as e:
+        reason = "" if isinstance(e, httpx.InvalidURL) else f" {e};"  # it may quote a password
         raise ServiceError(
-            f"{without_password(url)}: {e}; is Prometheus running? (--prometheus)"
+            f"{without_password(url)}:{reason} is Prometheus running? (--prometheus)"
         ) from None
-    # InvalidURL is here because it may quote a password.
-    except (httpx.InvalidURL, ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise ServiceError(
             f"{without_password(url)}: this is not the answer of Prometheus (--prometheus)"
         ) from None
