@@ -90,9 +90,7 @@ def parse(text: str, place: str) -> dict[str, Client]:
         if not _NAME.fullmatch(name):
             raise ConfigError(f"{place}:{number}: a name has 1 to 64 of A-Z a-z 0-9 . _ -")
         if _VARIABLE.match(key) or name in ("export", "set"):
-            raise ConfigError(
-                f"{place}:{number}: write the key alone, without the word KEY before it"
-            )
+            raise ConfigError(f"{place}:{number}: this line sets a variable; write the key alone")
         if _NAME_LIKE_A_HASH.fullmatch(name):
             raise ConfigError(
                 f"{place}:{number}: the name looks like a hash; {_FORM}, a hash as sha256:..."

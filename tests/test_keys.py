@@ -125,10 +125,10 @@ SUM = b"5e884898da28047151d0e56f8dc6292773603d0d6aabbdd62a11ef721d1542d8"
         (b"5f4dcc3b5aa765d61d8327deb882cf99  -\n", "keys:1: the name looks like a hash"),
         (b"alice:$2y$05$abcdefghijklmnopqrstuv\n", "keys:1: a hash is sha256: and 64 hex"),
         (b"alice pbkdf2_sha256$1$abc$def\n", "keys:1: a hash is sha256: and 64 hex digits"),
-        (b"SERVICE_API_KEY=k1\n", "keys:1: write the key alone"),
-        (b"export SERVICE_API_KEY=k1\n", "keys:1: write the key alone"),
-        (b'$env:SERVICE_API_KEY="k1"\n', "keys:1: write the key alone"),
-        (b"api_key:k1\n", "keys:1: write the key alone"),
+        (b"SERVICE_API_KEY=k1\n", "keys:1: this line sets a variable"),
+        (b"export SERVICE_API_KEY=k1\n", "keys:1: this line sets a variable"),
+        (b'$env:SERVICE_API_KEY="k1"\n', "keys:1: this line sets a variable"),
+        (b"api_key:k1\n", "keys:1: this line sets a variable"),
     ],
 )
 def test_what_an_editor_spoils_is_refused_with_its_line(
