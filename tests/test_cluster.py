@@ -56,6 +56,12 @@ def wait(condition: Callable[[], Any], seconds: float = PATIENCE) -> float:
     return time.monotonic() - began
 
 
+def wait_until_all_run(server: Server) -> None:
+    """Wait until the command says `Ready`; the address answers before all replicas run."""
+    server.wait_until_ready(PATIENCE)
+    wait(lambda: "Ready:" in server.log.read_text())
+
+
 class ClusterUnderTest:
     """`chat-service cluster FILE`, and the same again to update it."""
 
@@ -117,7 +123,7 @@ class ClusterUnderTest:
         return set(re.findall(series % model, text))
 
     def both(self) -> set[str]:
-        """The two replicas of `a`, once both are on the page: a busy one may be left out of it."""
+        """The two replicas of `a`, once both are on the page."""
         deadline = time.monotonic() + 60
         while len(serving := self.serving()) != 2:
             assert time.monotonic() < deadline, serving
@@ -137,8 +143,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterUnderTe
     with network_of_its_own():
         cluster = ClusterUnderTest(tmp_path_factory.mktemp("cluster"))
         try:
-            cluster.server.wait_until_ready(PATIENCE)
-            wait(lambda: "Ready:" in cluster.server.log.read_text())
+            wait_until_all_run(cluster.server)
             yield cluster
         finally:
             cluster.server.stop()
@@ -222,8 +227,9 @@ def test_an_answer_ends_when_its_client_leaves(cluster: ClusterUnderTest) -> Non
         for path in ("/v1/completions", "/a/v1/completions"):
             with client.stream("POST", path, json=body) as response:
                 assert response.status_code == 200
-                next(response.iter_lines())
-                wait(lambda: running() == 1, 30)  # a busy replica may be left out of the page
+                lines = response.iter_lines()  # given up, it would close the connection
+                next(lines)
+                assert running() == 1
             wait(lambda: running() == 0, 30)
 
 
@@ -314,6 +320,20 @@ def test_what_a_dead_replica_had_not_begun_another_answers(cluster: ClusterUnder
     for engine in engines:
         wait_for_end(engine.pid, 10)  # it would keep its GPU
     wait(lambda: len(cluster.serving()) == 2)
+
+
+def test_a_replica_that_hangs_is_replaced_and_hides_no_other(cluster: ClusterUnderTest) -> None:
+    before = cluster.both()
+    victim = cluster.replicas()[0]
+    with Load(cluster.url, key=KEYS["ben"]) as load:
+        wait(lambda: load.counts.total() > 24)
+        victim.suspend()
+        assert len(cluster.serving()) == 1  # of the two
+        status = json.loads(cluster.command("--status", "--json").stdout)
+        assert len(status["models"]["a"]["served"]) == 1
+        wait(lambda: len(cluster.serving() - before) == 1)
+        victim.kill()  # as Serve would in a minute
+    assert load.counts.keys() <= {*ANSWERED, ENDED}, load.counts
 
 
 def test_a_replica_without_an_engine_refuses_nobody(cluster: ClusterUnderTest) -> None:
@@ -461,8 +481,7 @@ def test_a_node_that_dies_takes_no_answer_with_it(tmp_path: Path) -> None:
             health="/health/ready",
         )
         try:
-            server.wait_until_ready(PATIENCE)
-            wait(lambda: "Ready:" in server.log.read_text())
+            wait_until_all_run(server)
             (raylet,) = (
                 process
                 for process in psutil.process_iter(["name", "cmdline"])
@@ -486,48 +505,33 @@ def test_a_node_that_dies_takes_no_answer_with_it(tmp_path: Path) -> None:
         assert after.status_code == 404  # HAProxy is Ray's, and the models are gone
 
 
-def test_a_killed_command_keeps_neither_engine_nor_port_and_one_without_ray_ends(
+def test_the_readme_s_command_serves_two_replicas_and_leaves_nothing_when_it_or_ray_is_killed(
     tmp_path: Path,
 ) -> None:
-    models = {"a": {"model": "smollm2-135m-instruct", "set": SMALL}}
-    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump({"models": models}))
-    command = [sys.executable, "-m", "service", "cluster", str(tmp_path / "cluster.yaml")]
     with network_of_its_own():
         for name in ("first", "second"):  # which ends what the first has left
-            server = Server(command, tmp_path / name, port=6006, health="/health/ready")
+            server = Server(["make", "-C", str(ROOT), "cluster"], tmp_path / name, port=6006)
+            wait_until_all_run(server)
+            children = psutil.Process(server.process.pid).children(recursive=True)
             try:
-                server.wait_until_ready(PATIENCE)
-                children = psutil.Process(server.process.pid).children(recursive=True)
+                log = server.log.read_text()
+                assert "replicas: 2 running" in log
+                curl = log.partition("Try:")[2].partition("OpenAI")[0]
+                answer = subprocess.run(["bash", "-c", curl], capture_output=True, text=True)
+                assert "The capital of France is Paris." in answer.stdout
                 engines = [p for p in children if "EngineCore" in " ".join(p.cmdline())]
-                assert engines
+                assert len(engines) == 2
                 if name == "first":
-                    server.process.kill()
+                    children[0].kill()
+                    server.process.wait(60)
                 else:
                     for process in children:
                         if process.name() == "raylet":
                             process.kill()
-                    assert server.process.wait(120) == 1
+                    assert server.process.wait(120) == 2  # make's; the command's is 1
                 for engine in engines:
                     wait_for_end(engine.pid, 30)
             finally:
-                server.stop()
-
-
-def test_the_readme_s_command_serves_two_replicas(tmp_path: Path) -> None:
-    with network_of_its_own():
-        server = Server(["make", "-C", str(ROOT), "cluster"], tmp_path / "log", port=6006)
-        try:
-            server.wait_until_ready(PATIENCE)
-            deadline = time.monotonic() + PATIENCE
-            while "Ready:" not in (log := server.log.read_text()):
-                assert time.monotonic() < deadline, log
-                time.sleep(0.5)
-            assert "replicas: 2 running" in log
-            curl = log.partition("Try:")[2].partition("OpenAI")[0]
-            answer = subprocess.run(["bash", "-c", curl], capture_output=True, text=True)
-            assert "The capital of France is Paris." in answer.stdout
-        finally:
-            if server.process.poll() is None:
-                (command,) = psutil.Process(server.process.pid).children()  # make passes no signal
-                command.terminate()
-                assert server.process.wait(120) == 0
+                if server.process.poll() is None:
+                    children[0].terminate()  # make passes no signal on
+                    server.process.wait(120)

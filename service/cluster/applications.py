@@ -1,5 +1,6 @@
 """The cluster's models and its front as applications of Ray Serve: applied, watched, drained."""
 
+import asyncio
 import concurrent.futures
 import re
 import sys
@@ -24,7 +25,6 @@ CHECK_INTERVAL = 0.5  # seconds
 _MAX_SILENCE = 60.0  # seconds; Serve's controller may be started again meanwhile
 # How long a replica of an application may be ill: Serve replaces it.
 _MAX_ILLNESS = 60.0  # seconds
-_ASK_SECONDS = 10.0
 # The last error of this service in the traceback that Serve reports.
 _ERROR = re.compile(r"service\.errors\.\w+: (.{1,2000})")
 
@@ -190,9 +190,10 @@ def _ask(model: str, method: str) -> list[Any]:
     from ray import serve
     from ray.serve.exceptions import RayServeException
 
+    from service.cluster import broadcast
+
     try:
         handle = serve.get_app_handle(_name_of(model))
-        results = handle.broadcast(method).results(timeout_s=_ASK_SECONDS, return_exceptions=True)
-    except (RayServeException, TimeoutError):  # it has no replica that runs
+    except RayServeException:  # it has no replica that runs
         return []
-    return [result for result in results if not isinstance(result, Exception)]
+    return asyncio.run(broadcast.answers(handle, method))

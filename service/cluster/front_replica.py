@@ -8,21 +8,16 @@ from grpc.aio import AioRpcError
 from prometheus_client import generate_latest
 from ray import serve
 from ray.exceptions import RayActorError
-from ray.serve.exceptions import (
-    DeploymentUnavailableError,
-    RayServeException,
-    ReplicaUnavailableError,
-)
+from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.types import ASGIApp
 
 from service.clients import from_json
+from service.cluster import broadcast
 from service.cluster.config import PREFIX
 from service.cluster.exchange import Part, Request
 from service.cluster.front import FrontApplication, ReplicaLost
 from service.settings import Settings
-
-_METRICS_SECONDS = 5.0
 
 
 @serve.deployment
@@ -86,20 +81,11 @@ class _Handles:
     async def metrics(self) -> list[tuple[dict[str, str], str]]:
         """Ask all replicas, and all fronts, at once."""
         groups: dict[str, DeploymentHandle[Any]] = {**self._handles, "": self._fronts}
-        texts = await asyncio.gather(*(_metrics_of(handle) for handle in groups.values()))
+        texts = await asyncio.gather(
+            *(broadcast.answers(handle, "metrics") for handle in groups.values())
+        )
         return [
             ({**({"model": name} if name else {}), "replica": replica}, text)
             for name, answers in zip(groups, texts, strict=True)
             for replica, text in answers
         ]
-
-
-async def _metrics_of(handle: DeploymentHandle[Any]) -> list[tuple[str, str]]:
-    """Return id and metrics of the replicas that answer. Ray calls `broadcast` alpha."""
-    try:
-        answers = await handle.broadcast("metrics").results_async(
-            timeout_s=_METRICS_SECONDS, return_exceptions=True
-        )
-    except (RayServeException, TimeoutError):  # none is up
-        return []
-    return [answer for answer in answers if not isinstance(answer, Exception)]
