@@ -1,5 +1,6 @@
 """The reader's own model: a folder, or an adapter, where a command takes a model's name."""
 
+import functools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -143,15 +144,22 @@ def _origins(folder: Path) -> list[str]:
 
 def _in_catalogue(text: str) -> str | None:
     """Return the entry of the catalogue that a hub's id or a path names."""
-    wanted = adapter.name_in(text)
+    return _entries().get(adapter.name_in(text))
+
+
+@functools.cache
+def _entries() -> dict[str, str]:
+    """Return the entries of the catalogue by what a hub or a folder calls their models."""
+    entries: dict[str, str] = {}
     for name, file in model_config.catalogue().items():
         source = model_config.load(name, file=file)[0].source
-        names = [name, *([adapter.name_in(source.modelscope)] if source.modelscope else [])]
+        entries.setdefault(name, name)
+        if source.modelscope:
+            entries.setdefault(adapter.name_in(source.modelscope), name)
         if source.embedded and source.sha256:
-            names.append(embedded.folder(source.embedded, source.sha256, Path()).name)
-        if wanted in names:
-            return name
-    return None
+            folder = embedded.folder(source.embedded, source.sha256, Path())
+            entries.setdefault(folder.name, name)
+    return entries
 
 
 def _source(folder: Path) -> str:

@@ -268,7 +268,9 @@ def _parse(parser: "FlexibleArgumentParser", name: str, value: object) -> object
         raise ValueError(f"given by {_OWNED[name]} here")
     if name in _REFUSED:
         raise ValueError(f"cannot be set: {_REFUSED[name]}")
-    actions = {action.dest: action for action in parser._actions}
+    from service.models.vllm_private import actions_of
+
+    actions = actions_of(parser)
     if name not in actions:
         raise ValueError(f"vLLM has no such argument{nearest(name, actions)}")
     action = actions[name]

@@ -39,7 +39,9 @@ def as_utf8(body: bytes) -> bytes:
     try:
         text = body.decode(encoding)
     except UnicodeDecodeError as e:
-        raise MalformedBody(f"the body is not UTF-8 text (byte {e.start}); send UTF-8") from None
+        raise MalformedBody(
+            f"the body is not UTF-8 text (byte {e.start}); send UTF-8, uncompressed"
+        ) from None
     return body if encoding == "utf-8" else text.encode()
 
 

@@ -1,9 +1,7 @@
 """The logging of a server's processes: shows the start in phases, drops noise."""
 
 import logging
-import os
 import re
-import sys
 import traceback
 from pathlib import Path
 from typing import Any
@@ -115,8 +113,9 @@ class StartUp(logging.Filter):
             return True
         if record.levelno >= logging.ERROR:
             if "failed to start" in message:
-                # Our last line reports the cause. multiprocessing would print a traceback.
-                sys.stderr = open(os.devnull, "w")
+                from service.models.vllm_private import print_no_traceback
+
+                print_no_traceback()  # our last line reports the cause
                 return False
             if _FAILED.search(message) and record.exc_info:
                 record.msg, record.args = f"{message} {record.exc_info[1]}", ()

@@ -1,7 +1,9 @@
-"""All uses of vLLM 0.32's private names, and all replacements of its functions."""
+"""All uses of private names of vLLM 0.32 and of Python, and all replacements of their functions."""
 
 import inspect
 import os
+import sys
+from argparse import Action, ArgumentParser
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -343,3 +345,16 @@ def fork_engine() -> None:
     """
     forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]
     engine_processes.get_mp_context = _Context
+
+
+def print_no_traceback() -> None:
+    """Let this process, which is about to end, say no more on stderr.
+
+    multiprocessing prints the traceback of an exception that vLLM has logged before.
+    """
+    sys.stderr = open(os.devnull, "w")
+
+
+def actions_of(parser: ArgumentParser) -> dict[str, Action]:
+    """Return what vLLM's parser does for each of its arguments, by the argument's name."""
+    return {action.dest: action for action in parser._actions}

@@ -43,6 +43,13 @@ def turns(
     return checked
 
 
+def copy_as(kind: Any, tokenizer: Any) -> Any:
+    """Return a shallow copy of a tokenizer as a `kind`, a class derived from its own."""
+    clone = kind.__new__(kind)
+    vars(clone).update(vars(tokenizer))
+    return clone
+
+
 def check_text(text: str) -> None:
     """Raise ValueError for a lone surrogate, which JSON can contain."""
     try:

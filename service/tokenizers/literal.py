@@ -16,6 +16,8 @@ from tokenizers import Tokenizer
 from transformers import TokenizersBackend
 from vllm.tokenizers.hf import CachedHfTokenizer
 
+from service.tokenizers import chat
+
 _REASONING = ("<think>", "</think>")
 _NEVER = "(?!)"  # a pattern
 
@@ -117,9 +119,7 @@ def literal(
             return partial(literal, add_bos=add_bos, encode_text=encode_text), (tokenizer,)
 
     Literal.__name__ = f"Literal{type(tokenizer).__name__}"
-    clone = copy.copy(tokenizer)
-    clone.__class__ = Literal
-    return clone
+    return chat.copy_as(Literal, tokenizer)
 
 
 def control_pattern(tokenizer: Any, except_for: Collection[str] = ()) -> re.Pattern[str]:

@@ -5,7 +5,6 @@
 Each turn is encoded separately, and an answer ends with one token id.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +58,4 @@ def xverse(tokenizer: Any, eos: int) -> Any:
             return xverse, (tokenizer, eos)
 
     Xverse.__name__ = f"Xverse{type(tokenizer).__name__}"
-    clone = copy.copy(tokenizer)
-    clone.__class__ = Xverse
-    return clone
+    return chat.copy_as(Xverse, tokenizer)
