@@ -9,7 +9,7 @@ from service.model_config import ModelConfig
 from service.weights import tensor_files
 
 # Names in torch.cpu.get_capabilities() of instructions that multiply matrices of a type; one is
-# enough. x86 first, then ARM. AVX-512 alone is missing: it cannot multiply bfloat16 (not measured).
+# enough. x86 first, then ARM. AVX-512 alone is missing: docs/performance.md has what it makes.
 _INSTRUCTIONS = {
     "bfloat16": ("amx_bf16", "avx512_bf16", "bf16"),
     "float16": ("amx_fp16", "avx512_fp16", "fp16_arith"),
