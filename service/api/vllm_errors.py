@@ -114,6 +114,7 @@ _ERROR = re.compile(r"\{'type': '([a-z_]{1,40})', 'loc': '([^']{1,200})'")
 _BOUND = re.compile(
     r"'msg': 'Input should be ((?:greater|less) than (?:or equal to )?-?[\d.]{1,20})'"
 )
+_ITEMS = re.compile(r"'msg': 'List should have at most (\d{1,9}) items?")
 _KINDS: tuple[tuple[str, str], ...] = (
     ("missing", "is required"),
     ("extra_forbidden", "is not a parameter of this route"),
@@ -196,6 +197,8 @@ def _explain_validation(message: str, param: str | None) -> str:
     subject = param or "the body"
     if kind.startswith(("greater", "less")) and (bound := _BOUND.search(message)):
         return f"{subject} must be {bound[1]}"
+    if kind == "too_long" and (items := _ITEMS.search(message)):
+        return f"{subject} has at most {items[1]} items"
     for prefix, sentence in _KINDS:
         if kind.startswith(prefix):
             return f"{subject} {sentence}"
