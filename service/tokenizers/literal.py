@@ -126,7 +126,7 @@ def literal(
 def control_pattern(tokenizer: Any, except_for: Collection[str] = ()) -> re.Pattern[str]:
     """Return a pattern that splits a text at control tokens and keeps them."""
     tokens = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} - {*except_for}
-    return re.compile(f"({longest_of(tokens) if tokens else _NEVER})")
+    return re.compile(f"({longest_of(tokens) or _NEVER})")
 
 
 def longest_of(words: Collection[str]) -> str:
