@@ -135,7 +135,7 @@ class Watched:
 def watched(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path) -> Iterator[Watched]:
     log = tmp_path_factory.mktemp("budget") / "log"
     options = ["engine.enforce_eager=true", "engine.max_model_len=8192"]
-    options.append(f"prompt.template={TEMPLATE}")
+    options.append(f"prompt.template={json.dumps(TEMPLATE)}")
     with warm.Server.service(log, *(f"--set={option}" for option in options)) as server:
         yield Watched(server)
         assert server.process.poll() is None

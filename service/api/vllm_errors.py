@@ -191,13 +191,13 @@ def _explain_validation(message: str, param: str | None) -> str:
     errors = _ERROR.findall(message)
     # For a union, pydantic lists one error per member, all at the same location.
     kinds = {kind for kind, place in errors if place == errors[0][1]}
-    kind = kinds.pop() if len(kinds) == 1 else ""
+    kind = next(iter(kinds)) if len(kinds) == 1 else ""
     if kind == "json_invalid":
         return "the body is not valid JSON"
     subject = param or "the body"
     if kind.startswith(("greater", "less")) and (bound := _BOUND.search(message)):
         return f"{subject} must be {bound[1]}"
-    if kind == "too_long" and (items := _ITEMS.search(message)):
+    if "too_long" in kinds and (items := _ITEMS.search(message)):
         return f"{subject} has at most {items[1]} items"
     for prefix, sentence in _KINDS:
         if kind.startswith(prefix):
