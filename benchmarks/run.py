@@ -51,7 +51,7 @@ _WITHOUT_STREAM = ("offline", "tutorial")
 _TUTORIAL_ANSWERS = 6
 _WARM_UP = 4
 # Requests of a cell: two for each user, but so many at least, and no more than needed beyond.
-_FEWEST, _MOST = 6, 256
+_MIN_REQUESTS, _MAX_REQUESTS = 6, 256
 
 
 def main() -> None:
@@ -158,7 +158,7 @@ class Benchmark:
             for key in cells:
                 *_, mode, concurrency = key
                 seed = f"{turn}-{mode}-{concurrency}"
-                requests = max(_FEWEST, min(2 * concurrency, _MOST), concurrency)
+                requests = max(_MIN_REQUESTS, min(2 * concurrency, _MAX_REQUESTS), concurrency)
                 cell = dict(zip(("round", "contender", "mode", "concurrency"), key, strict=True))
                 cell |= self._load(contender, mode, concurrency, seed, requests, key)
                 with self.cells_file.open("a") as file:

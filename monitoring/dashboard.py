@@ -164,7 +164,7 @@ ROWS: dict[str, list[Panel]] = {
             "Running and waiting",
             "short",
             [
-                (gauge("service_running_sequences"), "let to the engine"),
+                (gauge("service_running_sequences"), "running"),
                 (gauge("service_waiting_sequences"), "waiting in the service's queue"),
                 (gauge("vllm:num_requests_running"), "running in vLLM"),
                 (gauge("vllm:num_requests_waiting"), "waiting in vLLM"),

@@ -156,7 +156,7 @@ def version_of(file: Path | None) -> Version | None:
 
 
 def as_json(clients: Mapping[str, Client] | None) -> dict[str, dict[str, Any]] | None:
-    """Return hash -> client as values of JSON; None, as before, if no key is required."""
+    """Return hash -> client as JSON values, or None if no key is required."""
     return None if clients is None else {key: asdict(client) for key, client in clients.items()}
 
 

@@ -57,6 +57,13 @@ _REFUSED = {
     "config": "the model's YAML is the configuration",
     "help": "see `chat-service serve --help`",
 }
+# vLLM argument -> what does what its value "ray" is for. Ray copies variables to workers on other
+# machines that name files of this one, such as that of the logging.
+_RAY = {
+    "distributed_executor_backend": "leave it out for the GPUs of one machine, or use "
+    "`chat-service cluster` for several",
+    "data_parallel_backend": "use `chat-service cluster` for replicas on several machines",
+}
 
 # Arguments whose value is one of vLLM's names, and the argument that adds names of the user's own.
 _NAMES = {
@@ -268,7 +275,7 @@ def _parse(parser: "FlexibleArgumentParser", name: str, value: object) -> object
         raise ValueError(f"given by {_OWNED[name]} here")
     if name in _REFUSED:
         raise ValueError(f"cannot be set: {_REFUSED[name]}")
-    from service.models.vllm_private import actions_of
+    from service.models.vllm_private import actions_of, appends
 
     actions = actions_of(parser)
     if name not in actions:
@@ -280,7 +287,7 @@ def _parse(parser: "FlexibleArgumentParser", name: str, value: object) -> object
             words = []  # leave the flag out: off, or vLLM's default
         elif isinstance(value, bool) and action.nargs == 0:
             words = [flag if value else no_flag]
-        elif isinstance(value, list) and isinstance(action, argparse._AppendAction):
+        elif isinstance(value, list) and appends(action):
             words = [f"{flag}={v}" for v in value]
         elif isinstance(value, list) and action.nargs:
             words = [flag, *(json.dumps(v) if isinstance(v, dict) else str(v) for v in value)]
@@ -293,6 +300,8 @@ def _parse(parser: "FlexibleArgumentParser", name: str, value: object) -> object
         reason = str(e).partition(": ")[2] or str(e)
         reason = re.sub(r"<function (\w+) at \w+>", r"\1", reason)
         raise ValueError(" ".join(reason.split())[:300]) from None
+    if name in _RAY and parsed == "ray":
+        raise ValueError(f"cannot be ray: {_RAY[name]}")
     if name == "api_server_count" and isinstance(parsed, int) and parsed < 1:
         raise ValueError("must be 1 or more")
     return parsed

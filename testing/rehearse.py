@@ -270,6 +270,14 @@ class Reader(ast.NodeVisitor):
         else:
             self.generic_visit(node)
 
+    def visit_Call(self, node: ast.Call) -> None:
+        match node:  # of `_replace` in service/models/vllm_private.py
+            case ast.Call(
+                func=ast.Name("_replace"), args=[ast.expr() as owner, ast.Constant(str(name)), _]
+            ):
+                self.visit_Attribute(ast.Attribute(owner, name, ast.Store()))
+        self.generic_visit(node)
+
     def meant(self, node: ast.AST) -> str | None:
         """The vLLM name that an expression stands for."""
         first, _, rest = (_dotted(node) or "").partition(".")

@@ -23,6 +23,9 @@ MAX_DELAY = 0.25  # seconds that /health/live may wait
 MAX_GROWTH = 150e6  # bytes of the API process
 ADDRESS_SPACE = 2 * 2**30  # bytes that it may still take, above what it has when it is ready
 
+# As those of models that call tools: it writes them as JSON, in many lines.
+TEMPLATE = "{{ tools | tojson(indent=4) }}{% for m in messages %}{{ m.content }}\n{% endfor %}"
+
 HI: dict[str, Any] = {
     "model": MODEL,
     "prompt": "hi",
@@ -131,7 +134,9 @@ class Watched:
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path) -> Iterator[Watched]:
     log = tmp_path_factory.mktemp("budget") / "log"
-    with warm.Server.service(log, "--set", "engine.enforce_eager=true") as server:
+    options = ["engine.enforce_eager=true", "engine.max_model_len=8192"]
+    options.append(f"prompt.template={json.dumps(TEMPLATE)}")
+    with warm.Server.service(log, *(f"--set={option}" for option in options)) as server:
         yield Watched(server)
         assert server.process.poll() is None
 
@@ -158,6 +163,15 @@ def numbered(template: bytes, size: int) -> bytes:
 def deep(opening: bytes, closing: bytes, size: int) -> bytes:
     count = size // (len(opening) + len(closing))
     return opening * count + b"1" + closing * count
+
+
+def wide(keys: int) -> bytes:
+    """An object whose keys are as long as they may be."""
+    return b"{" + b",".join(b'"%0256d":1' % number for number in range(keys)) + b"}"
+
+
+def tool(schema: bytes) -> bytes:
+    return b'[{"type":"function","function":{"name":"f","parameters":{"enum":%s}}}]' % schema
 
 
 SHAPES = st.one_of(
@@ -207,6 +221,8 @@ PATTERNS = b"1," + b",".join(b'"k%d": {"pattern": "%%(p)b"}' % n for n in range(
         ("/v1/chat/completions", b"logit_bias", numbered(b'"x"', 2_000_000)),
         ("/tokenize", b"messages", b'[{"role":"user","content":%s}]' % text(b"0", 600_000)),
         ("/invocations", b"messages", many(b"{}", MAX_BODY - 2000)),
+        ("/tokenize", b"tools", tool(b"[" + b",".join([wide(500)] * 32) + b"]")),
+        ("/v1/chat/completions", b"tools", tool(many(b"0.12345678901234567", 1_200_000))),
         ("/v1/completions", b"k", PATTERNS % {b"p": b"[" * 1024}),
         ("/v1/completions", b"k", PATTERNS % {b"p": b"a" * 1024}),
     ],
@@ -233,6 +249,8 @@ TURN = b'{"role":"user","content":"x"}'
         ("/v1/responses", b"input", b"[" + b",".join([numbered(b"1", 5000)] * 40) + b"]"),
         ("/v1/completions", b"prompt", text(b"0", 160_000)),
         ("/tokenize", b"prompt", text(b"0", 160_000)),
+        ("/tokenize", b"tools", tool(text(b"\\u0000", 6 * 21_000))),
+        ("/tokenize", b"tools", tool(b"[" * 150 + many(b"0", 2 * 43_000) + b"]" * 150)),
     ],
 )
 def test_a_body_just_within_the_limits_is_no_burden(

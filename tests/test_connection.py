@@ -274,10 +274,16 @@ def test_when_all_are_busy_the_newcomer_alone_is_refused_and_health_is_answered(
             answer = read(new)
         assert answer.startswith(b"HTTP/1.1 503 ") and b"retry-after: 1\r\n" in answer
         assert b'"type": "unavailable"' in answer
+        with connect(port, GET % b"/v1/messages") as new:
+            assert b'{"type": "error", ' in read(new)  # Anthropic's form
         with connect(port, GET % b"/health/live") as probe:
             assert b"answer" in probe.recv(65536)
-        assert count("service_refused_requests_total", reason="connections") == before + 1
-        assert all(b"answer" in s.recv(65536) for s in busy)
+            assert count("service_refused_requests_total", reason="connections") == before + 2
+            assert all(b"answer" in s.recv(65536) for s in busy)
+            busy.pop().close()  # the probe's connection is no longer above the limit
+            time.sleep(0.2)
+            probe.sendall(GET % b"/")
+            assert b"answer" in probe.recv(65536)
     finally:
         for s in busy:
             s.close()

@@ -87,6 +87,7 @@ def ask(state: State, method: str, path: str, *, closed: bool = False, **body: A
         ("GET", "/v1/new", 200, 200),
         ("POST", "/tokenize", 200, 200),
         ("POST", "/v1/responses/resp_1/cancel", 404, 404),
+        ("POST", "/v1/responses/resp_1/new", 404, 429),
         ("POST", "/health", 405, 405),
         ("DELETE", "/", 405, 405),
         ("GET", "/v1/hidden", 404, 404),

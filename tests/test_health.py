@@ -8,9 +8,11 @@ import httpx
 import pytest
 
 from service.api.health import Health
+from service.launch import progress_server
 from service.launch.progress_server import ProgressServer
 from service.launch.run_folder import RunFolder
 from service.phase import Phase
+from tests.conftest import hardening
 
 
 class Clock:
@@ -127,4 +129,31 @@ def test_while_it_loads_health_and_page_are_at_the_same_paths(tmp_path: Path, pr
             assert "<!doctype html>" in http.get("/", headers={"accept": "text/html"}).text
             refused = http.post("/v1/messages", json={})
             assert (refused.status_code, refused.json()["type"]) == (503, "error")
+        server.shutdown()
+
+
+@hardening(3)
+def test_while_it_loads_who_sends_byte_by_byte_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress_server, "_CONNECTION_SECONDS", 1)
+    folder = RunFolder(tmp_path)
+    folder.set_phase(Phase.LOADING)
+    listener = socket.create_server(("127.0.0.1", 0))
+    with ProgressServer(listener, None, folder, "a-model", "this one") as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        with socket.create_connection(listener.getsockname()) as slow:
+            slow.settimeout(0.1)
+            ended = False
+            for _ in range(100):  # each byte comes within the time for a read
+                try:
+                    slow.sendall(b"a")
+                    ended = slow.recv(1) == b""
+                except TimeoutError:
+                    continue
+                except ConnectionError:
+                    ended = True
+                if ended:
+                    break
+            assert ended
         server.shutdown()

@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -123,6 +125,12 @@ def test_one_api_process_serves_on_our_socket(tmp_path: Path, engine: str, here:
     assert vllm_arguments.serves_here(arguments(tmp_path, engine)) is here
 
 
+def test_the_supervisor_imports_nothing_that_takes_long() -> None:
+    code = "import sys, service.launch.supervisor; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"vllm", "torch", "fastapi"}.isdisjoint(done.stdout.split())
+
+
 @pytest.mark.usefixtures("environment")
 def test_vllm_loads_the_plugins_that_it_would_load_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -163,6 +171,8 @@ def test_vllm_loads_the_plugins_that_it_would_load_alone(
         ("tool_call_parser: hermez", "vLLM has no such parser; did you mean 'hermes'?"),
         ("reasoning_parser: deepseek_r11", "vLLM has no such parser; did you mean 'deepseek_r1'?"),
         ("quantization: cpu_int9", "vLLM has no such quantization; did you mean 'cpu_int8'?"),
+        ("distributed_executor_backend: ray", "cannot be ray: leave it out for the GPUs of one"),
+        ("data_parallel_backend: ray", "cannot be ray: use `chat-service cluster`"),
         ("model: other", "given by source here"),
         ("api_key: secret", "given by SERVICE_API_KEY here"),
         ("enable_scale_out: true", "cannot be set: its routes would go past the queue"),

@@ -4,6 +4,8 @@ import json
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic_core import to_json
 
 from service.api import body_budget, grammar_limits, request_limits
@@ -19,6 +21,14 @@ def keys(count: int) -> dict[str, int]:
     return {f"the-key-{number}": 1 for number in range(count)}
 
 
+def wide(count: int) -> dict[str, int]:
+    return {f"{number:0256}": 1 for number in range(count)}
+
+
+def tools(enum: list[Any]) -> dict[str, Any]:
+    return {"tools": [{"function": {"parameters": {"enum": enum}}}]}
+
+
 def levels(count: int) -> str:
     return "[" * count + "]" * count
 
@@ -32,11 +42,16 @@ def levels(count: int) -> str:
         # The object, its key and the array count too.
         ("/", {"a": [""] * 19_997}, {"a": [""] * 19_998}, "at most 20000 objects, arrays, keys"),
         ("/invocations", {"a": [""] * 509 + [LARGE]}, {"a": [""] * 510 + [LARGE]}, "at most 513"),
-        ("/", {str(each): [0] * 65_536 for each in range(4)},
+        ("/invocations", {str(each): [0] * 65_536 for each in range(4)},
          {str(each): [0] * 43_700 for each in range(6)}, "and 262144 numbers"),
-        ("/", {"a": [0] * 65_536}, {"a": [0] * 65_537}, "an array holds at most 65536 values"),
+        ("/", {"a": [0] * 20_001}, {"a": [0] * 20_002}, "and 20000 numbers"),
+        ("/invocations", {"a": [0] * 65_536}, {"a": [0] * 65_537}, "an array holds at most 65536"),
         ("/", {"k" * 256: LARGE}, {"k" * 257: LARGE}, "a key has at most 256 bytes"),
         ("/", {"a": "x" * CHARACTERS}, {"a": "x" * (CHARACTERS + 1)}, f"at most {CHARACTERS} char"),
+        ("/", {"a": ["x" * CHARACTERS, "y"]}, {"a": [{"b": "x" * CHARACTERS}]}, f"{CHARACTERS} ch"),
+        ("/", {"a": "x" * CHARACTERS}, {"a": "x" * CHARACTERS, "b": "y"}, f"{CHARACTERS} char"),
+        ("/invocations", {"a": [123456] * 60_000}, tools([0.25] * 40_000), f"{CHARACTERS} char"),
+        ("/", tools([wide(200)] * 3), tools([wide(200)] * 4), f"{CHARACTERS} char"),
     ],
 )  # fmt: skip
 def test_a_body_holds_so_much(
@@ -51,7 +66,7 @@ def test_a_body_holds_so_much(
 
 
 def test_an_array_may_be_as_long_as_the_context() -> None:
-    Budget([], MAX_ITEMS, 100_000, CHARACTERS).check("/", json.dumps([0] * 100_000).encode())
+    Budget([], MAX_ITEMS, 100_000, CHARACTERS).check("/v1", json.dumps([0] * 100_000).encode())
 
 
 @hardening(2)
@@ -111,7 +126,10 @@ def test_tools_are_a_grammar_only_where_the_model_must_call_them(choice: Any, fo
         request_limits.sequences(body, 64)
 
 
-@pytest.mark.parametrize("key", ["metadata", "prediction", "messages", "system", "documents"])
+@pytest.mark.parametrize(
+    "key",
+    ["metadata", "prediction", "messages", "system", "documents", "chat_template_kwargs"],
+)
 def test_what_no_grammar_is_made_of_has_no_limit_of_grammars(key: str) -> None:
     assert request_limits.sequences({key: [{f"k{i}": "v" * 500 for i in range(100)}]}, 64) == 1
 
@@ -228,3 +246,45 @@ def test_text_is_no_medium_because_it_says_data() -> None:
     budget.check("/", json.dumps({"messages": [{"content": [picture]}]}).encode())
     with pytest.raises(PromptTooLong):
         budget.check("/", json.dumps({"prompt": "data:" + "x" * 20_000}).encode())
+
+
+class Turn(BaseModel):
+    role: str
+
+
+class Wrapped(Turn):
+    @model_validator(mode="wrap")
+    @classmethod
+    def wrap(cls, value: Any, handler: Any) -> Any:
+        return handler(value)
+
+
+class Chat(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    messages: list[Turn]
+
+
+@pytest.mark.parametrize(
+    ("schema", "body", "says", "param"),
+    [
+        (Chat, {"messages": [{}] * 65}, "messages does not have the form", "messages"),
+        (Chat, {"messages": [{"role": 1}] * 65}, "messages does not have the form", "messages"),
+        (Chat, {"messages": [], "k": [{}] * 65}, "the body does not have the form", None),
+        (Chat, {"k": [{}] * 65}, "messages is required", "messages"),
+        (Wrapped | Chat, {"k": [{}] * 65}, "the body does not have the form", None),
+        (Chat, [{}] * 65, "the body does not have the form", None),
+    ],
+)
+def test_a_body_that_does_not_fit_is_told_the_key_that_it_has_or_lacks(
+    schema: Any, body: Any, says: str, param: str | None
+) -> None:
+    app = FastAPI()
+
+    @app.post("/v1/chat")
+    def chat(body: schema) -> None: ...
+
+    with pytest.raises(InvalidRequest, match=f"^{says}") as error:
+        Budget(app.routes, MAX_ITEMS, CONTEXT, CHARACTERS).check(
+            "/v1/chat", json.dumps(body).encode()
+        )
+    assert error.value.param == param

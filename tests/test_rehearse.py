@@ -48,6 +48,7 @@ class Ours(Engine):
 
 def replace(engine: Engine) -> None:
     engine.generate = None
+    _replace(engine, "stop", None)
     engine.limit
     vllm_lists.TABLE["a"] = 1
     REGISTRY.register("a")
@@ -86,7 +87,7 @@ def test_every_name_is_found_in_the_same_release(tmp_path: Path) -> None:
         ["same", "replaced", "vllm.Engine.generate"],
         ["same", "use", "vllm.Engine.limit"],
         ["same", "overridden", "vllm.Engine.run"],
-        ["same", "use", "vllm.Engine.stop"],
+        ["same", "replaced,", "use", "vllm.Engine.stop"],
         ["same", "import", "vllm.args.check"],
         ["same", "import", "vllm.common.args.check"],
         ["same", "import", "vllm.lists"],
@@ -119,7 +120,10 @@ CORE = OLD["engine/core.py"]
         ),
         ({"lists.py": "TABLE = {}"}, "GONE by name vllm.lists.Executor"),
         ({"lists.py": "class Executor: ..."}, "GONE use vllm.lists.TABLE"),
-        ({"engine/core.py": CORE.replace("def stop", "def end")}, "GONE use vllm.Engine.stop"),
+        (
+            {"engine/core.py": CORE.replace("def stop", "def end")},
+            "GONE replaced, use vllm.Engine.stop",
+        ),
         (
             {"engine/core.py": CORE.replace("generate", "answer")},
             "GONE replaced vllm.Engine.generate",

@@ -1,6 +1,8 @@
 """Prompts to the token id, as the publishers' own code builds them."""
 
 import json
+import random
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -23,7 +25,7 @@ from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 from service import model_config, settings, vllm_arguments
 from service.api.fast_render import chat_params
 from service.launch import server
-from service.tokenizers.literal import control_pattern
+from service.tokenizers.literal import control_pattern, longest_of
 from testing import checkpoints
 
 TEXTS = ["你好", " 你好 ", "Who are you?", "a  b", "😀 龘", "第一行\n第二行\n", "12345", "</s>"]
@@ -448,3 +450,29 @@ def test_files_that_are_no_tokenizer_are_told(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").unlink()
     with pytest.raises(ValueError, match=r"has no tokenizer\.model; fetch it again"):
         get_tokenizer(tmp_path, tokenizer_mode="bluelm")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["<|a|>", "<|ab|>", "<|a", "<|", "b"],
+        ["a.b", "a*b", "a+b|c", "(a", "[a]", "\\d", "^a$"],
+        [" ", "  ", "    ", "\n", "\n\n\n"],
+        ["aa", "aab", "ab", "b", "ba", "bab"],
+        ["<|" + "x" * 2000 + "|>", "<|x|>"],
+    ],
+)
+def test_the_longest_of_words_that_begin_alike_is_found(words: list[str]) -> None:
+    plain = re.compile("|".join(re.escape(w) for w in sorted(words, key=len, reverse=True)))
+    draw = random.Random(0)
+    parts = [*words, *(w[: draw.randint(0, len(w))] for w in words), "x"]
+    for _ in range(300):
+        text = "".join(draw.choices(parts, k=8))
+        assert re.findall(longest_of(words), text) == plain.findall(text), text
+
+
+def test_the_longest_of_hundreds_of_words_that_begin_alike_is_found_soon() -> None:
+    """By what it tries at one place: once their common beginning, and not each of them."""
+    words = [f"<|reserved_special_token_{number}|>" for number in range(1000)]
+    assert longest_of(words).count("reserved_special_token_") == 1
+    assert re.fullmatch(longest_of(words), words[999])

@@ -11,14 +11,15 @@ from typing import Any
 
 from fastapi.routing import APIRoute
 from pydantic import TypeAdapter, ValidationError
-from pydantic_core import SchemaValidator, from_json
+from pydantic_core import SchemaValidator, from_json, to_json
 from starlette.routing import BaseRoute
 
 from service.errors import InvalidRequest, MalformedBody, PromptTooLong
 
 # Objects, arrays, keys and strings in one body. 125 kB of ordinary tools have 7,000.
 MAX_VALUES = 20_000
-# Numbers in one body. They cost less, and a prompt may be token ids.
+# Numbers in one body, but of `POST /`, which has no use for many. They cost less than other values,
+# and a prompt may be token ids.
 MAX_NUMBERS = 262_144
 # Values in one array; the model's context, if that is longer.
 MAX_ARRAY = 65_536
@@ -83,40 +84,50 @@ class Budget:
         schema = self._schemas.get(path)
         # Without a schema the cost of an error is unknown: use the lower limit.
         known = schema is not None or path == "/"
-        check_values(body, MAX_VALUES if known else self._max_items)
+        max_values = MAX_VALUES if known else self._max_items
+        check_values(body, max_values, MAX_VALUES if path == "/" else MAX_NUMBERS)
         value = parse(body)
         self._check_length(value)
-        for part in value.values() if isinstance(value, dict) else [value]:
-            # The text limit applies to each of several prompts or conversations alone.
-            several = isinstance(part, list) and not any(isinstance(each, dict) for each in part)
-            if several:
-                self._check_length(part)
-            if max(map(self._characters, part if several else [part]), default=0) > self._max_text:
-                raise PromptTooLong(
-                    f"a prompt or conversation has at most {self._max_text} characters, which is "
-                    "more than the model's context holds; send less text"
-                )
+        parts = value.values() if isinstance(value, dict) else [value]
+        if sum(map(self._characters, parts)) > self._max_text:
+            raise PromptTooLong(
+                f"a prompt or conversation, with its tools, has at most {self._max_text} "
+                "characters, which is more than the model's context holds; send less text"
+            )
         if schema is not None:
             _validate(schema, value)
 
-    def _characters(self, value: Any) -> int:
-        """Count the characters of all strings except data URLs. Raises InvalidRequest.
+    def _characters(self, part: Any) -> int:
+        """Count the characters that the value of a key may have in a prompt. Raises InvalidRequest.
 
-        A conversation is tokenised in one piece, which takes some 300 bytes per character.
+        A template may write an object as JSON. A prompt is tokenised in one piece, which takes some
+        300 bytes per character.
         """
-        characters = 0
-        pending = [value]
-        while pending:
-            value = pending.pop()
-            if isinstance(value, str):
-                characters += len(value)
-                continue
-            if not isinstance(value, dict | list):
-                continue
-            self._check_length(value)
-            parts = _without_media(value) if isinstance(value, dict) else value
-            pending += [part for part in parts if isinstance(part, str | dict | list)]
-        return characters
+        if isinstance(part, list) and not any(isinstance(each, dict) for each in part):
+            # Several prompts or conversations, of which each is tokenised alone, or token ids.
+            self._check_length(part)
+            prompts = [each for each in part if isinstance(each, str | list)]
+        else:
+            prompts = [part]
+        return max(map(self._prompt_characters, prompts), default=0)
+
+    def _prompt_characters(self, prompt: Any) -> int:
+        if isinstance(prompt, str):
+            return len(prompt)
+        return len(to_json(self._without_media(prompt)).decode())
+
+    def _without_media(self, value: Any) -> Any:
+        """Return a copy of a value without media that stand in data URLs. Raises InvalidRequest."""
+        if not isinstance(value, dict | list):
+            return value
+        self._check_length(value)
+        if isinstance(value, list):
+            return [self._without_media(each) for each in value]
+        return {
+            key: self._without_media(each)
+            for key, each in value.items()
+            if not (key in _MEDIA_KEYS and isinstance(each, str) and each.startswith("data:"))
+        }
 
     def _check_length(self, value: Any) -> None:
         if not isinstance(value, dict | list) or len(value) <= self._max_items:
@@ -132,16 +143,7 @@ class Budget:
             )
 
 
-def _without_media(part: dict[str, Any]) -> list[Any]:
-    """Return the values of an object, without media that stand in data URLs."""
-    return [
-        value
-        for key, value in part.items()
-        if not (key in _MEDIA_KEYS and isinstance(value, str) and value.startswith("data:"))
-    ]
-
-
-def check_values(body: bytes, max_values: int = MAX_VALUES) -> None:
+def check_values(body: bytes, max_values: int = MAX_VALUES, max_numbers: int = MAX_NUMBERS) -> None:
     """Count the values in a body before anything parses it. Raises InvalidRequest."""
     plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     strings = plain.count(b'"') // 2
@@ -149,7 +151,7 @@ def check_values(body: bytes, max_values: int = MAX_VALUES) -> None:
         pieces = plain.split(b'"')
         outside = b"".join(pieces[::2])
         values = strings + outside.count(b"{") + outside.count(b"[")
-        if values <= max_values and outside.count(b",") <= MAX_NUMBERS:
+        if values <= max_values and outside.count(b",") <= max_numbers:
             # A string before a colon is a key.
             for string, following in zip(pieces[1::2], pieces[2::2], strict=False):
                 if len(string) > MAX_KEY_BYTES and following.lstrip().startswith(b":"):
@@ -157,7 +159,7 @@ def check_values(body: bytes, max_values: int = MAX_VALUES) -> None:
             return
     raise InvalidRequest(
         f"the body may hold at most {max_values} objects, arrays, keys and strings, and "
-        f"{MAX_NUMBERS} numbers"
+        f"{max_numbers} numbers"
     )
 
 
@@ -170,9 +172,11 @@ def _validate(schema: SchemaValidator, value: Any) -> None:
         schema.validate_python(value)
     except ValidationError as e:
         error = e.errors(include_url=False, include_input=False, include_context=False)[0]
+        place = error["loc"]  # of a union its first part may be pydantic's name of a member
+        missing = error["type"] == "missing" and len(place) == 1
         unknown = error["type"] == "extra_forbidden"  # never echo the name of such a key
-        param = str(error["loc"][0]) if error["loc"] and not unknown else None
-        missing = error["type"] == "missing"
+        named = missing or (place and not unknown and isinstance(value, dict) and place[0] in value)
+        param = str(place[0]) if named else None
         wrong = "is required" if missing else "does not have the form that this route takes"
         raise InvalidRequest(f"{param or 'the body'} {wrong}", param=param) from None
     except Exception:

@@ -4,6 +4,7 @@ import asyncio
 import socket
 import uuid
 from collections import deque
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, ClassVar
 
@@ -35,10 +36,16 @@ _SPARE_CONNECTIONS = 64
 _GRACE_SECONDS = 5
 
 
-def guard(config: uvicorn.Config, settings: Settings, max_connections: int) -> None:
+def guard(
+    config: uvicorn.Config,
+    settings: Settings,
+    max_connections: int,
+    route_of: Callable[[str], str] = lambda path: path,
+) -> None:
     """Make uvicorn apply the limits, with `max_connections`, to the server of `config`.
 
-    Raises LaunchError when uvicorn does not use its httptools protocol.
+    `route_of` returns the route for a path, whose protocol an error takes. Raises
+    LaunchError when uvicorn does not use its httptools protocol.
     """
     if config.http_protocol_class is not HttpToolsProtocol:
         raise LaunchError("uvicorn does not use its httptools protocol; install httptools")
@@ -50,6 +57,7 @@ def guard(config: uvicorn.Config, settings: Settings, max_connections: int) -> N
         idle: ClassVar[dict[GuardedProtocol, None]] = {}
         header_timeout = settings.body_timeout
         write_timeout = settings.write_timeout
+        route = staticmethod(route_of)
 
     config.http_protocol_class = Limited
     config.ws_protocol_class = None
@@ -130,6 +138,7 @@ class GuardedProtocol(HttpToolsProtocol):
     idle: ClassVar[dict["GuardedProtocol", None]]
     header_timeout: ClassVar[float]
     write_timeout: ClassVar[float]
+    route: Callable[[str], str]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -167,13 +176,14 @@ class GuardedProtocol(HttpToolsProtocol):
         if len(self.connections) > self.max_connections + _SPARE_CONNECTIONS:
             self._refuse_connection()
 
-    def _refuse_connection(self) -> None:
+    def _refuse_connection(self, path: str = "/") -> None:
         metrics.REFUSED.labels("connections").inc()
         self._refuse(
             Unavailable(
                 f"the server has {self.max_connections} connections open, which is the limit",
                 retry_after=1,
-            )
+            ),
+            path,
         )
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -203,7 +213,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._stop_header_timer()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._in_headers:  # not a trailer, which would count by chance (RFC 9110, 6.5.1)
+        if self._in_headers:  # uvicorn must not take a trailer for a header (RFC 9110, 6.5.1)
             super().on_header(name, value)
         self._header_bytes += len(name) + len(value)
         if len(self.headers) > _MAX_HEADERS or self._header_bytes > _MAX_HEADER_BYTES:
@@ -216,8 +226,9 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._ignores_upgrade():
             return  # `_Parser` gives the request again
         path = self.url.partition(b"?")[0].decode("latin-1")
+        self._spare = self._spare and len(self.connections) > self.max_connections
         if self._spare and not path.endswith(tuple(HEALTH)):  # a proxy may keep its prefix
-            self._refuse_connection()
+            self._refuse_connection(self.route(path))
         if len(self._cycles) >= _MAX_PIPELINED:
             self._refuse(HeadersTooLarge(f"at most {_MAX_PIPELINED} requests may be sent ahead"))
         if not self._refused:
@@ -264,7 +275,7 @@ class GuardedProtocol(HttpToolsProtocol):
             super().send_400_response(msg)
 
     def _ignores_upgrade(self) -> bool:
-        """Whether the parser stops here, for a protocol that is not spoken."""
+        """Whether this request asks for an upgrade, which we ignore."""
         upgrades: bool = self.parser.should_upgrade()
         return upgrades and self.parser.get_method() != b"CONNECT"
 
@@ -292,14 +303,15 @@ class GuardedProtocol(HttpToolsProtocol):
             )
         )
 
-    def _refuse(self, error: RequestError) -> None:
+    def _refuse(self, error: RequestError, path: str = "/") -> None:
+        """Answer with an error in the form of `path`, "/" where none is known yet, and close."""
         if self._refused or self.transport.is_closing():
             return
         self._refused = True
         if self._cycles:  # let these finish; uvicorn closes after the last one
             self._cycles[-1].keep_alive = False
             return
-        body = refusal_body(error, uuid.uuid4().hex)
+        body = refusal_body(error, uuid.uuid4().hex, path)
         retry_after = f"retry-after: {error.retry_after}\r\n" if error.retry_after else ""
         head = (
             f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n"

@@ -99,7 +99,7 @@ async def _head(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> Non
     try:
         await app(get, receive, send_without_body)
     finally:
-        scope.update(get, method="HEAD")  # it names the route now
+        scope.update(get, method="HEAD")  # the copy now holds the matched route
 
 
 async def _admit(

@@ -35,7 +35,13 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     schemas = app.openapi()["components"]["schemas"].values()
     service.body_keys = {key for schema in schemas for key in schema.get("properties", ())}
     if isinstance(app.state.server, uvicorn.Server):  # a replica of a cluster has none of its own
-        connection.guard(app.state.server.config, settings, service.max_connections)
+
+        def route_of(path: str) -> str:
+            path = path.removeprefix(app.root_path) or "/"
+            return "/" if path in service.deployment.model.routes else path
+
+        config = app.state.server.config
+        connection.guard(config, settings, service.max_connections, route_of)
     watch = Watch(service, app.state.server)
     watch_task = asyncio.create_task(watch.run())  # from here on our signal handlers are set
     enable_envs_cache()  # vLLM reads environment variables some forty times a request

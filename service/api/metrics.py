@@ -45,7 +45,7 @@ CLIENT_REQUESTS = Counter(
 )
 RUNNING = Gauge(
     "service_running_sequences",
-    "Sequences that were let to the engine and have not ended.",
+    "Sequences that the engine runs.",
     multiprocess_mode="livesum",
 )
 WAITING = Gauge(
@@ -55,7 +55,7 @@ WAITING = Gauge(
 )
 QUEUE_SECONDS = Histogram(
     "service_queue_duration_seconds",
-    "Time in the queue of requests that were let to the engine.",
+    "Time in the queue of requests that reached the engine.",
     buckets=_SECONDS,
 )
 REFUSED = Counter(

@@ -280,7 +280,7 @@ def _route(scope: Scope) -> str:
 
 
 def _other_slash(scope: Scope) -> str:
-    """Return where Starlette redirects, by a slash at the end more or less, as a relative URL.
+    """Return Starlette's redirect, which adds or removes a final slash, as a relative URL.
 
     Nothing else is right for a client behind a proxy: it may have another scheme, host and prefix.
     """

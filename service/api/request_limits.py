@@ -19,6 +19,7 @@ _LISTS = ("items", "prompt", "messages", "questions")
 _MAY_BE_LONG = frozenset(
     {"messages", "prompt", "input", "items", "query", "system", "questions", "documents"}
     | {"allowed_token_ids", "stop_token_ids", "logit_bias", "bad_words", "stop"}
+    | {"chat_template_kwargs"}  # text of the prompt, such as CharacterGLM's session_meta
     # OpenAI's and Anthropic's, which vLLM only returns or ignores.
     | {"metadata", "prediction", "functions", "mcp_servers", "context_management"}
 )

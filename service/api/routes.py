@@ -4,6 +4,7 @@ They replace vLLM's own routes at the same paths.
 """
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
@@ -30,6 +31,7 @@ _NOT_GENERATING = frozenset(
         "/v1/unload_lora_adapter",
     }
 )
+_CANCEL = re.compile(r"/v1/responses/[^/]+/cancel")
 # vLLM's name of each sampling default -> its name in a request.
 _SAMPLING = {
     "max_tokens": "max_new_tokens",
@@ -125,15 +127,14 @@ ROUTES: dict[str, Callable[[Request], Awaitable[Response]]] = {
 
 
 def generates(method: str, path: str) -> bool:
-    """Whether a request may make the engine generate: all that is not known to do something else.
+    """Whether a request may make the engine generate.
 
-    These requests go through the queue, and are counted for their clients.
+    True for every route that is not known to do something else. These requests go through the
+    queue, and are counted for their clients.
     """
     if path in ROUTES:
         return path == "/" and method == "POST"
-    return not (
-        method in _SAFE_METHODS or path in _NOT_GENERATING or path.startswith("/v1/responses/")
-    )
+    return not (method in _SAFE_METHODS or path in _NOT_GENERATING or _CANCEL.fullmatch(path))
 
 
 def describe(schema: dict[str, Any], aliases: Collection[str]) -> None:

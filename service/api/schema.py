@@ -9,7 +9,14 @@ from service import prompting
 from service.api.cancellation import MAX_TIMEOUT
 from service.api.request_limits import MAX_STOP
 from service.errors import InvalidRequest, MalformedBody
-from service.model_config.schema import RepetitionPenalty, Temperature, TokenLimit, TopK, TopP
+from service.model_config.schema import (
+    MAX_STOP_STRINGS,
+    RepetitionPenalty,
+    Temperature,
+    TokenLimit,
+    TopK,
+    TopP,
+)
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
 
@@ -41,9 +48,11 @@ class ContractRequest(BaseModel):
     seed: Annotated[int, Field(ge=-1, le=2**63 - 1)] | None = Field(
         None, description="The same seed draws the same tokens; -1 is no seed."
     )
-    stop: StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)] | None = (
-        Field(None, description="The answer ends before the first of these.")
-    )
+    stop: (
+        StopString
+        | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)]
+        | None
+    ) = Field(None, description="The answer ends before the first of these.")
     stream: bool | None = Field(None, description="Server-sent events instead of one answer.")
     timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT, allow_inf_nan=False)] | None = Field(
         None, description="Seconds after which the answer is no longer wanted."
@@ -78,7 +87,8 @@ def parse(body: bytes) -> ContractRequest:
         )
     if param == "stop":
         raise InvalidRequest(
-            f"stop must be a string or a list of at most 16, of 1 to {MAX_STOP} characters each",
+            f"stop must be a string or a list of at most {MAX_STOP_STRINGS}, of 1 to {MAX_STOP} "
+            "characters each",
             param="stop",
         )
     message = error["msg"].removeprefix("Input ").removeprefix("String ")

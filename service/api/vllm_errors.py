@@ -114,6 +114,7 @@ _ERROR = re.compile(r"\{'type': '([a-z_]{1,40})', 'loc': '([^']{1,200})'")
 _BOUND = re.compile(
     r"'msg': 'Input should be ((?:greater|less) than (?:or equal to )?-?[\d.]{1,20})'"
 )
+_ITEMS = re.compile(r"'msg': 'List should have at most (\d{1,9}) items?")
 _KINDS: tuple[tuple[str, str], ...] = (
     ("missing", "is required"),
     ("extra_forbidden", "is not a parameter of this route"),
@@ -190,12 +191,14 @@ def _explain_validation(message: str, param: str | None) -> str:
     errors = _ERROR.findall(message)
     # For a union, pydantic lists one error per member, all at the same location.
     kinds = {kind for kind, place in errors if place == errors[0][1]}
-    kind = kinds.pop() if len(kinds) == 1 else ""
+    kind = next(iter(kinds)) if len(kinds) == 1 else ""
     if kind == "json_invalid":
         return "the body is not valid JSON"
     subject = param or "the body"
     if kind.startswith(("greater", "less")) and (bound := _BOUND.search(message)):
         return f"{subject} must be {bound[1]}"
+    if "too_long" in kinds and (items := _ITEMS.search(message)):
+        return f"{subject} has at most {items[1]} items"
     for prefix, sentence in _KINDS:
         if kind.startswith(prefix):
             return f"{subject} {sentence}"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from service.cli import clients, models, serving
+from service.cli import asking, models, serving
 from service.errors import ServiceError
 from service.terminal import output
 
@@ -21,7 +21,7 @@ app = typer.Typer(
 for _command in (
     *(serving.serve, serving.cluster),
     *(models.check, models.download, models.compile_, models.verify),
-    *(clients.chat, clients.top, clients.usage),
+    *(asking.chat, asking.top, asking.usage),
     models.models,
 ):
     app.command(_command.__name__.rstrip("_"))(_command)

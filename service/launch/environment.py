@@ -9,6 +9,7 @@ from service import vllm_plugins
 from service.errors import ConfigError
 from service.launch import log_config
 from service.launch.run_folder import FOLDER_VARIABLE, RunFolder
+from service.model_config.schema import MAX_STOP_STRINGS
 from service.settings import Settings
 
 # vLLM's variables that would bypass a protection, run what nobody checks, or be ignored in silence.
@@ -73,6 +74,8 @@ def prepare(folder: RunFolder, settings: Settings) -> None:
         "TORCHINDUCTOR_CPP_DYNAMIC_THREADS": "1",
         # Above max Retry-After, so a retry can reuse its connection.
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",
+        # vLLM's default is 4.
+        "VLLM_MAX_STOP_STRINGS": str(MAX_STOP_STRINGS),
         # vLLM's defaults are 16,384 and 1,024. `request_limits` covers other routes.
         "VLLM_MAX_N_SEQUENCES": str(settings.max_sequences),
         "VLLM_MAX_COMPLETION_PROMPTS": str(settings.max_sequences),

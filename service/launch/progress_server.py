@@ -10,6 +10,7 @@ import ssl
 import threading
 import time
 import uuid
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -18,6 +19,8 @@ from service.errors import Unavailable, refusal_body
 from service.launch.run_folder import RunFolder
 
 _MAX_CONNECTIONS = 256
+_READ_SECONDS = 5  # for one read
+_CONNECTION_SECONDS = 10  # for all reads and writes of a connection
 _RETRY_AFTER = 5
 
 
@@ -69,18 +72,28 @@ class ProgressServer(ThreadingHTTPServer):
         if not self.connections.acquire(blocking=False):
             self.shutdown_request(request)
             return
+        timer = threading.Timer(_CONNECTION_SECONDS, lambda: _end(request))
+        timer.daemon = True
         try:
-            request.settimeout(5)
+            request.settimeout(_READ_SECONDS)
             if self.tls:
                 request = self.tls.wrap_socket(request, server_side=True)
+            timer.start()
             super().process_request_thread(request, client_address)
         except OSError:  # the handshake failed, or the client left
             self.shutdown_request(request)
         finally:
+            timer.cancel()
             self.connections.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Print no traceback for a client that disconnects."""
+
+
+def _end(connection: socket.socket) -> None:
+    """End what another thread reads or writes, by an error or the end of its data."""
+    with suppress(OSError):  # it is closed
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)  # SSLSocket's own drops its state
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -145,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
                 length -= len(part)
         except (OSError, ValueError):
             pass
-        self.connection.settimeout(5)
+        self.connection.settimeout(_READ_SECONDS)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Log no request during the start."""

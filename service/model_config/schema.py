@@ -22,6 +22,7 @@ TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 TopK = Annotated[int, Field(ge=-1, le=2**31 - 1)]
 RepetitionPenalty = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
 TokenLimit = Annotated[int, Field(ge=1, le=2**31 - 1)]
+MAX_STOP_STRINGS = 16  # of a request, on every route
 
 Tag = Annotated[str, Field(min_length=1)]
 

@@ -62,10 +62,8 @@ def _quota() -> float:
 
 
 def _seconds() -> tuple[float, float]:
-    """Return the time for which this process used a core or could have, and all that was counted.
-
-    It could have used a core that was idle.
-    """
+    """Return (seconds that this process computed or its cores were idle, seconds counted on all
+    cores)."""
     cores = psutil.cpu_times(percpu=True)
     # Numbers are those of the cores unless one is offline.
     allowed = [n for n in _CORES if n < len(cores)]

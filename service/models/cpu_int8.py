@@ -24,9 +24,9 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 NAME = "cpu_int8"
-_LARGEST_BLOCK = 64  # columns that are rotated together
+_MAX_BLOCK = 64  # columns that are rotated together
 _ROWS = 4096  # quantised at once: the float copy of a large output layer would be gigabytes
-_TINIEST = 1e-30  # a scale's least value, for an input of zeros
+_MIN_SCALE = 1e-30  # a scale's least value, for an input of zeros
 
 
 def register() -> None:
@@ -102,7 +102,7 @@ class Int8Weights:
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.rows, columns = weight.shape
-        self._rotation = rotation(min(_LARGEST_BLOCK, columns & -columns))
+        self._rotation = rotation(min(_MAX_BLOCK, columns & -columns))
         self._limit = largest_input()
         parts = torch.split(weight, _ROWS)
         rotated = (_rotate(part.float(), self._rotation) for part in parts)
@@ -120,7 +120,7 @@ class Int8Weights:
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product of `x`, [..., columns], and the matrix: [..., rows], in x's type."""
         inputs = _rotate(x.reshape(-1, x.shape[-1]).float(), self._rotation)
-        scale = inputs.abs().amax(-1, keepdim=True).clamp_(min=_TINIEST)
+        scale = inputs.abs().amax(-1, keepdim=True).clamp_(min=_MIN_SCALE)
         product: torch.Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
             inputs.div_(scale), 1 / self._limit, self._limit + 1, self._packed
         )
@@ -129,7 +129,7 @@ class Int8Weights:
 
 def _round(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the weights in 8 bits, and the scale of each row."""
-    scale = weight.abs().amax(1).clamp_(min=_TINIEST) / 127
+    scale = weight.abs().amax(1).clamp_(min=_MIN_SCALE) / 127
     return (weight / scale.unsqueeze(1)).round().to(torch.int8), scale
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-# So many of a row's largest logits are looked at, and then so many, before all of them are sorted.
+# Look at a row's 64 largest logits, then at 1,024; sort all only if the nucleus is wider.
 _WIDTHS = (64, 1024)
 
 

@@ -1,5 +1,6 @@
 """All uses of private names of vLLM 0.32 and of Python, and all replacements of their functions."""
 
+import argparse
 import inspect
 import os
 import sys
@@ -30,6 +31,12 @@ _vllm_apply_penalties = penalties.apply_penalties
 _vllm_apply_top_k_top_p = topk_topp_sampler.apply_top_k_top_p
 
 
+def _replace(owner: Any, name: str, new: Any) -> None:
+    """Set an attribute that exists. Raises AttributeError if a new version has renamed it."""
+    getattr(owner, name)
+    setattr(owner, name, new)
+
+
 def assume_model_type(architecture: str, model_type: str) -> None:
     """Load a config.json that names `architecture` but has no model_type as `model_type`."""
     vllm_config._ARCHITECTURE_TO_MODEL_TYPE[architecture] = model_type
@@ -45,8 +52,7 @@ def ignore_hidden_weights() -> None:
         hidden = file.name.startswith(".")
         return {} if hidden else utils.parse_safetensors_file_metadata(file)
 
-    assert callable(vllm_config.parse_safetensors_file_metadata)
-    vllm_config.parse_safetensors_file_metadata = read
+    _replace(vllm_config, "parse_safetensors_file_metadata", read)
 
 
 def spell_ids_without_token() -> None:
@@ -59,7 +65,7 @@ def spell_ids_without_token() -> None:
     def restore(raw_token: str | None, token: str, marker: str) -> Any:
         return _vllm_restore_leading_spaces(raw_token or "", token, marker)
 
-    detokenizer_utils._restore_leading_spaces = restore
+    _replace(detokenizer_utils, "_restore_leading_spaces", restore)
 
 
 def let_tokenizer_mode_decide(model_type: str) -> None:
@@ -93,15 +99,15 @@ def stop_every_answer(
         sampling_params.all_stop_token_ids.update(missing_ids)
         return generate(prompt, sampling_params, *args, **kwargs)
 
-    client.generate = generate_and_stop
+    _replace(client, "generate", generate_and_stop)
 
 
 def watch_sequences(client: "AsyncLLM", note: Callable[[int, Any], None]) -> None:
     """Call `note` for each sequence that a request gives to the engine, in the request's context.
 
     Its arguments are the prompt's tokens, 0 for further sequences of one prompt, and vLLM's
-    statistics of the sequence, whose `num_generation_tokens` grows. Whatever becomes of the request
-    and whichever route it is for, they are right, and nothing is added to a step.
+    statistics of the sequence, whose `num_generation_tokens` grows. They are right on every route,
+    however the request ends. Nothing is added to a step.
     """
     processor = client.output_processor
     add = processor.add_request
@@ -113,14 +119,14 @@ def watch_sequences(client: "AsyncLLM", note: Callable[[int, Any], None]) -> Non
         sequence = processor.request_states[request.request_id]
         note(0 if index else sequence.prompt_len, sequence.stats)
 
-    processor.add_request = add_and_note
+    _replace(processor, "add_request", add_and_note)
 
 
 def change_conversations(renderer: Any, change: Callable[[Sequence[Any]], list[Any]]) -> None:
     """Make a renderer render `change(messages)`. All chat routes call it; completions do not."""
     render, render_async = renderer.render_messages, renderer.render_messages_async
-    renderer.render_messages = lambda messages, *args: render(change(messages), *args)
-    renderer.render_messages_async = lambda messages, *args: render_async(change(messages), *args)
+    for name, function in (("render_messages", render), ("render_messages_async", render_async)):
+        _replace(renderer, name, lambda messages, *args, f=function: f(change(messages), *args))
 
 
 def hide_paths(models: Any) -> None:
@@ -137,7 +143,7 @@ def hide_paths(models: Any) -> None:
             card.root = card.id if card.parent else models.base_model_paths[0].name
         return listed
 
-    models.show_available_models = show_names
+    _replace(models, "show_available_models", show_names)
 
 
 def shorten_error_texts(limit: int) -> None:
@@ -154,8 +160,7 @@ def shorten_error_texts(limit: int) -> None:
         return cleaned
 
     for module in (error_response, http, validation):
-        assert callable(module.sanitize_message)
-        module.sanitize_message = shorten
+        _replace(module, "sanitize_message", shorten)
 
 
 def use_fast_penalties() -> None:
@@ -164,7 +169,7 @@ def use_fast_penalties() -> None:
     vLLM's own makes a dozen passes over the whole vocabulary for each sequence, which takes a
     quarter of a step on a CPU. Nearly all tutorials use a repetition penalty.
     """
-    penalties.apply_penalties = apply_penalties
+    _replace(penalties, "apply_penalties", apply_penalties)
 
 
 def apply_penalties(
@@ -206,7 +211,7 @@ def use_fast_top_p() -> None:
     vLLM's own sorts the whole vocabulary where a request has a `top_p`, as nearly all tutorials'
     have: 6 ms a sequence for 49,152 tokens.
     """
-    topk_topp_sampler.apply_top_k_top_p = apply_top_k_top_p
+    _replace(topk_topp_sampler, "apply_top_k_top_p", apply_top_k_top_p)
 
 
 def apply_top_k_top_p(
@@ -237,7 +242,7 @@ def multiply_by_each_adapter() -> None:
 
     for function in (bgmv_shrink, bgmv_expand, bgmv_expand_slice):
         for module in (lora_ops, punica_cpu):
-            setattr(module, function.__name__, function)
+            _replace(module, function.__name__, function)
 
 
 # The next three have vLLM's parameters. Inputs are [tokens, columns], weights [adapters, 1, rows,
@@ -303,7 +308,8 @@ def compile_nothing_for_requests() -> None:
     is compiled either. torch reads that variable when it is imported. A forked process has imported
     torch already, so the option is set here.
     """
-    sampler.batched_count_greater_than = inspect.unwrap(sampler.batched_count_greater_than)
+    plain = inspect.unwrap(sampler.batched_count_greater_than)
+    _replace(sampler, "batched_count_greater_than", plain)
     if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         torch._dynamo.config.disable = True
 
@@ -329,12 +335,11 @@ def inspect_models_here() -> None:
 
     vLLM does it in a process of its own, once for each model, so that CUDA is not initialised in
     this one (`_LazyRegisteredModel.inspect_model_cls`). That process imports vLLM again, which
-    takes 15 s on a slow core. Raises AttributeError if vLLM no longer has the function.
+    takes 15 s on a slow core.
     """
     from vllm.model_executor.models import registry
 
-    assert callable(registry._run_in_subprocess)
-    registry._run_in_subprocess = lambda inspect: inspect()
+    _replace(registry, "_run_in_subprocess", lambda inspect: inspect())
 
 
 def fork_engine() -> None:
@@ -343,8 +348,8 @@ def fork_engine() -> None:
     On a CPU vLLM would spawn it, and the new process would import vLLM again. Python should use the
     parent's fork server in a child, but starts another one (python/cpython#86354).
     """
-    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]
-    engine_processes.get_mp_context = _Context
+    _replace(forkserver._forkserver, "ensure_running", lambda: None)
+    _replace(engine_processes, "get_mp_context", _Context)
 
 
 def print_no_traceback() -> None:
@@ -358,3 +363,8 @@ def print_no_traceback() -> None:
 def actions_of(parser: ArgumentParser) -> dict[str, Action]:
     """Return what vLLM's parser does for each of its arguments, by the argument's name."""
     return {action.dest: action for action in parser._actions}
+
+
+def appends(action: Action) -> bool:
+    """Whether an argument is given once for each of its values."""
+    return isinstance(action, argparse._AppendAction)
