@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,11 +11,29 @@ from service import model_config, weights
 from service.errors import ConfigError, WeightsError
 from service.model_config import ModelConfig, Origins
 from service.model_config.loader import CHECKPOINT
-from service.weights import adapter, embedded
+from service.weights import adapter, checkpoint, embedded
 from service.weights.tensor_files import read_object
 
-# Where a model's files say what it was trained from: those of transformers, and of ms-swift.
-_ORIGINS = {"config.json": ("_name_or_path",), "args.json": ("model", "model_id_or_path")}
+# Where a model's files say what it was trained from: those of transformers below 4.50, and of
+# ms-swift 3 and 2.
+_ORIGINS = {
+    "config.json": "_name_or_path",
+    "args.json": "model",
+    "sft_args.json": "model_id_or_path",
+}
+# Architectures whose models are of one entry of the catalogue, as far as they can be served. Their
+# prompt format or their tokenizer is not in their files. A ChatGLMModel may be of any of three.
+_ARCHITECTURES = {
+    "BaichuanForCausalLM": "baichuan2-7b-chat",
+    "BlueLMForCausalLM": "bluelm-7b-chat",
+    "IndexForCausalLM": "index-1.9b-chat",
+    "InternLM2ForCausalLM": "internlm2-chat-7b",
+    "InternLM3ForCausalLM": "internlm3-8b-instruct",
+    "InternLMForCausalLM": "internlm-chat-7b",
+    "OpenELMForCausalLM": "openelm-3b-instruct",
+    "QWenLMHeadModel": "qwen-7b-chat",
+    "XverseForCausalLM": "xverse-7b-chat",
+}
 
 
 def load(
@@ -60,15 +79,16 @@ def _adapter(
     known = _in_catalogue(trained_on)
     sets: list[str] = []
     if local is not None and known:
-        sets = [_source(local)]
+        sets = _files(known, local)
     elif local is not None and (known := _entry(local)):
-        sets = [_source(local), *_own_name(local)]
+        sets = [*_files(known, local), *_own_name(local)]
     base = known or (str(local) if local else None)
     if base is None:
         shown = " ".join(trained_on.split())[:200] or "a base that it does not name"
         raise ConfigError(
             f"{folder} is an adapter for {shown}, which is neither in the catalogue nor a "
-            f"folder here; name its base: `chat-service serve BASE --adapter {folder}`"
+            f"folder here; name its base: `chat-service serve BASE --adapter "
+            f"{shlex.quote(str(folder))}`"
         )
     names = model_config.load(base, sets)[0]
     name = model_config.name_of(folder)
@@ -98,11 +118,11 @@ def _model(
     if known is None:
         loaded = model_config.load(str(folder), assignments, adapters=named)
         how = (
-            "its own prompt format and sampling; `chat-service serve NAME --set 'source={path: "
-            f"{folder}}}'` serves it as an entry of the catalogue"
+            "its own prompt format and sampling; `chat-service serve NAME --set "
+            f"{shlex.quote(_source(folder))}` serves it as an entry of the catalogue"
         )
     else:
-        sets = [_source(folder), *_own_name(folder), *assignments]
+        sets = [*_files(known, folder), *_own_name(folder), *assignments]
         loaded = model_config.load(known, sets, adapters=named)
         how = f"the prompt format and sampling of {known}"
     print(f"{folder} is a model: it is served as {loaded[0].name!r} with {how}.", file=sys.stderr)
@@ -123,13 +143,22 @@ def _entry(folder: Path) -> str | None:
     place = folder.absolute()
     if CHECKPOINT.fullmatch(place.name):
         place = place.parent
-    return next(filter(None, map(_in_catalogue, (*_origins(folder), str(place)))), None)
+    named = next(filter(None, map(_in_catalogue, (*_origins(folder), str(place)))), None)
+    return named or _by_architecture(folder)
+
+
+def _by_architecture(folder: Path) -> str | None:
+    if not (folder / "config.json").is_file():
+        return None
+    architectures = read_object(folder / "config.json").get("architectures")
+    names = map(str, architectures if isinstance(architectures, list) else [])
+    return next((_ARCHITECTURES[name] for name in names if name in _ARCHITECTURES), None)
 
 
 def _origins(folder: Path) -> list[str]:
     """Return what the files of a model call the one that it was trained from."""
     found = []
-    for name, keys in _ORIGINS.items():
+    for name, key in _ORIGINS.items():
         if not (folder / name).is_file():
             continue
         try:
@@ -138,7 +167,8 @@ def _origins(folder: Path) -> list[str]:
             if name == "config.json":
                 raise
             continue  # another program's file
-        found += [content[key] for key in keys if isinstance(content.get(key), str)]
+        if isinstance(origin := content.get(key), str):
+            found.append(origin)
     return found
 
 
@@ -160,6 +190,14 @@ def _entries() -> dict[str, str]:
             folder = embedded.folder(source.embedded, source.sha256, Path())
             entries.setdefault(folder.name, name)
     return entries
+
+
+def _files(entry: str, folder: Path) -> list[str]:
+    """Assignments that give an entry the files of a folder, with its tokenizer if it has one."""
+    sets = [_source(folder)]
+    if model_config.load(entry)[0].tokenizer and checkpoint.has_tokenizer(folder):
+        sets.append("tokenizer=null")
+    return sets
 
 
 def _source(folder: Path) -> str:

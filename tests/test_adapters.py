@@ -514,8 +514,9 @@ def test_a_base_of_another_name_or_in_4_bits_is_told(files: Path, tmp_path: Path
     (warning,) = warnings("/root/autodl-tmp/other", "/root/autodl-tmp/qwen/Qwen2-7B-Instruct")
     (warning,) = warnings("Qwen/Qwen2-1.5B")
     assert "it was trained on Qwen/Qwen2-1.5B; see that this is the model" in warning
-    (warning,) = warnings("unsloth/Qwen2-7B-Instruct-bnb-4bit")
-    assert "it was trained on a 4-bit base" in warning
+    for kind in ("bnb-4bit", "bnb-8bit", "GPTQ-Int8", "AWQ", "FP8", "FP8-dynamic", "w8a8"):
+        (warning,) = warnings(f"unsloth/Qwen2-7B-Instruct-{kind}")
+        assert "it was trained on a quantised base" in warning
     four = tmp_path / "four"
     config = json.loads((files / "base" / "config.json").read_text())
     four.mkdir()

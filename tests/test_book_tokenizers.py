@@ -321,6 +321,13 @@ def test_files_that_number_a_control_token_otherwise_are_refused(
 
 
 @pytest.mark.parametrize("name", ["glm4", "qwen"])
+def test_null_says_that_no_token_was_added(tmp_path: Path, name: str) -> None:
+    plain = load(name, tmp_path, name).encode("你好 a")
+    (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": null}')
+    assert get_tokenizer(tmp_path, tokenizer_mode=name, use_fast=True).encode("你好 a") == plain
+
+
+@pytest.mark.parametrize("name", ["glm4", "qwen"])
 @pytest.mark.parametrize(
     ("content", "message"),
     [

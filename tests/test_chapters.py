@@ -55,6 +55,8 @@ def test_the_history_comes_back_though_none_was_sent(client: httpx.Client, path:
         {"role": "user", "content": FRANCE},
         {"role": "assistant", "metadata": "", "content": answer["answer"]},
     ]
+    began = client.post(path, json={"prompt": FRANCE, "history": []}).json()
+    assert began["history"] == answer["history"]
     longer = client.post(path, json={"prompt": FRANCE, "history": [["hi", "ho"]]}).json()
     assert longer["history"] == [["hi", "ho"], [FRANCE, longer["answer"]]]
 
@@ -211,13 +213,29 @@ BOOK: dict[str, tuple[str | None, dict[str, float], str | None, str | None]] = {
     "openelm-3b-instruct": ("384 in all", {"temperature": 0}, None, None),
     "phi-3-mini-4k-instruct": ("2048 new", {"temperature": 0}, None, None),
     "phi-4": ("512 new", {}, None, "roles"),
-    "qwen-7b-chat": ("512 new", FIVE_KEYS, None, "pairs"),
+    "qwen-7b-chat": (None, FIVE_KEYS, None, "pairs"),
     "qwen1.5-7b-chat": ("512 new", {}, HELPFUL, None),
     "qwen2-7b-instruct": ("512 new", {}, HELPFUL, None),
     "qwen2.5-7b-instruct": ("512 new", {}, HELPFUL, None),
     "qwen2.5-coder-7b-instruct": ("512 new", {}, HELPFUL, None),
     "xverse-7b-chat": (None, {}, None, None),
     "yi-6b-chat": (None, {}, None, None),
+}
+# What ends an answer beside the eos of the files.
+STOPS = {
+    "chatglm3-6b": ["<|user|>", "<|observation|>"],
+    "gemma-2-9b-it": ["<end_of_turn>"],
+    "gemma-2b-it": ["<end_of_turn>"],
+    "glm-4-9b-chat": ["<|user|>", "<|observation|>"],
+    "internlm-chat-7b": ["<eoa>"],
+    "internlm2-chat-7b": ["<|im_end|>"],
+    "internlm3-8b-instruct": ["<|im_end|>"],
+    "llama-3-8b-instruct": ["<|eot_id|>"],
+    "minicpm-2b-sft": ["<AI>", "<用户>"],
+    "phi-3-mini-4k-instruct": ["<|endoftext|>", "<|assistant|>", "<|end|>"],
+    "phi-4": ["<|im_end|>"],
+    "qwen-7b-chat": ["<|im_start|>"],
+    "yi-6b-chat": ["<|im_end|>"],
 }
 
 
@@ -234,6 +252,7 @@ def test_each_model_has_the_values_of_its_chapter() -> None:
         assert (f"{new} {unit}" if new else None) == limit, config.name
         given = config.sampling.model_dump(exclude_none=True, exclude={"max_tokens", "stop"})
         assert given == sampling, config.name
+        assert (config.sampling.stop or []) == STOPS.get(config.name, []), config.name
         prompt = config.prompt.system
         assert prompt == system or (system and prompt and prompt.startswith(system)), config.name
         metadata = ", metadata" * config.history.metadata

@@ -1,6 +1,7 @@
 """Folders with a model or an adapter as people have them: served, or told in a sentence why not."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from service import own_model, settings
+from service import model_config, own_model, settings
 from service.errors import ConfigError, LaunchError, WeightsError
 from service.preflight import check
 from service.weights import checkpoint
@@ -24,7 +25,8 @@ SETS = ("engine.kv_cache_memory_bytes=64M", "engine.max_model_len=512")
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
-    found = {name: checkpoints.write(name, folder / name) for name in ("qwen2", "baichuan2")}
+    names = ("qwen2", "baichuan2", "chatglm3", "openelm")
+    found = {name: checkpoints.write(name, folder / name) for name in names}
     return found | {"adapter": checkpoints.write_adapter(folder / "adapter", found["qwen2"])}
 
 
@@ -94,6 +96,22 @@ def beside_another_programs_args(folder: Path) -> None:
     (folder / "args.json").write_text("[1]")
 
 
+def merged_with_peft(folder: Path) -> None:
+    """By a newer transformers, which does not write where a model is from."""
+    remote: dict[str, Any] = {"AutoTokenizer": ["tokenization_baichuan.BaichuanTokenizer", None]}
+    change(folder / "tokenizer_config.json", auto_map=remote)
+
+
+def with_its_own_tokenizer(folder: Path) -> None:
+    for file in (folder / "tokenizer").iterdir():
+        file.rename(folder / file.name)
+
+
+def merged_by_ms_swift_2(folder: Path) -> None:
+    content = {"model_id_or_path": "qwen/Qwen2-7B-Instruct", "model_type": "qwen2-7b-instruct"}
+    (folder / "sft_args.json").write_text(json.dumps(content))
+
+
 def merged_by_ms_swift(folder: Path) -> None:
     (folder / "args.json").write_text('{"model": "Qwen/Qwen2-7B-Instruct", "model_type": "qwen2"}')
 
@@ -106,6 +124,9 @@ SERVED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "mac": ("qwen2", on_a_disk_of_macos, "its own"),
     "args": ("qwen2", beside_another_programs_args, "its own"),
     "checkpoint-10-merged": ("qwen2", merged_by_ms_swift, "qwen2-7b-instruct"),
+    "swift-2": ("qwen2", merged_by_ms_swift_2, "qwen2-7b-instruct"),
+    "merged": ("baichuan2", merged_with_peft, "baichuan2-7b-chat"),
+    "elm": ("openelm", with_its_own_tokenizer, "openelm-3b-instruct"),
 }
 
 
@@ -127,7 +148,28 @@ def test_a_folder_is_served(
         "its own prompt format and sampling", "prompt format and sampling of its own"
     )
     checkpoint.check(folder)
+    assert config.tokenizer is None
     assert check.check(config, origins, settings.load()).problems == []
+
+
+def test_an_architecture_of_the_table_is_that_of_its_entry_and_of_no_other() -> None:
+    entries: dict[str, set[str]] = {}
+    for name, build in checkpoints.BUILDERS.items():
+        entries.setdefault(build()[0]["architectures"][0], set()).add(checkpoints.CATALOGUE[name])
+    for architecture, entry in own_model._ARCHITECTURES.items():
+        assert entries[architecture] == {entry}
+
+
+def test_a_command_that_is_told_can_be_typed(
+    bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "it's mine"
+    shutil.copytree(bases["qwen2"], folder)
+    own_model.load(str(folder))
+    _, _, command = capsys.readouterr().err.partition("`chat-service ")
+    *_, assignment = shlex.split(command.partition("` ")[0])
+    config, _ = model_config.load("qwen2-7b-instruct", [assignment])
+    assert config.source.path == str(folder)
 
 
 def remove(folder: Path, *names: str) -> None:
@@ -174,6 +216,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "no tokenizer": ("qwen2", without_tokenizer, "has no tokenizer; copy the tokenizer's files"),
     "both": ("qwen2", with_an_adapter, "a model and an adapter (adapter_model.safetensors); move"),
     "newer": ("qwen2", with_a_newer_tokenizer, "tokenizer.json is damaged, or newer than this"),
+    "remote": ("chatglm3", lambda folder: None, "serve the folder as its entry of `chat-service"),
     "4 bits": ("qwen2", merged_into_four_bits, "bitsandbytes has quantised the weights, which"),
     "git without lfs": (
         "qwen2",

@@ -37,7 +37,8 @@ def opened(name: str) -> tuple[Path, Any, Encode]:
 
 def conversations(text: str) -> list[list[dict[str, str]]]:
     three = [user(text), assistant("好的。"), user("Why?"), assistant(text), user(text)]
-    return [[user(text)], three, [system(f"Be brief. {text}"), user(text)]]
+    greeted = [assistant("How can I help you?"), user(text)]  # as every WebDemo page begins
+    return [[user(text)], three, [system(f"Be brief. {text}"), user(text)], greeted]
 
 
 def chatml(
@@ -109,6 +110,14 @@ def test_deepseeks_control_tokens_stay_text_in_a_message_though_they_are_not_spe
     known = ours.convert_tokens_to_ids(["<｜User｜>", "<｜Assistant｜>"])
     assert [ids.count(id) for id in known] == [1, 1]
     assert spelled in ours.decode(ids)
+
+
+def test_deepseeks_template_takes_a_greeting_as_a_turn() -> None:
+    _, ours, _ = opened("deepseek_v3")
+    ids = rendered(ours, [assistant("How can I help you?"), user("你好")])
+    assert ours.decode(ids).endswith(
+        "<｜Assistant｜>How can I help you?<｜end▁of▁sentence｜><｜User｜>你好<｜Assistant｜>"
+    )
 
 
 def test_qwen3s_template_leaves_old_reasoning_out() -> None:

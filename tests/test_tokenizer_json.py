@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 from vllm.plugins import load_general_plugins
 from vllm.tokenizers import get_tokenizer
 from vllm.tokenizers.mistral import MistralTokenizer
@@ -76,6 +77,19 @@ def test_serve_reads_tokenizer_json_itself_and_says_so(
     assert args.tokenizer_mode == "tokenizer_json"
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "tokenizer.json" in line]
     assert line.startswith("Reading tokenizer.json itself: transformers reads it as a LlamaTokeni")
+
+
+@pytest.mark.parametrize("mode", ["literal", "tokenizer_json"])
+def test_a_file_that_was_saved_by_the_wrong_class_is_told(
+    misread: Path, mode: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    AutoTokenizer.from_pretrained(misread).save_pretrained(misread)
+    config, origins = loaded(misread, f"engine.tokenizer_mode={mode}")
+    report = check.check(config, origins, settings.load(), memory=1 << 34)
+    assert any("makes no tokens of Chinese text" in problem for problem in report.problems)
+    with server.prepared(config, origins, settings.load()) as (args, _):
+        server.fetch_files(args, config, settings.load())
+    assert "copy the base's tokenizer files over it" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["xverse", "minicpm"])

@@ -439,7 +439,7 @@ def test_a_folder_must_be_a_checkpoint(tmp_path: Path) -> None:
         model_config.load(str(tmp_path / "m.gguf"))
     (tmp_path / "snapshots" / "4ee0").mkdir(parents=True)  # as huggingface_hub keeps them
     (tmp_path / "snapshots" / "4ee0" / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="an entry of a cache: give snapshots/4ee0 in it"):
+    with pytest.raises(ConfigError, match="inside it, such as snapshots/4ee0"):
         weights.fetch(Source(path=str(tmp_path)), tmp_path)
     with pytest.raises(ConfigError, match="inside it, such as snapshots/4ee0"):
         model_config.load(str(tmp_path))

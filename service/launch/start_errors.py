@@ -101,6 +101,12 @@ _ADVICE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
             "tokenizer's files from the model that it was trained from",
         ),
         (
+            r"custom code which must be executed|Failed to load the tokenizer",
+            "the model's tokenizer is code of its publisher, which is never run here: serve the "
+            "folder as its entry of `chat-service models`, with `chat-service serve NAME --set "
+            "'source={path: FOLDER}'`",
+        ),
+        (
             r"Unknown quantization method: (\w+)",
             r"config.json says that \1 has quantised the weights, which vLLM cannot read here: "
             r"take the 16-bit model (an adapter is merged into that one too)",

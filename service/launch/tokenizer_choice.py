@@ -10,6 +10,10 @@ from service.errors import LaunchError
 # their own, so none can take their place.
 _REPLACEABLE = ("auto", "hf", "literal")
 _OWN_FORMAT = ("minicpm", "xverse")
+_NO_CHINESE = (
+    "tokenizer.json makes no tokens of Chinese text, as where transformers 5 has read it wrongly "
+    "and saved it; copy the base's tokenizer files over it"
+)
 _COMPARE = (
     "compare tokenizer.json and tokenizer_config.json with the publisher's, or fetch both again"
 )
@@ -24,7 +28,7 @@ def choose(args: argparse.Namespace) -> str | None:
     """
     from vllm.tokenizers.registry import cached_get_tokenizer
 
-    from service.tokenizers.tokenizer_json import MODE
+    from service.tokenizers.tokenizer_json import MODE, drops_chinese
 
     if not _by_transformers(args) or args.skip_tokenizer_init:
         return None
@@ -42,7 +46,7 @@ def choose(args: argparse.Namespace) -> str | None:
         raise LaunchError(wrong)
     found = _difference(args, tokenizer)
     if found is None:
-        return None
+        return f"warning: {_NO_CHINESE}" if drops_chinese(tokenizer) else None
     if args.tokenizer_mode in _OWN_FORMAT:
         return f"warning: {found}; {_COMPARE}"
     args.tokenizer_mode = MODE
@@ -51,7 +55,7 @@ def choose(args: argparse.Namespace) -> str | None:
 
 def problem(args: argparse.Namespace, tokenizer: Any) -> str | None:
     """Return what is wrong with the ids of a loaded tokenizer, with the remedy, or None."""
-    from service.tokenizers.tokenizer_json import MODE
+    from service.tokenizers.tokenizer_json import MODE, drops_chinese
 
     if not _by_transformers(args):
         return None
@@ -59,7 +63,7 @@ def problem(args: argparse.Namespace, tokenizer: Any) -> str | None:
         return wrong
     found = _difference(args, tokenizer)
     if found is None:
-        return None
+        return _NO_CHINESE if drops_chinese(tokenizer) else None
     is_own = args.tokenizer_mode in _OWN_FORMAT
     return f"{found}; {_COMPARE if is_own else f'set engine.tokenizer_mode: {MODE}'}"
 
@@ -85,5 +89,7 @@ def _difference(args: argparse.Namespace, tokenizer: Any) -> str | None:
 
 
 def _by_transformers(args: argparse.Namespace) -> bool:
+    from service.tokenizers.tokenizer_json import MODE
+
     has_json = (Path(args.tokenizer or args.model) / "tokenizer.json").is_file()
-    return has_json and args.tokenizer_mode in (*_REPLACEABLE, *_OWN_FORMAT)
+    return has_json and args.tokenizer_mode in (*_REPLACEABLE, *_OWN_FORMAT, MODE)

@@ -164,15 +164,15 @@ def cached_name(path: str) -> str | None:
 def _parse(file: Path) -> Document:
     if file.is_dir():
         if not (file / "config.json").is_file():
-            raise ConfigError(f"{file}: has no config.json, so it is not a model{_inner(file)}")
+            raise ConfigError(f"{file}: has no config.json, so it is not a model{advice_on(file)}")
         return Document({"name": name_of(file), "source": {"path": str(file)}}, {}, [])
     if file.suffix in (".bin", ".gguf", ".pt", ".safetensors"):
         raise ConfigError(f"{file}: is a file of weights; give the folder of a whole model")
     return read(file, _spell)
 
 
-def _inner(folder: Path) -> str:
-    """Return advice that names a folder inside of `folder` that holds a model or an adapter."""
+def advice_on(folder: Path) -> str:
+    """Return advice on a folder without a model: the one inside it with a model or an adapter."""
     places = [f"{at}/{name}.json" for at in ("*", "snapshots/*") for name in _CONFIGS]
     files = [file for place in places for file in folder.glob(place)]
     if not files:

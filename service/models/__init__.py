@@ -16,6 +16,7 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.llama import LlamaForCausalLM
     from vllm.platforms import current_platform
+    from vllm.reasoning import ReasoningParserManager
 
     from service.models import cpu_int8
     from service.models.baichuan2 import Baichuan2Config, Baichuan2ForCausalLM
@@ -72,6 +73,9 @@ def register() -> None:
     ignore_hidden_weights()
     spell_ids_without_token()
     register_tokenizers()
+    ReasoningParserManager.register_lazy_module(
+        "think_tags", "service.models.reasoning", "ThinkTagsParser"
+    )
     let_tokenizer_mode_decide("internlm2")
     if current_platform.is_cpu():
         cpu_int8.register()

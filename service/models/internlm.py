@@ -21,9 +21,10 @@ from transformers import LlamaConfig
 class _Config(LlamaConfig):  # type: ignore[misc]  # transformers is not typed for us
     rope_parameters: dict[str, Any] | None = None
     bias: bool = False
+    _may_have_bias = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.bias and not isinstance(self, InternLMConfig):
+        if self.bias and not self._may_have_bias:
             raise ValueError("config.json: an InternLM2 or InternLM3 with bias was never published")
         super().__post_init__(**kwargs)
         rope = self.rope_parameters or {}
@@ -38,6 +39,7 @@ class InternLMConfig(_Config):
 
     vocab_size: int = 103168
     bias: bool = True
+    _may_have_bias = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         rotary = kwargs.pop("rotary", None) or {}

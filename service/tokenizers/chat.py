@@ -91,7 +91,7 @@ def rounds_of(turns: Sequence[tuple[str, T]]) -> list[list[tuple[str, T]]]:
 
 def added_tokens(folder: Path) -> dict[int, str]:
     """Return the tokens that tokenizer_config.json adds, by their ids."""
-    added = _read(folder, "tokenizer_config.json").get("added_tokens_decoder", {})
+    added = _read(folder, "tokenizer_config.json").get("added_tokens_decoder") or {}
     return {int(id): token["content"] for id, token in added.items()}
 
 

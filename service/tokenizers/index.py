@@ -4,7 +4,7 @@
 
 One string without the spaces, and without bos. `<unk>`, `reserved_0` and `reserved_1` are the ids
 0, 3 and 4. That `<unk>` also begins a prompt without a system text, and that nothing ends a past
-answer, is unconfirmed: a tokenizer_config.json whose chat template writes otherwise is refused.
+answer, is unconfirmed: files whose chat template writes otherwise are refused.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,8 +38,10 @@ class IndexTokenizer(SentencePieceTokenizer):
                 )
                 if published != ours:
                     raise ValueError(
-                        f"tokenizer_config.json writes a prompt as {published!r}, and this mode as "
-                        f"{ours!r}; correct service/tokenizers/index.py"
+                        f"the tokenizer's template writes a prompt as {published!r}, and this mode "
+                        f"as {ours!r}; if your training has added it, take it out (chat_template "
+                        "in tokenizer_config.json, or the file chat_template.jinja), and if it is "
+                        "the publisher's, correct service/tokenizers/index.py"
                     )
 
     def apply_chat_template(

@@ -68,6 +68,15 @@ def difference(tokenizer: Any, folder: Path) -> str | None:
     return None
 
 
+def drops_chinese(tokenizer: Any) -> bool:
+    """Whether a tokenizer makes no tokens of Chinese text.
+
+    Of the same tokenizer.json, that is: a class that reads one wrongly saves it so.
+    """
+    known = published_class(tokenizer) is not None
+    return known and not tokenizer.encode(TEXTS[0], add_special_tokens=False)
+
+
 def misnumbered(tokenizer: Any, folder: Path) -> str | None:
     """Return what is wrong if a control token has another id than in tokenizer_config.json.
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from service.errors import ConfigError, WeightsError
 from service.model_config import Source
+from service.model_config.loader import advice_on
 from service.model_config.schema import AdapterSource
 from service.weights import adapter, embedded, modelscope
 
@@ -85,6 +86,4 @@ def _hint(folder: Path) -> str:
     """Say what a folder without a model may be."""
     if adapter.is_adapter(folder):
         return "; it is an adapter: give it under adapters, and its base here"
-    if inner := sorted(folder.glob("snapshots/*/config.json")):
-        return f"; it is an entry of a cache: give {inner[-1].parent.relative_to(folder)} in it"
-    return ""
+    return advice_on(folder)

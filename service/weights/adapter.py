@@ -6,6 +6,7 @@ modules. A module is a tensor of the base's files: PEFT names both alike, whatev
 
 import math
 import re
+import shlex
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +41,10 @@ _PREFIX = "base_model.model."
 _LORA = re.compile(r"(.+)\.(?:lora_([AB])\.weight|lora_embedding_([AB]))")
 _LAYER = re.compile(r".*?\.(?=\d+\.)")  # what comes before the number of a layer
 _HEADS = ("lm_head", "output_layer", "output")
-_FOUR_BITS = re.compile(r"[-_.](?:unsloth[-_])?(?:bnb[-_]?4bit|4bit|gptq.*|awq.*|int4.*)$")
+_QUANTISED = re.compile(
+    r"[-_.](?:unsloth[-_]|quantized[-_.])?"
+    r"(?:bnb[-_]?[48]bit|[48]bit|gptq.*|awq.*|int[48].*|fp8.*|w[48]a(?:8|16).*)$"
+)
 _FLOATS = re.compile(r"[-_.](?:fp32|fp16|bf16)$")
 
 
@@ -95,7 +99,7 @@ def name_in(text: str) -> str:
     """
     text = text.lower().replace("___", ".").rstrip("/\\")
     name = cached_name(text) or re.split(r"[/\\]", text)[-1]
-    return _FLOATS.sub("", _FOUR_BITS.sub("", name))
+    return _FLOATS.sub("", _QUANTISED.sub("", name))
 
 
 def base_tensors(folder: Path) -> dict[str, Tensor]:
@@ -167,7 +171,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _advice(folder: Path) -> str:
     """Say what to do with a folder that is no adapter."""
     if (folder / "config.json").is_file():
-        return f"it is a whole model: serve it itself, with `chat-service serve {folder}`"
+        path = shlex.quote(str(folder))
+        return f"it is a whole model: serve it itself, with `chat-service serve {path}`"
     if weights_in(folder):
         return "copy it too from where the adapter was trained"
     if inner := sorted(folder.glob(f"*/{CONFIG}"), key=lambda file: file.stat().st_mtime):
@@ -371,9 +376,9 @@ def _of_name(trained_on: str, known_as: Collection[str]) -> list[str]:
     if name_in(trained_on) not in map(name_in, known_as):
         return [f"it was trained on {shown}; see that this is the model it is served on"]
     last = re.split(r"[/\\]", trained_on.rstrip("/\\"))[-1].lower()
-    if _FOUR_BITS.search(last) and not any(_FOUR_BITS.search(name.lower()) for name in known_as):
+    if _QUANTISED.search(last) and not any(_QUANTISED.search(name.lower()) for name in known_as):
         return [
-            f"it was trained on a 4-bit base ({shown}); on the 16-bit one its answers differ a "
+            f"it was trained on a quantised base ({shown}); on the 16-bit one its answers differ a "
             "little from those in training"
         ]
     return []

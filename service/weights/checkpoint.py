@@ -93,9 +93,14 @@ def check(folder: Path) -> None:
         raise WeightsError(f"{folder} has no weights of the output head (lm_head); {REMEDY}")
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has the files of a tokenizer."""
+    return any(file for pattern in _TOKENIZERS for file in visible(folder, pattern))
+
+
 def check_tokenizer(folder: Path) -> None:
     """Raise WeightsError if a folder has no tokenizer: transformers makes an empty one then."""
-    if not any(file for pattern in _TOKENIZERS for file in visible(folder, pattern)):
+    if not has_tokenizer(folder):
         raise WeightsError(
             f"{folder} has no tokenizer; copy the tokenizer's files from the model that it was "
             "trained from"
