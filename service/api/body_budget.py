@@ -77,8 +77,7 @@ class Budget:
 
         Raises InvalidRequest, PromptTooLong, or MalformedBody.
         """
-        containers = body.count(b"{") + body.count(b"[")
-        if containers <= _SMALL_CONTAINERS and len(body) <= _SMALL_BYTES:
+        if is_small(body):
             return
         schema = self._schemas.get(path)
         # Without a schema the cost of an error is unknown: use the lower limit.
@@ -139,6 +138,12 @@ def _without_media(part: dict[str, Any]) -> list[Any]:
         for key, value in part.items()
         if not (key in _MEDIA_KEYS and isinstance(value, str) and value.startswith("data:"))
     ]
+
+
+def is_small(body: bytes) -> bool:
+    """Whether a body can cost so little that it is not checked."""
+    containers = body.count(b"{") + body.count(b"[")
+    return containers <= _SMALL_CONTAINERS and len(body) <= _SMALL_BYTES
 
 
 def check_values(body: bytes, max_values: int = MAX_VALUES) -> None:
