@@ -141,6 +141,9 @@ class DeadlineExceeded(RequestError):
     status = 504
     type = "deadline_exceeded"
 
+    def __init__(self) -> None:
+        super().__init__("the time that the client allowed for it has passed")
+
 
 # HTTP status -> Anthropic's error type.
 _ANTHROPIC_TYPES = {

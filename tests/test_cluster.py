@@ -180,9 +180,13 @@ def test_an_unknown_model_is_told_the_names(
     body = {"model": "c", "prompt": "hi", "messages": [{"role": "user", "content": "hi"}]}
     with cluster.client() as client:
         response = client.post(path, json=body)
+        metrics = client.get("/metrics").text
     assert response.status_code == 404
     assert "a, b, gpt-4" in response.json()[where]["message"]
     assert ("type" in response.json()) == (path == "/v1/messages")
+    # The front has refused it, and counts it for its client.
+    refused = r'service_client_requests_total\{client="anna",model="",replica="\w+",status="404"\}'
+    assert re.search(refused, metrics)
 
 
 def test_openai_clients_see_all_models(cluster: ClusterUnderTest) -> None:
@@ -216,10 +220,14 @@ def test_keys_are_asked_for_everywhere(cluster: ClusterUnderTest) -> None:
 
 
 def test_an_answer_ends_when_its_client_leaves(cluster: ClusterUnderTest) -> None:
+    def total(series: str) -> float:
+        return sum(map(float, re.findall(rf"^{series} (\S+)$", client.get("/metrics").text, re.M)))
+
     def running() -> float:
-        text = client.get("/metrics").text
-        samples = re.findall(r'^service_running_sequences\{model="a".* (\S+)$', text, re.M)
-        return sum(map(float, samples))
+        return total(r'service_running_sequences\{model="a".*\}')
+
+    def gone(route: str) -> float:
+        return total(rf'service_requests_total\{{.*route="{route}",status="499"\}}')
 
     # A route of vLLM's, because its answer can be made long: a story may be over after a sentence.
     body = {"model": "a", "prompt": "Once", "max_tokens": 1900, "ignore_eos": True, "stream": True}
@@ -231,6 +239,8 @@ def test_an_answer_ends_when_its_client_leaves(cluster: ClusterUnderTest) -> Non
                 next(lines)
                 assert running() == 1
             wait(lambda: running() == 0, 30)
+        wait(lambda: gone("/v1/completions") == 2, 30)
+        assert gone("unmatched") == 0  # the front does not count it again
 
 
 def test_a_changed_key_file_holds_everywhere_within_seconds(cluster: ClusterUnderTest) -> None:

@@ -1,11 +1,17 @@
-"""The YAML of a cluster: what is in it, and each mistake with its line."""
+"""The YAML of a cluster: each mistake with its line, and what the command makes of it."""
 
+import dataclasses
+import socket
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
-from service.cluster import config
-from service.errors import ConfigError
+from service.cluster import applications, command, config, placement
+from service.cluster.state import State
+from service.errors import ConfigError, LaunchError
 from tests.conftest import MODEL
 
 
@@ -34,6 +40,9 @@ def test_a_model_has_the_name_that_it_is_given(tmp_path: Path, name: str) -> Non
             "replicas: the first number is the minimum, the second the maximum",
         ),
         ("models:\n  v1: {model: %s}\n", 2, "is a route of the service; choose another name"),
+        ("models:\n  invocations: {model: %s}\n", 2, "is a route of the service"),
+        ("models:\n  front: {model: %s}\n", 2, "is the name of the front itself"),
+        ("models:\n  模型: {model: %s}\n", 2, "none but ASCII letters"),
         ("models:\n  a: {model: %s1}\n", 2, f"did you mean '{MODEL}'?"),
         (
             "models:\n  a: {model: %s}\n  b:\n    model: %s\n    set: {aliases: [a]}\ndefault: a\n",
@@ -60,3 +69,202 @@ def test_of_several_models_one_is_the_default(tmp_path: Path, default: str, mess
     with pytest.raises(ConfigError, match=message):
         load(tmp_path, text + default)
     assert load(tmp_path, f"{text}default: b\n").default == "b"
+
+
+@pytest.mark.parametrize(
+    ("values", "origins", "routes"),
+    [
+        ("{}", [], []),
+        (
+            "{engine.allowed_origins: ['https://page.example'], routes: [/v1/chat]}",
+            ["https://page.example"],
+            ["/v1/chat"],
+        ),
+    ],
+)
+def test_the_front_is_told_what_the_models_say(
+    tmp_path: Path, values: str, origins: list[str], routes: list[str]
+) -> None:
+    from service.cluster import deployments
+
+    cluster = load(tmp_path, f"models:\n  a: {{model: {MODEL}, set: {values}}}\n")
+    with mock.patch("ray.nodes", return_value=[{"Alive": True}]):
+        front: Any = deployments._front(cluster, None)
+    told = front._bound_deployment.user_config
+    assert (told["cors"]["allow_origins"], told["routes"]) == (origins, routes)
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("model", "nodes", "message"),
+    [
+        ("{model: qwen2-7b-instruct}", [{"CPU": 2, "memory": 16 * GIB}], None),
+        ("{model: qwen2-7b-instruct}", [{"CPU": 2, "memory": 8 * GIB}], "need 14 GiB or more"),
+        (
+            "{model: qwen2-7b-instruct, set: {engine.dtype: float32}}",
+            [{"CPU": 2, "memory": 16 * GIB}],
+            "need 28 GiB or more, and the cluster has 16",
+        ),
+        (
+            "{model: qwen2-7b-instruct, set: {engine.quantization: cpu_int8}}",
+            [{"CPU": 2, "memory": 8 * GIB}],
+            None,
+        ),
+        ("{gpus: 1, replicas: 2}", [{"CPU": 2, "GPU": 1}] * 2, None),
+        ("{gpus: 2}", [{"CPU": 2, "GPU": 2}, {"CPU": 2}], None),
+        ("{gpus: 2}", [{"CPU": 2, "GPU": 1}] * 2, "a replica needs 2 GPUs of one node"),
+        ("{gpus: 2}", [{"CPU": 2, "GPU": 1}], "all replicas need 2 GPUs, and the cluster has 1"),
+        ("{cpus: 3}", [{"CPU": 2, "memory": GIB}] * 2, "a replica needs 3 cores of one node"),
+    ],
+)
+def test_what_the_nodes_lack_is_told(
+    tmp_path: Path, model: str, nodes: list[dict[str, float]], message: str | None
+) -> None:
+    cluster = load(tmp_path, f"models:\n  smollm2-135m-instruct: {model}\n")
+    total = {kind: sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU", "memory")}
+    alive = [{"Alive": True, "Resources": node} for node in nodes]
+    dead = {"Alive": False, "Resources": {"CPU": 64, "GPU": 8}}
+    with (
+        mock.patch("ray.cluster_resources", return_value=total),
+        mock.patch("ray.nodes", return_value=[*alive, dead]),
+    ):
+        problems = placement.lacking(cluster)
+    assert len(problems) == (message is not None)
+    assert (message or "") in "".join(problems)
+
+
+@pytest.mark.parametrize(
+    ("host", "address", "said", "unsaid"),
+    [
+        ("127.0.0.1", None, ["9101 and 8404", "gRPC"], ["WARNING", "30000", "own ports"]),
+        ("0.0.0.0", None, ["WARNING: 0.0.0.0", "gRPC", "30000 to 31000"], ["own ports"]),
+        ("0.0.0.0", "10.0.0.1:6379", ["WARNING: 0.0.0.0", "30000 to 31000", "Ray's own"], []),
+    ],
+)
+def test_what_listens_beside_the_address_is_told(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    host: str,
+    address: str | None,
+    said: list[str],
+    unsaid: list[str],
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    text = f"models:\n  a: {{model: {MODEL}}}\nsettings: {{host: {host}, port: %d}}\n"
+    with socket.create_server((host, 0)) as used:
+        port = used.getsockname()[1]
+        cluster = load(tmp_path, text % port)
+        if address is None:
+            with pytest.raises(LaunchError, match=f"cannot listen on .* port {port}"):
+                command._warn(cluster)
+            used.close()
+        command._warn(cluster)  # in a cluster of others, HAProxy may have the port
+    printed = capsys.readouterr().err
+    assert all(words in printed for words in said), printed
+    assert not any(words in printed for words in unsaid), printed
+
+
+class Serve:
+    """What `applications` has been told to do, in place of Ray."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, *, outcome: Callable[[], str | None]
+    ) -> None:
+        self.done: list[tuple[str, Any]] = []
+        monkeypatch.setattr(applications, "apply", self.apply)
+        monkeypatch.setattr(applications, "delete", lambda *names: self.note("delete", {*names}))
+        monkeypatch.setattr(applications, "wait", self.wait)
+        monkeypatch.setattr(applications, "statuses", dict)
+        monkeypatch.setattr(placement, "refused", lambda cluster: [])
+        monkeypatch.setattr(placement, "lacking", lambda cluster: [])
+        monkeypatch.setattr(placement, "surging", lambda cluster, before: set())
+        self.outcome = outcome
+
+    def note(self, what: str, value: Any) -> None:
+        self.done.append((what, value))
+
+    def apply(self, cluster: config.Cluster, surge: Collection[str]) -> None:
+        self.note("apply", cluster)
+
+    def wait(self, cluster: config.Cluster, stopped: Callable[[], bool]) -> str | None:
+        reason = self.outcome()
+        return None if stopped() else reason
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> tuple[config.Cluster, State]:
+    """A cluster with keys that runs."""
+    keys = tmp_path / "keys"
+    keys.write_text("anna key-of-anna\n")
+    text = f"models:\n  a: {{model: {MODEL}}}\nsettings: {{api_key_file: {keys}}}\n"
+    cluster = load(tmp_path, text)
+    state = State(tmp_path)
+    state.applied = cluster
+    return cluster, state
+
+
+def test_a_bad_version_is_taken_back_when_the_keys_are_gone(
+    served: tuple[config.Cluster, State], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster, state = served
+
+    def fails() -> str:
+        (tmp_path / "keys").unlink()
+        return "a: it does not start"
+
+    serve = Serve(monkeypatch, outcome=fails)
+    changed = dataclasses.replace(cluster, fronts=1)
+    with pytest.raises(LaunchError, match="what was served before is served on"):
+        command._update(changed, state)
+    assert [value for what, value in serve.done if what == "apply"] == [changed, cluster]
+
+
+def test_keys_that_are_gone_change_nothing(
+    served: tuple[config.Cluster, State], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster, state = served
+    (tmp_path / "keys").unlink()
+    serve = Serve(monkeypatch, outcome=lambda: None)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # where a lack is no reason to refuse
+    monkeypatch.setattr(placement, "lacking", lambda cluster: ["it lacks a card"])
+    with pytest.raises(ConfigError, match="keys"):
+        command._update(dataclasses.replace(cluster, models={}), state)
+    assert serve.done == []
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_an_update_ends_with_the_command_that_runs(
+    served: tuple[config.Cluster, State], monkeypatch: pytest.MonkeyPatch, interrupted: bool
+) -> None:
+    cluster, state = served
+
+    def owner_ends() -> None:
+        state.forget()
+        if interrupted:
+            raise KeyboardInterrupt
+
+    serve = Serve(monkeypatch, outcome=owner_ends)
+    with pytest.raises(LaunchError, match="the command that runs has ended"):
+        command._update(dataclasses.replace(cluster, fronts=1), state)
+    assert [what for what, _ in serve.done] == ["apply"]  # and nothing is taken back
+    assert state.applied is None
+
+
+def test_what_is_deleted_may_be_applied_again_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    there, deleted = {"a"}, []
+
+    def delete(name: str, *, _blocking: bool) -> None:
+        deleted.append(name)
+        there.clear()
+        if len(deleted) == 1:
+            there.add("a")
+
+    monkeypatch.setattr("ray.serve.delete", delete)
+    monkeypatch.setattr(applications, "statuses", lambda: dict.fromkeys(there))
+    applications.delete("a")
+    assert deleted == ["chat-service-a"] * 2

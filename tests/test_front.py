@@ -2,16 +2,21 @@
 
 import asyncio
 import json
+import logging
 import re
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from unittest import mock
 
 import httpx
 import pytest
 import yaml
+from prometheus_client import REGISTRY
 
+from service import clients
+from service.api import body_budget
 from service.cluster import environment, exchange, front
 from service.cluster.exchange import BEAT, Part, Request
 from service.cluster.front import FrontApplication, ReplicaLost
@@ -84,10 +89,14 @@ class Replicas:
 
     def __init__(self, *answers: Callable[[], Answer]) -> None:
         self.answers = list(answers)
-        self.asked = 0
+        self.requests: list[Request] = []
+
+    @property
+    def asked(self) -> int:
+        return len(self.requests)
 
     def answer(self, model: str, request: Request) -> Answer:
-        self.asked += 1
+        self.requests.append(request)
         return self.answers.pop(0)() if len(self.answers) > 1 else self.answers[0]()
 
     async def metrics(self) -> list[tuple[dict[str, str], str]]:
@@ -97,13 +106,25 @@ class Replicas:
 CORS = {"allow_origins": ["https://page.example"], "allow_credentials": True}
 
 
-def ask(replicas: Replicas, path: str = "/") -> httpx.Response:
+NONE: Mapping[str, Any] = MappingProxyType({})
+KEYS = {clients.digest(b"key-of-anna"): clients.Client("anna")}
+
+
+def ask(
+    replicas: Replicas,
+    path: str = "/",
+    body: Mapping[str, Any] = NONE,
+    *,
+    headers: Mapping[str, str] = NONE,
+    queue_timeout: float = 0.5,
+    keys: Mapping[str, clients.Client] | None = None,
+) -> httpx.Response:
     async def run() -> httpx.Response:
-        app: Any = FrontApplication(replicas, Settings(queue_timeout=0.5))
-        app.configure("a", {"a": "a"}, None, CORS)
+        app: Any = FrontApplication(replicas, Settings(queue_timeout=queue_timeout))
+        app.configure("a", {"a": "a"}, keys, CORS, ["/v1/chat"])
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://front") as client:
-            return await client.post(path, json={"prompt": "hi"})
+            return await client.post(path, json={"prompt": "hi", **body}, headers=headers)
 
     with mock.patch.multiple(front, _SILENCE=0.3, _PAUSE=0.01):
         return asyncio.run(run())
@@ -149,6 +170,99 @@ def test_who_has_waited_does_not_wait_again_at_another() -> None:
     replicas = Replicas(has_let_it_wait, well)
     response = ask(replicas, "/v1/messages")
     assert (response.status_code, replicas.asked) == (503, 1)
+
+
+@pytest.mark.parametrize(
+    ("headers", "body"), [({"x-request-timeout": "0.2"}, {}), ({}, {"timeout": 0.2})]
+)
+def test_a_deadline_passes_while_there_is_no_replica(
+    headers: Mapping[str, str], body: Mapping[str, Any]
+) -> None:
+    replicas = Replicas(lost_before_it_begins)
+    response = ask(replicas, "/", body, headers=headers, queue_timeout=600)
+    assert (response.status_code, response.json()["error"]["type"]) == (504, "deadline_exceeded")
+
+
+def test_a_replica_is_told_the_time_that_is_left() -> None:
+    replicas = Replicas(lost_after_a_while, well)
+    assert ask(replicas, headers={"x-request-timeout": "600"}).text == "well"
+    left = min(float(v) for name, v in replicas.requests[1].headers if name == b"x-request-timeout")
+    assert left <= 599.4  # the first had it for 0.6 s
+
+
+def test_a_route_that_answers_like_the_contract_is_refused_like_it() -> None:
+    counted = metric("service_requests_total", route="/", status="404")
+    response = ask(Replicas(well), "/v1/chat", {"model": "b"})
+    assert (response.status_code, response.json()["response"]) == (404, "")
+    assert metric("service_requests_total", route="/", status="404") == counted + 1
+    events = re.findall("^data: (.*)$", ask(Replicas(lost_in_a_stream), "/v1/chat").text, re.M)
+    assert json.loads(events[-1])["response"] == ""  # no [DONE]
+
+
+def test_an_empty_name_is_none_for_vllm_and_unknown_to_the_contract() -> None:
+    assert ask(Replicas(well), "/v1/completions", {"model": ""}).text == "well"
+    assert ask(Replicas(well), "/", {"model": ""}).status_code == 404
+
+
+def test_a_body_that_is_too_small_to_cost_much_is_not_checked() -> None:
+    key = "k" * (body_budget.MAX_KEY_BYTES + 1)
+    assert ask(Replicas(well), "/", {key: 1}).text == "well"
+    assert ask(Replicas(well), "/", {key: "x" * 5000}).status_code == 422
+
+
+def test_what_the_front_refuses_is_logged_and_counted_for_its_client(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    headers = {"authorization": "Bearer key-of-anna"}
+    with caplog.at_level(logging.INFO, "service"):
+        response = ask(Replicas(well), "/", {"model": "b"}, headers=headers, keys=KEYS)
+    assert response.status_code == 404
+    (line,) = caplog.messages
+    assert "client=anna method=POST route=/ status=404 error=not_found" in line
+    assert metric("service_client_requests_total", client="anna", model="", status="404") == 1
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_client_that_leaves_is_counted_once(begun: bool) -> None:
+    """By the replica, once it has begun."""
+    left = asyncio.Event()
+
+    async def hangs() -> Answer:
+        if begun:
+            yield None
+        left.set()
+        await asyncio.sleep(600)
+        yield None
+
+    async def run() -> None:
+        app = FrontApplication(Replicas(hangs), Settings())
+        app.configure("a", {"a": "a"}, None, CORS)
+        messages = [{"type": "http.request", "body": b"{}"}]
+
+        async def receive() -> Any:
+            if messages:
+                return messages.pop()
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            pass
+
+        scope = {"type": "http", "method": "POST", "path": "/", "query_string": b""}
+        await app({**scope, "headers": [(b"content-length", b"2")]}, receive, send)
+
+    counted = metric("service_requests_total", route="/", status="499")
+    asyncio.run(run())
+    assert metric("service_requests_total", route="/", status="499") - counted == (not begun)
+
+
+def test_the_first_retry_is_an_increase() -> None:
+    FrontApplication(Replicas(), Settings()).configure("new", {"new": "new"}, None, CORS)
+    assert REGISTRY.get_sample_value("service_front_retries_total", {"model": "new"}) == 0
+
+
+def metric(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(name, labels) or 0
 
 
 def test_an_application_that_fails_in_its_answer_does_not_look_complete() -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import httpx
 import openai
+import pytest
 
-from service.launch.log_config import ToSupervisor
+from service.launch.log_config import ToSupervisor, log_our_own
 from service.launch.run_folder import RunFolder
 from service.phase import Phase
 from testing.server import Server
@@ -109,3 +110,16 @@ def test_the_start_is_phases_and_then_how_to_call_it(service: Server) -> None:
     assert len(lines) == len(said), start
     for line, pattern in zip(lines, said, strict=True):
         assert re.match(pattern, line), line
+
+
+def test_a_process_without_an_engine_logs_its_requests_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = logging.getLogger("service")
+    for name in ("handlers", "propagate", "level"):  # which are as before afterwards
+        monkeypatch.setattr(logger, name, getattr(logger, name))
+    log_our_own(verbose=False)
+    logger.debug("hidden")
+    logger.info("request id=a")
+    line = capsys.readouterr().err
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d INFO request id=a\n", line)

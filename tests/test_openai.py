@@ -7,6 +7,7 @@ import httpx
 import openai
 import pytest
 
+from service.cluster import config
 from testing.server import Server
 from tests.conftest import MODEL
 
@@ -87,3 +88,8 @@ def test_the_other_routes_are_there(http: httpx.Client) -> None:
         "instance": http.get("/health/ready").json()["instance"],
     }
     assert http.get("/version").json() == {"version": "0.32.0"}
+
+
+def test_no_model_of_a_cluster_is_named_like_a_route(http: httpx.Client) -> None:
+    firsts = {path.split("/")[1] for path in http.get("/").json()["routes"]}
+    assert firsts - {""} <= config._ROUTES

@@ -78,8 +78,7 @@ class Budget:
 
         Raises InvalidRequest, PromptTooLong, or MalformedBody.
         """
-        containers = body.count(b"{") + body.count(b"[")
-        if containers <= _SMALL_CONTAINERS and len(body) <= _SMALL_BYTES:
+        if is_small(body):
             return
         schema = self._schemas.get(path)
         # Without a schema the cost of an error is unknown: use the lower limit.
@@ -141,6 +140,12 @@ class Budget:
                 f"an object has at most {self._max_items} keys, and an array at most "
                 f"{self._max_items} objects or arrays, such as the turns of a conversation"
             )
+
+
+def is_small(body: bytes) -> bool:
+    """Whether a body can cost so little that it is not checked."""
+    containers = body.count(b"{") + body.count(b"[")
+    return containers <= _SMALL_CONTAINERS and len(body) <= _SMALL_BYTES
 
 
 def check_values(body: bytes, max_values: int = MAX_VALUES, max_numbers: int = MAX_NUMBERS) -> None:

@@ -66,8 +66,7 @@ class Cancellations:
         watcher = asyncio.create_task(watch_client())
         timer = None
         if deadline is not None:
-            error = DeadlineExceeded("the time that the client allowed for it has passed")
-            timer = asyncio.get_running_loop().call_at(deadline, request.end, error)
+            timer = asyncio.get_running_loop().call_at(deadline, request.end, DeadlineExceeded())
         self._requests.add(request)
         try:
             yield

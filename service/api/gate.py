@@ -13,11 +13,12 @@ from service.api import request_limits
 from service.api.application import Host
 from service.api.bodies import is_form
 from service.api.cancellation import deadline_of
+from service.api.generating import generates
 from service.api.keys import is_preflight
 from service.api.lifespan import lifespan
 from service.api.middleware import once, path_of, with_cors
 from service.api.record import RequestRecord
-from service.api.routes import ROUTES, generates
+from service.api.routes import ROUTES
 from service.api.state import ServiceState
 from service.errors import InvalidRequest, LaunchError, MethodNotAllowed, NotFound, ServiceError
 

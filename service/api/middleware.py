@@ -20,10 +20,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.api import metrics, tracing, vllm_errors
 from service.api.bodies import has_body, is_form
 from service.api.body_budget import as_utf8
+from service.api.generating import generates
 from service.api.keys import HEALTH, is_public
 from service.api.record import REQUEST_ID, RequestRecord, request_id
 from service.api.refusal import refusal, refusal_event
-from service.api.routes import ROUTES, generates
+from service.api.routes import ROUTES
 from service.api.state import ServiceState
 from service.errors import ClientGone, EngineDead, RequestError
 

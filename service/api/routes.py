@@ -4,7 +4,6 @@ They replace vLLM's own routes at the same paths.
 """
 
 import asyncio
-import re
 from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
@@ -19,19 +18,6 @@ from service.api.state import ServiceState
 from service.errors import RequestError
 from service.phase import Phase
 
-# No route generates on these methods.
-_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
-# Paths that do not generate on any method.
-_NOT_GENERATING = frozenset(
-    {
-        "/detokenize",
-        "/tokenize",
-        "/v1/load_lora_adapter",
-        "/v1/messages/count_tokens",
-        "/v1/unload_lora_adapter",
-    }
-)
-_CANCEL = re.compile(r"/v1/responses/[^/]+/cancel")
 # vLLM's name of each sampling default -> its name in a request.
 _SAMPLING = {
     "max_tokens": "max_new_tokens",
@@ -124,17 +110,6 @@ ROUTES: dict[str, Callable[[Request], Awaitable[Response]]] = {
     "/health/ready": ready,
     "/ping": health,
 }
-
-
-def generates(method: str, path: str) -> bool:
-    """Whether a request may make the engine generate.
-
-    True for every route that is not known to do something else. These requests go through the
-    queue, and are counted for their clients.
-    """
-    if path in ROUTES:
-        return path == "/" and method == "POST"
-    return not (method in _SAFE_METHODS or path in _NOT_GENERATING or _CANCEL.fullmatch(path))
 
 
 def describe(schema: dict[str, Any], aliases: Collection[str]) -> None:

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from service.cluster import placement
-from service.cluster.config import PREFIX, Cluster
+from service.cluster.config import FRONT, PREFIX, Cluster
 from service.cluster.connection import RayGone, is_alive
 from service.errors import LaunchError
 
@@ -72,7 +72,7 @@ def statuses() -> "dict[str, ApplicationStatusOverview]":
     from ray import serve
 
     return {
-        name.removeprefix(PREFIX).removeprefix("-") or "front": app
+        name.removeprefix(PREFIX).removeprefix("-") or FRONT: app
         for name, app in _answered(serve.status).applications.items()
         if name == PREFIX or name.startswith(f"{PREFIX}-")
     }
@@ -82,15 +82,17 @@ def delete(*names: str) -> None:
     """End these models, or the front, and wait until they have finished what they have."""
     from ray import serve
 
-    for name in names:
-        serve.delete(_name_of(name), _blocking=False)
-    while statuses().keys() & {*names}:
+    while True:  # another command may just apply them again
+        for name in names:
+            serve.delete(_name_of(name), _blocking=False)
+        if not statuses().keys() & {*names}:
+            return
         time.sleep(CHECK_INTERVAL)
 
 
 def _name_of(name: str) -> str:
     """Return the name of the Serve application of a model, or of the front."""
-    return PREFIX if name == "front" else f"{PREFIX}-{name}"
+    return PREFIX if name == FRONT else f"{PREFIX}-{name}"
 
 
 def wait(cluster: Cluster, stopped: Callable[[], bool] = lambda: False) -> str | None:
@@ -115,7 +117,7 @@ def wait(cluster: Cluster, stopped: Callable[[], bool] = lambda: False) -> str |
                 return f"{name}: {_reason(app)}"
             if app.status != "UNHEALTHY":
                 ill_since.pop(name, None)
-        expected = {*cluster.models, "front"}
+        expected = {*cluster.models, FRONT}
         if expected <= apps.keys() and all(apps[n].status == "RUNNING" for n in expected):
             return None
         time.sleep(CHECK_INTERVAL)
@@ -160,7 +162,7 @@ def models_and_nodes() -> dict[str, Any]:
             ),
         }
         for name, app in apps.items()
-        if name != "front"
+        if name != FRONT
     }
     nodes = [
         {
@@ -177,7 +179,7 @@ def models_and_nodes() -> dict[str, Any]:
 
 def drain(seconds: float) -> None:
     """Let all replicas refuse new requests, and wait until they have finished those they have."""
-    models = statuses().keys() - {"front"}
+    models = statuses().keys() - {FRONT}
     deadline = time.monotonic() + seconds
     for model in models:
         _ask(model, "drain")

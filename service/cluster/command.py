@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,7 +19,7 @@ from service.cluster.connection import RayGone, connected, end_orphans
 from service.cluster.state import State
 from service.errors import ConfigError, LaunchError
 from service.launch import environment as launch_environment
-from service.launch.listener import listener_of, ready_message, warn_if_open
+from service.launch.listener import is_loopback, listener_of, ready_message, warn_if_open
 
 
 def run(file: Path | None) -> None:
@@ -37,8 +38,7 @@ def run(file: Path | None) -> None:
                 _update(cluster, state)
             return
         _clear(state)
-        if "RAY_ADDRESS" not in os.environ:  # there HAProxy may have the port already
-            _warn(cluster)
+        _warn(cluster)
         with connected(state, starts=True):
             stop = _Stop()  # over Ray's own handlers
             try:
@@ -69,7 +69,7 @@ def check(file: Path | None) -> list[str]:
 def status() -> dict[str, Any]:
     """Return models, replicas, and nodes of the cluster that runs. Raises ServiceError."""
     state = State(settings.load().cache_dir)
-    with state.owner() as owns:
+    with state.owner(patience=0) as owns:
         if owns and "RAY_ADDRESS" not in os.environ:
             raise LaunchError("no cluster runs on this machine; `chat-service cluster` starts one")
     with connected(state, starts=False):
@@ -108,7 +108,7 @@ def _start(cluster: Cluster, state: State, stop: _Stop) -> bool:
     http = {"host": cluster.settings.host, "port": cluster.settings.port}
     serve.start(proxy_location="EveryNode", http_options=http)
     # A command that was killed has left some.
-    applications.delete(*applications.statuses().keys() - {*cluster.models, "front"})
+    applications.delete(*applications.statuses().keys() - {*cluster.models, config.FRONT})
     applications.apply(cluster)
     reason = applications.wait(cluster, lambda: stop.requested)
     if reason is not None:
@@ -121,23 +121,31 @@ def _start(cluster: Cluster, state: State, stop: _Stop) -> bool:
 
 def _warn(cluster: Cluster) -> None:
     """Say what can be reached from other machines. Raises LaunchError if the port is used."""
-    with listener_of(cluster.settings) as listener:  # HAProxy's words for a used port are long
+    joins = "RAY_ADDRESS" in os.environ  # there HAProxy may have the port already
+    probed = cluster.settings.model_copy(update={"port": 0}) if joins else cluster.settings
+    with listener_of(probed) as listener:  # HAProxy's words for a used port are long
         warn_if_open(listener, cluster.settings, keyed=cluster.clients is not None)
+        local = is_loopback(listener)
     ports = " and ".join(
         os.environ.get(f"RAY_SERVE_HAPROXY_{name}_PORT", default)
         for name, default in (("METRICS", "9101"), ("STATS", "8404"))
     )
-    print(
-        f"HAProxy's metrics and statistics listen on all addresses, at ports {ports}; a firewall "
-        "keeps them to yourself.",
-        file=sys.stderr,
-        flush=True,
-    )
+    said = [
+        f"HAProxy's metrics and statistics listen on all addresses, at ports {ports}.",
+        "So do the gRPC ports of replicas and fronts, which the system chooses and which ask for "
+        "Ray's token.",
+    ]
+    if not local:
+        said.append(
+            f"Replicas and fronts listen on {cluster.settings.host} too, at ports 30000 to 31000."
+        )
+    if joins:
+        said.append("Ray's own ports are open to other machines, as its nodes need them.")
+    print(*said, "A firewall keeps them to yourself.", file=sys.stderr, flush=True)
 
 
 def _update(cluster: Cluster, state: State) -> None:
     """Apply a changed file to a cluster that runs. What fails is taken back. Raises LaunchError."""
-
     before = state.applied
     if before is None:
         raise LaunchError("the command that runs already is still starting; try again later")
@@ -154,26 +162,36 @@ def _update(cluster: Cluster, state: State) -> None:
         problems += placement.lacking(cluster)
     if problems:
         raise LaunchError(f"{'; '.join(problems)}; nothing was changed")
+    cluster = _with_keys_of_now(cluster)
     gone = before.models.keys() - cluster.models.keys()
     both = {**before.models, **cluster.models}
     if gone and placement.lacking(dataclasses.replace(cluster, models=both)):
         print(f"{', '.join(gone)}: ended first, to make room", file=sys.stderr, flush=True)
         applications.delete(*gone)
-    cluster = _with_keys_of_now(cluster)
+    _check_owned(state)
     try:
         applications.apply(cluster, surge=placement.surging(cluster, before))
-        reason = applications.wait(cluster)
+        reason = applications.wait(cluster, lambda: state.applied is None)
     except (KeyboardInterrupt, SystemExit):
         reason = "interrupted"
+    _check_owned(state)
     if reason is None:
         state.applied = cluster
         applications.delete(*gone & applications.statuses().keys())
         print("Updated", flush=True)
         return
     print("Taking the update back ...", file=sys.stderr, flush=True)
-    applications.apply(_with_keys_of_now(before), surge=placement.surging(before, cluster))
+    with suppress(ConfigError):  # else the keys read before stay in force
+        before = _with_keys_of_now(before)
+    applications.apply(before, surge=placement.surging(before, cluster))
     applications.delete(*cluster.models.keys() - before.models.keys())
     raise LaunchError(f"{reason}; what was served before is served on")
+
+
+def _check_owned(state: State) -> None:
+    """Raise LaunchError if the command that runs has ended, and with it what it has applied."""
+    if state.applied is None:
+        raise LaunchError("the command that runs has ended")
 
 
 def _ready(cluster: Cluster) -> str:

@@ -21,9 +21,11 @@ from service.settings import Settings
 DEFAULT: dict[str, Any] = {"models": {"smollm2-135m-instruct": {"replicas": 2}}}
 # The first parts of paths that the front answers itself or sends to the default model.
 _ROUTES = frozenset(
-    "-|detokenize|docs|health|load|metrics|openapi.json|ping|redoc|static|tokenize|v1|v2|version"
-    "".split("|")
+    "-|detokenize|docs|generative_scoring|health|inference|invocations|load|metrics|openapi.json"
+    "|ping|redoc|static|tokenize|v1|v2|version".split("|")
 )
+# What `--status` and our messages call the front.
+FRONT = "front"
 # Arguments of vLLM's server. Ray Serve has the place of the server, and HAProxy is before it.
 _NOT_HERE = frozenset({"api_server_count", "root_path", "ssl_certfile", "ssl_keyfile"})
 _NOT_HERE_BECAUSE = "a replica has one API process, behind HAProxy; put TLS and a prefix before it"
@@ -48,7 +50,7 @@ class Replicas(Section):
         None,
         description="GPUs of each replica; 0.5 lets two share one. Absent: what "
         "`engine.tensor_parallel_size` and `engine.pipeline_parallel_size` need, or 0 in a cluster "
-        "without GPUs.",
+        "without GPUs. `chat-service check MODEL` says whether the model fits in their memory.",
     )
     cpus: Annotated[float, Field(gt=0, le=1024)] = Field(
         1, description="CPU cores of each replica, and threads of an engine on a CPU."
@@ -162,6 +164,13 @@ def load(file: Path | None) -> Cluster:
         place = origins.of(("models", name))
         if name in _ROUTES:
             raise ConfigError(f"{place}: is a route of the service; choose another name")
+        if name == FRONT:
+            raise ConfigError(f"{place}: is the name of the front itself; choose another name")
+        if not name.isascii():  # HAProxy compares paths as they are sent, percent-encoded
+            raise ConfigError(
+                f"{place}: is part of paths here, so it has none but ASCII letters; choose another "
+                "name, and give the model's own as `model`"
+            )
         model = _model(name, section, place)
         for served in model.served_names:
             if served in owner:

@@ -125,6 +125,7 @@ def _model(
 def _front(cluster: Cluster, clients: dict[str, dict[str, Any]] | None) -> serve.Application:
     arguments = {"settings": _as_json(cluster.settings, pushed=clients)}
     engine = cluster.models[cluster.default].config.engine
+    routes = {route for model in cluster.models.values() for route in model.config.routes}
     nodes = sum(node["Alive"] for node in ray.nodes())
     per_node = math.ceil(cluster.fronts / nodes)
     front = cast(serve.Deployment, Front).options(
@@ -136,9 +137,10 @@ def _front(cluster: Cluster, clients: dict[str, dict[str, Any]] | None) -> serve
         user_config={
             "default": cluster.default,
             "owners": cluster.owners(),
+            "routes": sorted(routes),
             "clients": clients,
             "cors": {
-                "allow_origins": engine.get("allowed_origins", ["*"]),
+                "allow_origins": engine.get("allowed_origins", []),
                 "allow_credentials": engine.get("allow_credentials", False),
             },
         },

@@ -9,8 +9,16 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Mapping,
+    Sequence,
+)
+from contextlib import aclosing, nullcontext
 from typing import Any, Protocol
 
 from pydantic_core import from_json
@@ -21,7 +29,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api import metrics
 from service.api.bodies import Bodies, has_body, is_form
-from service.api.body_budget import as_utf8, check_values
+from service.api.body_budget import as_utf8, check_values, is_small
+from service.api.cancellation import MAX_TIMEOUT, TIMEOUT_HEADER, deadline_of
+from service.api.generating import generates
 from service.api.keys import Keys, is_preflight, is_public
 from service.api.record import REQUEST_ID, RequestRecord, request_id
 from service.api.refusal import refusal, refusal_event
@@ -30,6 +40,7 @@ from service.cluster import exposition
 from service.cluster.exchange import BEAT, BEAT_SECONDS, Part, Request
 from service.errors import (
     ClientGone,
+    DeadlineExceeded,
     MethodNotAllowed,
     NotFound,
     RequestError,
@@ -86,6 +97,7 @@ class FrontApplication:
         self._reload_at = 0.0
         self._owners: Mapping[str, str] = {}
         self._default = ""
+        self._routes: Collection[str] = ()
         self._own_routes: dict[str, Callable[[Scope], Awaitable[Response]]] = {
             "/health": self._ready,
             "/health/live": self._live,
@@ -101,12 +113,16 @@ class FrontApplication:
         owners: Mapping[str, str],
         clients: Mapping[str, Client] | None,
         cors: Mapping[str, Any],
+        routes: Collection[str] = (),
     ) -> None:
         """Set the default model, served name -> model, and the keys (None: none is asked for).
 
-        `cors` are the arguments of CORSMiddleware for what the front answers itself.
+        `cors` are the arguments of CORSMiddleware for what the front answers itself; `routes` are
+        paths that answer like `POST /`.
         """
-        self._default, self._owners, self._cors = default, owners, cors
+        self._default, self._owners, self._cors, self._routes = default, owners, cors, routes
+        for model in owners.values():  # Prometheus sees no increase in a series that begins at 1
+            metrics.FRONT_RETRIES.labels(model)
         file = self._settings.api_key_file
         self._keys = None if clients is None else Keys(clients, file)
 
@@ -120,30 +136,35 @@ class FrontApplication:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.perf_counter()
-        id_of_request = request_id(scope)
+        record = RequestRecord(request_id(scope))
         path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
+        # The path whose protocol it speaks.
+        form = "/" if scope["method"] == "POST" and path in self._routes else path
         exchange = _Exchange(send)
         try:
-            response = await self._respond(scope, path, receive, exchange)
+            response = await self._respond(scope, path, form, record, receive, exchange)
         except RequestError as e:
             error = e
         except Exception as e:
-            _logger.error("request %s failed: %s", id_of_request, type(e).__name__)
-            _logger.debug("request %s", id_of_request, exc_info=e)
+            _logger.error("request %s failed: %s", record.id, type(e).__name__)
+            _logger.debug("request %s", record.id, exc_info=e)
             error = RequestError("internal error; the front's log has more under the request's id")
         else:
             if response is not None:
                 await self._with_cors(response, scope)(scope, receive, send)
             return
-        # What a replica answers, it counts and logs itself.
-        route = path if path == "/" or path in self._own_routes else "unmatched"
-        metrics.REQUESTS.labels(route, error.status).inc()
-        record = RequestRecord(id_of_request, status=error.status, error=error.type)
-        record.log(scope["method"], route, time.perf_counter() - began, quiet=False)
+        # What a replica answers, and whose client leaves it, it counts and logs itself.
+        if not (exchange.at_replica and isinstance(error, ClientGone)):
+            record.status, record.error = error.status, error.type
+            route = form if form == "/" or form in self._own_routes else "unmatched"
+            metrics.REQUESTS.labels(route, record.status).inc()
+            if generates(scope["method"], form):
+                record.count()
+            record.log(scope["method"], route, time.perf_counter() - began, quiet=False)
         if exchange.started:
-            await exchange.end(error, id_of_request, path)
+            await exchange.end(error, record.id, form)
         else:
-            response = refusal(error, id_of_request, path)
+            response = refusal(error, record.id, form)
             await self._with_cors(response, scope)(scope, receive, send)
 
     def _with_cors(self, response: Response, scope: Scope) -> ASGIApp:
@@ -152,7 +173,13 @@ class FrontApplication:
         return CORSMiddleware(response, **self._cors)
 
     async def _respond(
-        self, scope: Scope, path: str, receive: Receive, exchange: "_Exchange"
+        self,
+        scope: Scope,
+        path: str,
+        form: str,
+        record: RequestRecord,
+        receive: Receive,
+        exchange: "_Exchange",
     ) -> Response | None:
         """Answer a request by `exchange`, or return the answer. Raises RequestError."""
         method = scope["method"]
@@ -161,34 +188,32 @@ class FrontApplication:
                 self._keys.reload()
                 self._reload_at = time.monotonic() + _RELOAD_SECONDS
             if not is_public(scope, path, metrics_key=self._settings.metrics_key):
-                self._keys.owner(scope, path)
+                record.client = self._keys.owner(scope, path)
         if (own := self._own_routes.get(path)) is not None:
             if method in ("GET", "HEAD"):
                 return await own(scope)
             if not is_preflight(scope):  # which a replica answers
                 raise MethodNotAllowed("GET, HEAD")
-        if not has_body(scope):
-            request = _request(scope, path, b"")
-            await exchange.run(self._forward(self._default, request, exchange), receive)
-            return None
-        async with self._bodies.read(scope, receive) as body:
-            model = self._default
-            if path == "/" or not is_form(scope):
+        async with (
+            self._bodies.read(scope, receive) if has_body(scope) else nullcontext(b"") as body
+        ):
+            value: dict[str, Any] = {}
+            if form == "/" or not is_form(scope):
                 body = as_utf8(body)
-                model = self._model_of(body)
-            request = _request(scope, path, body)
-            await exchange.run(self._forward(model, request, exchange), receive)
+                value = _object_in(body)
+            record.model = model = self._model_of(value, form)
+            deadline = None
+            if generates(method, form):
+                deadline = deadline_of(scope, _timeout_in(value) if form == "/" else None)
+            work = self._forward(model, _request(scope, path, body), exchange, deadline)
+            await exchange.run(work, receive)
         return None
 
-    def _model_of(self, body: bytes) -> str:
+    def _model_of(self, value: Mapping[str, Any], form: str) -> str:
         """Return the model that a body names, or the default. Raises NotFound."""
-        check_values(body)
-        try:
-            value = from_json(body)
-        except ValueError:  # the replica says what is wrong with it
-            return self._default
-        name = value.get("model") if isinstance(value, dict) else None
-        if not isinstance(name, str):
+        name = value.get("model")
+        # For vLLM's routes an empty name is none.
+        if not isinstance(name, str) or (not name and form != "/"):
             return self._default
         if name not in self._owners:
             raise NotFound(
@@ -197,14 +222,30 @@ class FrontApplication:
             )
         return self._owners[name]
 
-    async def _forward(self, model: str, request: Request, exchange: "_Exchange") -> None:
+    async def _forward(
+        self, model: str, request: Request, exchange: "_Exchange", deadline: float | None
+    ) -> None:
         """Let replicas of `model` answer, until one does. Raises RequestError."""
+        try:
+            async with asyncio.timeout_at(deadline) as limit:
+                await self._offer(model, request, exchange, limit)
+        except TimeoutError:
+            raise DeadlineExceeded from None
+
+    async def _offer(
+        self, model: str, request: Request, exchange: "_Exchange", limit: asyncio.Timeout
+    ) -> None:
+        """As `_forward`. `limit` holds while no replica has the request, which has its own."""
+        client_deadline = limit.when()
         deadline = time.monotonic() + self._settings.queue_timeout
         tried = lost = 0
         while tried < _ATTEMPTS and lost < _MAX_LOST and not exchange.started:
-            async with aclosing(self._replicas.answer(model, request)) as parts:
+            offered = _with_deadline(request, client_deadline)
+            async with aclosing(self._replicas.answer(model, offered)) as parts:
                 if not await _begun(parts, deadline):
                     continue
+                limit.reschedule(None)
+                exchange.at_replica = True
                 if tried:
                     metrics.FRONT_RETRIES.labels(model).inc()
                 tried += 1
@@ -214,6 +255,8 @@ class FrontApplication:
                 except ReplicaLost:
                     _logger.warning("a replica of %s was lost during a request", model)
                     lost += 1
+            exchange.at_replica = False
+            limit.reschedule(client_deadline)
             deadline = time.monotonic() + self._settings.queue_timeout
             await asyncio.sleep(_PAUSE * tried)
         raise Unavailable("the replica that answered was lost; send it again", retry_after=5)
@@ -306,6 +349,7 @@ class _Exchange:
         self._send = send
         self.started = False
         self.complete = False
+        self.at_replica = False  # whether a replica has begun with it
         self._events: int | None = None  # of a stream
 
     async def run(self, work: Coroutine[Any, Any, None], receive: Receive) -> None:
@@ -351,7 +395,6 @@ class _Exchange:
         if self._events is not None and not self.complete:
             event = refusal_event(error, request_id, path, self._events)
             await self._send({"type": "http.response.body", "body": event})
-        self.complete = True
 
 
 def _request(scope: Scope, path: str, body: bytes) -> Request:
@@ -363,6 +406,35 @@ def _request(scope: Scope, path: str, body: bytes) -> Request:
         client=scope.get("client"),
         body=body,
     )
+
+
+def _with_deadline(request: Request, deadline: float | None) -> Request:
+    """Return the request with the time that it has left: a replica counts from when it begins."""
+    if deadline is None:
+        return request
+    left = max(deadline - asyncio.get_running_loop().time(), 0.001)
+    header = (TIMEOUT_HEADER.lower().encode(), f"{left:.3f}".encode())
+    return dataclasses.replace(request, headers=(*request.headers, header))
+
+
+def _object_in(body: bytes) -> dict[str, Any]:
+    """Return the object that a body holds; else an empty one, for the replica says what is wrong.
+
+    Raises InvalidRequest.
+    """
+    if not is_small(body):
+        check_values(body)
+    try:
+        value = from_json(body)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _timeout_in(value: Mapping[str, Any]) -> float | None:
+    """Return the seconds that a body of `POST /` allows; the replica refuses what is none."""
+    timeout = value.get("timeout")
+    return timeout if isinstance(timeout, int | float) and 0 < timeout <= MAX_TIMEOUT else None
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

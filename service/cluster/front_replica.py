@@ -17,6 +17,7 @@ from service.cluster import broadcast
 from service.cluster.config import PREFIX
 from service.cluster.exchange import Part, Request
 from service.cluster.front import FrontApplication, ReplicaLost
+from service.launch import log_config
 from service.settings import Settings
 
 
@@ -28,6 +29,7 @@ class Front:
     def __init__(self, settings: str) -> None:
         """`settings` is JSON."""
         self._settings = Settings.model_validate_json(settings, strict=False)
+        log_config.log_our_own(verbose=self._settings.verbose)
         self._handles = _Handles()
         self._front = FrontApplication(self._handles, self._settings)
 
@@ -41,7 +43,9 @@ class Front:
         await asyncio.to_thread(self._handles.use, sorted(set(owners.values())))
         pushed = changed["clients"]
         clients = from_json(pushed) if pushed is not None else self._settings.clients()
-        self._front.configure(changed["default"], owners, clients, changed["cors"])
+        self._front.configure(
+            changed["default"], owners, clients, changed["cors"], changed["routes"]
+        )
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._front

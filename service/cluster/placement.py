@@ -2,7 +2,7 @@
 
 import sys
 
-from service.cluster.config import Cluster
+from service.cluster.config import Cluster, ClusterModel
 from service.errors import ServiceError
 
 
@@ -15,25 +15,35 @@ def resources(kind: str, *, free: bool = False) -> float:
 
 
 def lacking(cluster: Cluster) -> list[str]:
-    """Return which resources the smallest number of replicas lacks in the whole cluster."""
+    """Return which resources the smallest number of replicas lacks."""
     has_gpus = resources("GPU") > 0
     models = cluster.models.values()
-    names = {"CPU": ("cores", "cpus"), "GPU": ("GPUs", "gpus")}
-    problems = [
-        f"all replicas need {need:g} {names[kind][0]}, and the cluster has {resources(kind):g}: "
-        f"lower `{names[kind][1]}` or `replicas`, or add a node"
-        for kind, need in _needs(cluster).items()
-        if need > resources(kind)
-    ]
+    problems = []
+    for kind, (what, key) in {"CPU": ("cores", "cpus"), "GPU": ("GPUs", "gpus")}.items():
+        need, largest = _needs(cluster)[kind], _largest(kind)
+        if need > resources(kind):
+            problems.append(
+                f"all replicas need {need:g} {what}, and the cluster has {resources(kind):g}: "
+                f"lower `{key}` or `replicas`, or add a node"
+            )
+            continue
+        problems += [
+            f"{m.name}: a replica needs {each:g} {what} of one node, and no node has more than "
+            f"{largest:g}: lower `{key}`, or add a larger node"
+            for m in models
+            if (each := _of_replica(m, kind, has_gpus=has_gpus)) > largest
+        ]
     memory = resources("memory") / 2**30
+    # At least: a CPU without instructions for the type takes float32.
     weights = sum(
-        m.min_replicas * (m.config.about.weights_gib("float32") or 0)
+        m.min_replicas
+        * (m.config.about.weights_gib(m.config.engine.get("dtype") or m.config.dtype) or 0)
         for m in models
-        if not m.gpus_of_replica(has_gpus=has_gpus)
+        if not (m.gpus_of_replica(has_gpus=has_gpus) or m.config.engine.get("quantization"))
     )
     if weights > memory:
         problems.append(
-            f"the weights of all replicas on CPUs need about {weights:.0f} GiB, and the cluster "
+            f"the weights of all replicas on CPUs need {weights:.0f} GiB or more, and the cluster "
             f"has {memory:.0f}"
         )
     return problems
@@ -56,11 +66,26 @@ def surging(cluster: Cluster, before: Cluster) -> set[str]:
 def _needs(cluster: Cluster) -> dict[str, float]:
     """Return the cores and GPUs of the smallest number of replicas."""
     has_gpus = resources("GPU") > 0
-    models = cluster.models.values()
     return {
-        "CPU": sum(m.min_replicas * m.cpus for m in models),
-        "GPU": sum(m.min_replicas * m.gpus_of_replica(has_gpus=has_gpus) for m in models),
+        kind: sum(
+            m.min_replicas * _of_replica(m, kind, has_gpus=has_gpus)
+            for m in cluster.models.values()
+        )
+        for kind in ("CPU", "GPU")
     }
+
+
+def _of_replica(model: ClusterModel, kind: str, *, has_gpus: bool) -> float:
+    """Return the cores or the GPUs of one replica."""
+    return model.cpus if kind == "CPU" else model.gpus_of_replica(has_gpus=has_gpus)
+
+
+def _largest(kind: str) -> float:
+    """Return the most that one node has of "CPU" or "GPU"."""
+    import ray
+
+    nodes = (node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"])
+    return float(max(nodes, default=0))
 
 
 def refused(cluster: Cluster) -> list[str]:

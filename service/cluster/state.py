@@ -14,7 +14,7 @@ from service.errors import LaunchError
 
 
 class State:
-    """What two commands on this machine tell each other about one cluster."""
+    """A folder of the cache for each cluster."""
 
     def __init__(self, cache_dir: Path) -> None:
         address = os.environ.get("RAY_ADDRESS")
@@ -27,11 +27,14 @@ class State:
         self._ray_folder = self._folder / "ray"
 
     @contextmanager
-    def owner(self) -> Iterator[bool]:
-        """Yield whether this command owns the cluster: it is the only one, or the first."""
+    def owner(self, patience: float = 5) -> Iterator[bool]:
+        """Yield whether this command owns the cluster: it is the only one, or the first.
+
+        Waits `patience` seconds for one that is just ending, or looks with `--status`.
+        """
         lock = filelock.FileLock(self._folder / "lock")
         try:
-            lock.acquire(timeout=5)  # `--status` looks whether it is free; one may just be ending
+            lock.acquire(timeout=patience)
         except filelock.Timeout:
             yield False
             return

@@ -31,10 +31,15 @@ def listener_of(settings: Settings) -> socket.socket:
         raise LaunchError(f"cannot listen on {host[:80]} port {port}: {reason}; {remedy}") from None
 
 
+def is_loopback(listener: socket.socket) -> bool:
+    """Whether only this machine can reach it."""
+    address = str(listener.getsockname()[0])
+    return address.startswith("127.") or address == "::1"
+
+
 def warn_if_open(listener: socket.socket, settings: Settings, *, keyed: bool) -> None:
     """Print a warning if other machines may use the service without a key."""
-    address = str(listener.getsockname()[0])
-    if keyed or address.startswith("127.") or address == "::1":
+    if keyed or is_loopback(listener):
         return
     print(
         f"WARNING: {settings.host} can be reached from other machines, and no API key is set: "

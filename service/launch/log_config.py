@@ -58,6 +58,11 @@ _HARMLESS = re.compile(
         )
     )
 )
+_FORMATS = {
+    "plain": "%(asctime)s %(levelname)s %(message)s",
+    "verbose": "%(asctime)s %(levelname)s [%(process)d %(name)s] %(message)s",
+}
+_DATE = "%Y-%m-%d %H:%M:%S"
 # vLLM's errors when a worker or the engine fails, at start or later.
 _FAILED = re.compile(r"failed to start|WorkerProc hit an exception")
 
@@ -136,22 +141,18 @@ class StartUp(logging.Filter):
 
 def configuration(folder: RunFolder, *, verbose: bool) -> dict[str, Any]:
     """Return the logging.config.dictConfig for all processes of the server."""
+    form, level = _form_and_level(verbose=verbose)
     handler: dict[str, Any] = {
         "class": "logging.StreamHandler",
         "stream": "ext://sys.stderr",
-        "formatter": "verbose" if verbose else "plain",
+        "formatter": form,
         "filters": ["report"] if verbose else ["report", "start_up"],
     }
-    date = "%Y-%m-%d %H:%M:%S"
     return {
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {
-            "plain": {"format": "%(asctime)s %(levelname)s %(message)s", "datefmt": date},
-            "verbose": {
-                "format": "%(asctime)s %(levelname)s [%(process)d %(name)s] %(message)s",
-                "datefmt": date,
-            },
+            name: {"format": format, "datefmt": _DATE} for name, format in _FORMATS.items()
         },
         "filters": {
             "report": {
@@ -164,8 +165,23 @@ def configuration(folder: RunFolder, *, verbose: bool) -> dict[str, Any]:
         "root": {"level": "INFO" if verbose else "WARNING", "handlers": ["stderr"]},
         "loggers": {
             "vllm": {"level": "INFO"},
-            "service": {"level": "DEBUG" if verbose else "INFO"},
+            "service": {"level": level},
             "uvicorn": {"level": "INFO"},
             "opentelemetry": {"level": "ERROR"},  # its warnings echo a client's headers
         },
     }
+
+
+def log_our_own(*, verbose: bool) -> None:
+    """Let this process, which has neither engine nor run folder, log our lines in the same form."""
+    form, level = _form_and_level(verbose=verbose)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(_FORMATS[form], _DATE))
+    logger = logging.getLogger("service")
+    logger.handlers = [handler]
+    logger.propagate = False
+    logger.setLevel(level)
+
+
+def _form_and_level(*, verbose: bool) -> tuple[str, str]:
+    return ("verbose", "DEBUG") if verbose else ("plain", "INFO")
