@@ -252,6 +252,17 @@ def test_nothing_goes_on_without_the_plugins(module: str, plugin: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_cluster_without_ray_is_told_how_to_get_it(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(f"models: {{a: {{model: {MODEL}}}}}\nsettings: {{cache_dir: {tmp_path}}}\n")
+    broken = "import sys; sys.modules['ray'] = None; from service.cli import main; main()"
+    done = run("-c", broken, "cluster", str(file), "--check")
+    assert done.returncode == 1
+    assert re.fullmatch(
+        "error: a cluster needs Ray, which is not installed; .*pip install .*\n", done.stderr
+    )
+
+
 def test_a_library_of_another_build_of_torch_is_told_with_its_remedy() -> None:
     fails = "raise RuntimeError('operator torchvision::nms does not exist')"
     code = (

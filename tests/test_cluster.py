@@ -30,6 +30,8 @@ from tests.test_monitoring import RULES, Prometheus, concrete, graphs
 ROOT = Path(__file__).parent.parent
 KEYS = {"anna": "key-of-anna", "ben": "key-of-ben"}
 SMALL = {"engine.kv_cache_memory_bytes": "300M", "engine.max_num_seqs": 16}
+# What a client sees of a stream that ends without a last event.
+CUT = {"stream ReadError", "stream RemoteProtocolError"}
 # What the file says. Half a core each: four replicas on a machine of two.
 FILE: dict[str, Any] = {
     "default": "a",
@@ -250,9 +252,15 @@ def test_a_changed_key_file_holds_everywhere_within_seconds(cluster: ClusterUnde
 
     before = cluster.both(), [p.pid for p in cluster.replicas()]
     assert status("/a/v1/models") == 401
-    cluster.write_keys({**KEYS, "carl": "key-of-carl"})
+    cluster.write_keys({**KEYS, "carl": "key-of-carl requests=1/min"})
     paths = ["/v1/models", *["/a/v1/models"] * 8, "/b/v1/models"]
     wait(lambda: all(status(path) == 200 for path in paths), 30)
+    with cluster.client("key-of-carl") as client:
+        assert client.post("/b/", json=QUESTION).status_code == 200
+        for path in ("/b/", "/"):
+            refused = client.post(path, json={**QUESTION, "model": "b"})
+            assert refused.status_code == 429, path
+            assert 1 <= int(refused.headers["retry-after"]) <= 60
     cluster.write_keys(KEYS)
     wait(lambda: all(status(path) == 401 for path in paths), 30)
     assert before == (cluster.both(), [p.pid for p in cluster.replicas()])  # no restart
@@ -322,11 +330,13 @@ def test_the_status_shows_replicas_and_nodes(cluster: ClusterUnderTest) -> None:
 def test_what_a_dead_replica_had_not_begun_another_answers(cluster: ClusterUnderTest) -> None:
     victim = cluster.replicas()[0]
     engines = [c for c in victim.children() if "EngineCore" in " ".join(c.cmdline())]
-    with Load(cluster.url, key=KEYS["ben"]) as load:
-        wait(lambda: load.counts.total() > 24)
+    by_path = Load(f"{cluster.url}/a/", 8, KEYS["ben"])
+    with Load(cluster.url, key=KEYS["ben"]) as load, by_path:
+        wait(lambda: load.counts.total() > 24 and by_path.counts.total() > 8)
         victim.kill()
         time.sleep(10)
     assert load.counts.keys() <= {*ANSWERED, ENDED}, load.counts
+    assert by_path.counts.keys() <= {*ANSWERED, ENDED, *CUT}, by_path.counts
     for engine in engines:
         wait_for_end(engine.pid, 10)  # it would keep its GPU
     wait(lambda: len(cluster.serving()) == 2)
@@ -391,12 +401,25 @@ def test_a_killed_haproxy_is_back_within_seconds(cluster: ClusterUnderTest) -> N
     assert before == (cluster.both(), {p.pid for p in cluster.replicas()})
 
 
-def test_load_adds_a_replica(cluster: ClusterUnderTest) -> None:
+def test_load_adds_a_replica_and_a_killed_front_loses_only_streams(
+    cluster: ClusterUnderTest,
+) -> None:
     def starting() -> bool:
         return len(cluster.replicas("b")) == 2
 
-    with Load(f"{cluster.url}/b/", key=KEYS["ben"]):
-        assert wait(starting) < 30  # 15 s on an idle machine
+    def fronts() -> set[int]:
+        return {front.pid for front in cluster.processes("ServeReplica:chat-service:")}
+
+    front, *others = cluster.processes("ServeReplica:chat-service:")
+    assert len(others) == 1
+    with Load(f"{cluster.url}/b/", key=KEYS["ben"]), Load(cluster.url, 8, KEYS["ben"]) as load:
+        wait(lambda: load.counts.total() > 8)
+        began = time.monotonic()
+        front.kill()
+        wait(starting)
+        assert time.monotonic() - began < 30  # 15 s on an idle machine
+        wait(lambda: len(fronts() - {front.pid}) == 2, 60)
+    assert load.counts.keys() <= {*ANSWERED, *CUT}, load.counts
 
 
 def test_a_mistake_in_the_file_changes_nothing(cluster: ClusterUnderTest) -> None:
@@ -425,6 +448,16 @@ def test_an_update_refuses_and_cuts_nothing(cluster: ClusterUnderTest) -> None:
     assert result.returncode == 0, result.stderr
     assert load.counts.keys() == ANSWERED, load.counts
     assert not before & cluster.both()
+    others = {process.pid for process in cluster.replicas("b")}
+    changed["replicas"] = 1
+    models = {**FILE["models"], "a": changed}
+    cluster.write({**cluster.content, "default": "b", "models": models})
+    with Load(cluster.url, 3, KEYS["ben"]) as load, Load(f"{cluster.url}/a/", 2, KEYS["ben"]) as a:
+        result = cluster.command(str(cluster.file))
+        wait(lambda: len(cluster.replicas()) == 1)
+    assert result.returncode == 0, result.stderr
+    assert load.counts.keys() == a.counts.keys() == ANSWERED, (load.counts, a.counts)
+    assert others <= {process.pid for process in cluster.replicas("b")}  # no restart
 
 
 def test_a_version_that_does_not_start_is_taken_back(cluster: ClusterUnderTest) -> None:
@@ -492,15 +525,32 @@ def test_a_node_that_dies_takes_no_answer_with_it(tmp_path: Path) -> None:
         )
         try:
             wait_until_all_run(server)
+            connect = "from ray._raylet import GcsClient; GcsClient(address='127.0.0.1:6379')"
+            for token_of, message in (({}, ""), ({"RAY_AUTH_TOKEN": "1" * 64}, "InvalidAuthToken")):
+                caller = subprocess.run(
+                    [sys.executable, "-c", connect],
+                    env={**environment, **token_of},
+                    capture_output=True,
+                    text=True,
+                )
+                assert (caller.returncode == 0) == (not message), caller.stderr
+                assert message in caller.stderr
             (raylet,) = (
                 process
                 for process in psutil.process_iter(["name", "cmdline"])
                 if process.info["name"] == "raylet"
                 and "--node_ip_address=127.0.0.2" in process.info["cmdline"]
             )
+            engines = [
+                process
+                for process in raylet.children(recursive=True)
+                if "EngineCore" in " ".join(process.cmdline())
+            ]
+            assert len(engines) == 1
             with Load(server.url, 8) as load:
                 wait(lambda: load.counts.total() > 8)
                 raylet.kill()
+                wait_for_end(engines[0].pid, 15)  # it would keep its GPU
                 time.sleep(15)
             # Here both nodes' HAProxies share one port; the connections of the dead one are lost.
             refused = [kind for kind in load.counts if re.search(r" \d+$", kind)]

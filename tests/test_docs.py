@@ -1,6 +1,7 @@
 """What the pages say exists, and what is made from the schemas is as they are."""
 
 import ast
+import pkgutil
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import yaml
 
 from service import errors
 from service.api import body_budget, grammar_limits
+from service.cluster import config, deployments
 from service.launch import start_errors
 from service.phase import PATIENCE, Phase
 from service.settings import Settings
@@ -212,6 +214,31 @@ def test_the_troubleshooting_page_has_every_error_of_the_command_line(
     fixed = [text for text in said if len(re.findall(r"[A-Za-z]{2,}", text)) > 2]
     missing = [text for text in fixed if not any(p.search(text) for p in quotes.values())]
     assert not missing
+
+
+def test_the_applications_of_the_ray_service_are_the_cluster_of_its_file(tmp_path: Path) -> None:
+    text = (ROOT / "kubernetes" / "ray-service.yaml").read_text()
+    documents = {d["metadata"]["name"]: d for d in yaml.safe_load_all(text)}
+    keys, file = tmp_path / "keys", tmp_path / "cluster.yaml"
+    keys.write_text("anna key-of-anna\n")
+    content = documents["chat-service-cluster"]["data"]["cluster.yaml"]
+    file.write_text(content.replace("/etc/chat-service/keys", str(keys)))
+    cluster = config.load(file)
+    applications = yaml.safe_load(documents["chat-service"]["spec"]["serveConfigV2"])[
+        "applications"
+    ]
+    *models, front = [(a["name"], a["route_prefix"], a["args"].get("name")) for a in applications]
+    assert models == [(f"{config.PREFIX}-{name}", f"/{name}", name) for name in cluster.models]
+    assert front == (config.PREFIX, "/", None)
+    for application in applications:
+        given = application["args"]
+        assert given["file"] == "/etc/chat-service-cluster/cluster.yaml"
+        arguments = deployments.Arguments(**{**given, "file": file})
+        build = pkgutil.resolve_name(application["import_path"])
+        if arguments.name:  # the front's asks Ray how many nodes there are
+            assert build(arguments)
+        else:
+            assert build is deployments.front
 
 
 def test_the_manifests_and_compose_give_the_service_time_to_drain() -> None:
