@@ -186,9 +186,11 @@ def test_an_unknown_model_is_told_the_names(
     assert response.status_code == 404
     assert "a, b, gpt-4" in response.json()[where]["message"]
     assert ("type" in response.json()) == (path == "/v1/messages")
-    # The front has refused it, and counts it for its client.
+    # The front has refused it: it counts and logs it, for its client.
     refused = r'service_client_requests_total\{client="anna",model="",replica="\w+",status="404"\}'
     assert re.search(refused, metrics)
+    line = f"id={response.headers['x-request-id']} client=anna method=POST "
+    wait(lambda: line in cluster.server.log.read_text(), 30)
 
 
 def test_openai_clients_see_all_models(cluster: ClusterUnderTest) -> None:

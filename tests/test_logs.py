@@ -113,7 +113,7 @@ def test_the_start_is_phases_and_then_how_to_call_it(service: Server) -> None:
 
 
 def test_a_process_without_an_engine_logs_its_requests_too(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     logger = logging.getLogger("service")
     for name in ("handlers", "propagate", "level"):  # which are as before afterwards
@@ -121,5 +121,5 @@ def test_a_process_without_an_engine_logs_its_requests_too(
     log_our_own(verbose=False)
     logger.debug("hidden")
     logger.info("request id=a")
-    line = capsys.readouterr().err
+    line = capfd.readouterr().err
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d INFO request id=a\n", line)

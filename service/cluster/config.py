@@ -21,8 +21,8 @@ from service.settings import Settings
 DEFAULT: dict[str, Any] = {"models": {"smollm2-135m-instruct": {"replicas": 2}}}
 # The first parts of paths that the front answers itself or sends to the default model.
 _ROUTES = frozenset(
-    "-|detokenize|docs|generative_scoring|health|inference|invocations|load|metrics|openapi.json"
-    "|ping|redoc|static|tokenize|v1|v2|version".split("|")
+    "-|detokenize|docs|generative_scoring|health|inference|invocations|kv_event_sources|load|metrics"
+    "|openapi.json|ping|redoc|static|tokenize|v1|v2|version".split("|")
 )
 # What `--status` and our messages call the front.
 FRONT = "front"

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import sys
 import traceback
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,8 @@ def configuration(folder: RunFolder, *, verbose: bool) -> dict[str, Any]:
 def log_our_own(*, verbose: bool) -> None:
     """Let this process, which has neither engine nor run folder, log our lines in the same form."""
     form, level = _form_and_level(verbose=verbose)
-    handler = logging.StreamHandler()
+    # Ray Serve has its own log in place of sys.stderr, and writes it some thousand lines later.
+    handler = logging.StreamHandler(sys.__stderr__)
     handler.setFormatter(logging.Formatter(_FORMATS[form], _DATE))
     logger = logging.getLogger("service")
     logger.handlers = [handler]
