@@ -12,6 +12,7 @@ import sentencepiece
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from vllm.plugins import load_general_plugins
+from vllm.reasoning import ReasoningParserManager
 from vllm.tokenizers import get_tokenizer
 
 from service.api import engine
@@ -316,3 +317,18 @@ def test_reasoning_is_apart_from_the_answer_on_every_route(
     assert {item["type"]: item["content"][0]["text"] for item in output} == kinds
     content = reasoner.post("/v1/messages", json=chat).json()["content"]
     assert [block.get("thinking") or block.get("text") for block in content] == ["hm", "Yes"]
+
+
+def test_an_opening_tag_that_comes_with_other_tokens_is_no_reasoning(tmp_path: Path) -> None:
+    load_general_plugins()
+    tokenizer = get_tokenizer(checkpoints.write_scripted(tmp_path, THOUGHT))
+    ids = tokenizer.convert_tokens_to_ids(["<think>", "h"])
+
+    def streamed_by(name: str) -> str:
+        parser = ReasoningParserManager.get_reasoning_parser(name)(tokenizer)
+        text = "<think>h"
+        message = parser.extract_reasoning_streaming("", text, text, [], ids, ids)
+        return str(message.reasoning)
+
+    assert streamed_by("think_tags") == "h"
+    assert streamed_by("deepseek_r1") == "<think>h"  # else ours is not needed
