@@ -256,7 +256,9 @@ def test_a_cluster_without_ray_is_told_how_to_get_it(tmp_path: Path) -> None:
     file = tmp_path / "cluster.yaml"
     file.write_text(f"models: {{a: {{model: {MODEL}}}}}\nsettings: {{cache_dir: {tmp_path}}}\n")
     broken = "import sys; sys.modules['ray'] = None; from service.cli import main; main()"
-    done = run("-c", broken, "cluster", str(file), "--check")
+    # A process of its own: what `run` forks has imported Ray with vLLM.
+    command = [sys.executable, "-c", broken, "cluster", str(file), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert re.fullmatch(
         "error: a cluster needs Ray, which is not installed; .*pip install .*\n", done.stderr
