@@ -170,6 +170,8 @@ def test_a_model_is_chosen_by_body_and_by_path(
     assert response.status_code == 200
     assert response.json()["response"] == "The capital of France is Paris."
     assert response.headers.get_list("x-request-id") == [response.headers["x-request-id"]]
+    line = f"id={response.headers['x-request-id']} client=anna method=POST "
+    wait(lambda: line in cluster.server.log.read_text(), 30)  # of the replica
 
 
 @pytest.mark.parametrize(

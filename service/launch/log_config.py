@@ -145,7 +145,7 @@ def configuration(folder: RunFolder, *, verbose: bool) -> dict[str, Any]:
     form, level = _form_and_level(verbose=verbose)
     handler: dict[str, Any] = {
         "class": "logging.StreamHandler",
-        "stream": "ext://sys.stderr",
+        "stream": "ext://sys.__stderr__",  # Ray Serve replaces the other, and writes late
         "formatter": form,
         "filters": ["report"] if verbose else ["report", "start_up"],
     }
