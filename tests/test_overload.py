@@ -255,8 +255,8 @@ def test_who_floods_does_not_take_the_others_share(small: Server) -> None:
                         assert answer.status_code == 429
                         await asyncio.sleep(0.5)
 
-            # Bob runs half of his and has the other half waiting: just enough to use his share.
-            names = ["alice"] * 60 + ["bob"] * RUNNING
+            # Two of Bob's run when he has his share. Four wait, so that one always does.
+            names = ["alice"] * 60 + ["bob"] * (RUNNING + 2)
             await asyncio.gather(*(ask(name) for name in names))
 
     asyncio.run(scenario())
