@@ -24,9 +24,9 @@ VARIABLES = {
     # Seconds that a client may send nothing in the middle of a request.
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-    # A request is sent again, twice at most, whose front or replica died before it answered. HAProxy
-    # can send only what it had read in full before. Ray has no setting for that option, so it comes
-    # with this one, as a line of its own in HAProxy's file.
+    # A request is sent again, twice at most, whose front or replica died before it answered.
+    # HAProxy can send only what it had read in full before. Ray has no setting for that option, so
+    # it comes with this one, as a line of its own in HAProxy's file.
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response\noption http-buffer-request",
     "RAY_SERVE_HAPROXY_RETRIES": "2",
     # Seconds between two reports of a replica's load, from which Serve decides how many there are.
