@@ -17,9 +17,10 @@ from prometheus_client import REGISTRY
 
 from service import clients
 from service.api import body_budget
-from service.cluster import environment, exchange, front
+from service.cluster import environment, exchange, relay
 from service.cluster.exchange import BEAT, Part, Request
-from service.cluster.front import FrontApplication, ReplicaLost
+from service.cluster.front import FrontApplication
+from service.cluster.relay import ReplicaLost
 from service.errors import WaitedTooLong, refusal_body
 from service.settings import Settings
 
@@ -126,7 +127,7 @@ def ask(
         async with httpx.AsyncClient(transport=transport, base_url="http://front") as client:
             return await client.post(path, json={"prompt": "hi", **body}, headers=headers)
 
-    with mock.patch.multiple(front, _SILENCE=0.3, _PAUSE=0.01):
+    with mock.patch.multiple(relay, _SILENCE=0.3, _PAUSE=0.01):
         return asyncio.run(run())
 
 

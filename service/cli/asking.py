@@ -1,6 +1,6 @@
 """`chat`, `top` and `usage`: the commands that ask a running server."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -8,6 +8,9 @@ from service import settings
 from service.cli.options import Key, Url
 from service.errors import ConfigError
 from service.terminal import output
+
+if TYPE_CHECKING:
+    from service.terminal.remote import Remote
 
 
 def chat(
@@ -31,12 +34,10 @@ def chat(
         chat-service chat "What is the capital of France?" --json
     """
     from service.terminal import chat as conversation
-    from service.terminal.remote import Remote
 
     flags = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     options = {name: value for name, value in flags.items() if value is not None}
-    remote = Remote(url or settings.load().url(), key)
-    conversation.chat(remote, prompt, options, as_json=as_json)
+    conversation.chat(_remote(url, key), prompt, options, as_json=as_json)
 
 
 def top(
@@ -59,10 +60,8 @@ def top(
         chat-service top --count 1 --json
     """
     from service.terminal import top as load
-    from service.terminal.remote import Remote
 
-    remote = Remote(url or settings.load().url(), key)
-    load.top(remote, interval, count, as_json=as_json)
+    load.top(_remote(url, key), interval, count, as_json=as_json)
 
 
 def usage(
@@ -90,17 +89,23 @@ def usage(
         chat-service usage --prometheus http://127.0.0.1:9090 --since 7d
     """
     from service.terminal import usage as used
-    from service.terminal.remote import Remote
 
     if prometheus:
         rows = used.of_prometheus(prometheus, since or "24h")
     elif since:
         raise ConfigError("--since: a server knows only what was since its start; add --prometheus")
     else:
-        rows = used.of_server(Remote(url or settings.load().url(), key))
+        rows = used.of_server(_remote(url, key))
     if as_json:
         print(output.json_line(rows))
         return
     columns = ("client", "model", *used.COUNTS)
     table = [tuple(row[column] for column in columns) for row in rows]
     output.print_table(tuple(column.replace("_", " ") for column in columns), table)
+
+
+def _remote(url: str | None, key: str | None) -> "Remote":
+    """Return the server that a command asks: by default the one of the settings."""
+    from service.terminal.remote import Remote
+
+    return Remote(url or settings.load().url(), key)

@@ -1,4 +1,4 @@
-"""The front: one address for all models. It chooses by `model`, and asks another replica.
+"""The front: one address for all models. It chooses by `model`; `relay` asks the replicas.
 
 It knows nothing of Ray: `ReplicaHandles` is what it needs of it. It has no queue and no limits of
 its own beside those on bodies: each replica has them.
@@ -10,16 +10,13 @@ import json
 import logging
 import time
 from collections.abc import (
-    AsyncGenerator,
     Awaitable,
     Callable,
     Collection,
-    Coroutine,
     Mapping,
-    Sequence,
 )
-from contextlib import aclosing, nullcontext
-from typing import Any, Protocol
+from contextlib import nullcontext
+from typing import Any
 
 from pydantic_core import from_json
 from starlette.datastructures import Headers
@@ -30,60 +27,29 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service.api import metrics
 from service.api.bodies import Bodies, has_body, is_form
 from service.api.body_budget import as_utf8, check_values, is_small
-from service.api.cancellation import MAX_TIMEOUT, TIMEOUT_HEADER, deadline_of
+from service.api.cancellation import MAX_TIMEOUT, deadline_of
 from service.api.generating import generates
 from service.api.keys import Keys, is_preflight, is_public
-from service.api.record import REQUEST_ID, RequestRecord, request_id
-from service.api.refusal import refusal, refusal_event
+from service.api.record import RequestRecord, request_id
+from service.api.refusal import refusal
 from service.clients import Client
 from service.cluster import exposition
-from service.cluster.exchange import BEAT, BEAT_SECONDS, Part, Request
+from service.cluster.exchange import Request
+from service.cluster.relay import Exchange, ReplicaHandles, ReplicaLost, forward
 from service.errors import (
     ClientGone,
-    DeadlineExceeded,
     MethodNotAllowed,
     NotFound,
     RequestError,
     Unavailable,
-    WaitedTooLong,
 )
 from service.settings import Settings
 
 _logger = logging.getLogger("service")
 
-# How many replicas a request is offered to, and the pause between two, in seconds.
-_ATTEMPTS = 4
-_PAUSE = 0.25
-# A request may be what ends replicas, so it does not get them all.
-_MAX_LOST = 2
 # How long a replica may take for a health check or for its share of a list, in seconds.
 _ASK_SECONDS = 5.0
-# A replica that has sent nothing for so long has hung, or its machine has.
-_SILENCE = 4 * BEAT_SECONDS
-# A replica answers 503 with these words to a request that has waited as long as any may.
-_WAITED = b"in the queue, which is the limit"
-# And with these words of `EngineDead` when it is about to end.
-_ENDED = b"the server is restarting"
-# A stream's body is counted in events for the sequence number of an error event.
-_EVENT_END = b"\n\n"
 _RELOAD_SECONDS = 1.0  # between two looks at the file of keys
-
-
-class ReplicaLost(Exception):
-    """The replica has ended before its answer was complete."""
-
-
-class ReplicaHandles(Protocol):
-    """The replicas of all models."""
-
-    def answer(self, model: str, request: Request) -> AsyncGenerator[Part | None, None]:
-        """Let one replica of a model answer. The first part is None: the replica has begun.
-
-        Raises ReplicaLost.
-        """
-
-    async def metrics(self) -> Sequence[tuple[dict[str, str], str]]:
-        """Return labels and text of the metrics of each replica."""
 
 
 class FrontApplication:
@@ -140,7 +106,7 @@ class FrontApplication:
         path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
         # The path whose protocol it speaks.
         form = "/" if scope["method"] == "POST" and path in self._routes else path
-        exchange = _Exchange(send)
+        exchange = Exchange(send)
         try:
             response = await self._respond(scope, path, form, record, receive, exchange)
         except RequestError as e:
@@ -179,7 +145,7 @@ class FrontApplication:
         form: str,
         record: RequestRecord,
         receive: Receive,
-        exchange: "_Exchange",
+        exchange: Exchange,
     ) -> Response | None:
         """Answer a request by `exchange`, or return the answer. Raises RequestError."""
         method = scope["method"]
@@ -205,7 +171,14 @@ class FrontApplication:
             deadline = None
             if generates(method, form):
                 deadline = deadline_of(scope, _timeout_in(value) if form == "/" else None)
-            work = self._forward(model, _request(scope, path, body), exchange, deadline)
+            work = forward(
+                self._replicas,
+                model,
+                _request(scope, path, body),
+                exchange,
+                self._settings.queue_timeout,
+                deadline,
+            )
             await exchange.run(work, receive)
         return None
 
@@ -221,45 +194,6 @@ class FrontApplication:
                 param="model",
             )
         return self._owners[name]
-
-    async def _forward(
-        self, model: str, request: Request, exchange: "_Exchange", deadline: float | None
-    ) -> None:
-        """Let replicas of `model` answer, until one does. Raises RequestError."""
-        try:
-            async with asyncio.timeout_at(deadline) as limit:
-                await self._offer(model, request, exchange, limit)
-        except TimeoutError:
-            raise DeadlineExceeded from None
-
-    async def _offer(
-        self, model: str, request: Request, exchange: "_Exchange", limit: asyncio.Timeout
-    ) -> None:
-        """As `_forward`. `limit` holds while no replica has the request, which has its own."""
-        client_deadline = limit.when()
-        deadline = time.monotonic() + self._settings.queue_timeout
-        tried = lost = 0
-        while tried < _ATTEMPTS and lost < _MAX_LOST and not exchange.started:
-            offered = _with_deadline(request, client_deadline)
-            async with aclosing(self._replicas.answer(model, offered)) as parts:
-                if not await _begun(parts, deadline):
-                    continue
-                limit.reschedule(None)
-                exchange.at_replica = True
-                if tried:
-                    metrics.FRONT_RETRIES.labels(model).inc()
-                tried += 1
-                try:
-                    if await _relayed(parts, exchange, last=tried == _ATTEMPTS):
-                        return
-                except ReplicaLost:
-                    _logger.warning("a replica of %s was lost during a request", model)
-                    lost += 1
-            exchange.at_replica = False
-            limit.reschedule(client_deadline)
-            deadline = time.monotonic() + self._settings.queue_timeout
-            await asyncio.sleep(_PAUSE * tried)
-        raise Unavailable("the replica that answered was lost; send it again", retry_after=5)
 
     async def _live(self, scope: Scope) -> Response:
         return JSONResponse({"status": "alive"})
@@ -303,100 +237,6 @@ class FrontApplication:
         return status, body
 
 
-async def _begun(parts: AsyncGenerator[Part | None, None], deadline: float) -> bool:
-    """Wait for a replica to begin. Returns whether it did; else another may. Raises WaitedTooLong.
-
-    A replica that hangs or ends before it begins does so whatever the request is. It does not count
-    as an attempt.
-    """
-    try:
-        async with asyncio.timeout(min(_SILENCE, max(0, deadline - time.monotonic()))):
-            await anext(parts)
-    except (ReplicaLost, TimeoutError):
-        if time.monotonic() + _PAUSE > deadline:
-            raise WaitedTooLong("no replica is up; send it again later", retry_after=10) from None
-        await asyncio.sleep(_PAUSE)
-        return False
-    return True
-
-
-async def _relayed(
-    parts: AsyncGenerator[Part | None, None], exchange: "_Exchange", *, last: bool
-) -> bool:
-    """Send what a replica answers. Returns whether it did; else another may. Raises ReplicaLost."""
-    while True:
-        try:
-            async with asyncio.timeout(_SILENCE):
-                part = await anext(parts, None)
-        except (ReplicaLost, TimeoutError):
-            if exchange.complete:
-                return True
-            raise ReplicaLost from None
-        if part is None:
-            return True
-        if part.status == 503 and _ENDED in part.body:
-            raise ReplicaLost
-        if part.status == 503 and not last and _WAITED not in part.body:
-            return False
-        if part != BEAT:
-            await exchange.send(part)
-
-
-class _Exchange:
-    """The answer to one request, as far as it was sent."""
-
-    def __init__(self, send: Send) -> None:
-        self._send = send
-        self.started = False
-        self.complete = False
-        self.at_replica = False  # whether a replica has begun with it
-        self._events: int | None = None  # of a stream
-
-    async def run(self, work: Coroutine[Any, Any, None], receive: Receive) -> None:
-        """Do `work`, which answers, and cancel it when the client leaves before the end.
-
-        Serve does so too, unless a header of the request tells it not to. Raises ClientGone.
-        """
-
-        async def left() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-
-        tasks = [asyncio.ensure_future(work), asyncio.ensure_future(left())]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if not (tasks[0].done() or self.complete):
-                raise ClientGone("the client closed the connection")
-            await tasks[0]
-        finally:
-            for task in tasks:
-                task.cancel()
-
-    async def send(self, part: Part) -> None:
-        if part.status is not None:
-            self.started = True
-            if any(value.startswith(b"text/event-stream") for _, value in part.headers):
-                self._events = 0
-            await self._send(
-                {
-                    "type": "http.response.start",
-                    "status": part.status,
-                    # Serve sets the id.
-                    "headers": [h for h in part.headers if h[0] != REQUEST_ID.encode()],
-                }
-            )
-        if self._events is not None:
-            self._events += part.body.count(_EVENT_END)
-        self.complete = not part.more
-        await self._send({"type": "http.response.body", "body": part.body, "more_body": part.more})
-
-    async def end(self, error: RequestError, request_id: str, path: str) -> None:
-        """End an answer that has begun: a stream with an error, in the form of its protocol."""
-        if self._events is not None and not self.complete:
-            event = refusal_event(error, request_id, path, self._events)
-            await self._send({"type": "http.response.body", "body": event})
-
-
 def _request(scope: Scope, path: str, body: bytes) -> Request:
     return Request(
         method=scope["method"],
@@ -406,15 +246,6 @@ def _request(scope: Scope, path: str, body: bytes) -> Request:
         client=scope.get("client"),
         body=body,
     )
-
-
-def _with_deadline(request: Request, deadline: float | None) -> Request:
-    """Return the request with the time that it has left: a replica counts from when it begins."""
-    if deadline is None:
-        return request
-    left = max(deadline - asyncio.get_running_loop().time(), 0.001)
-    header = (TIMEOUT_HEADER.lower().encode(), f"{left:.3f}".encode())
-    return dataclasses.replace(request, headers=(*request.headers, header))
 
 
 def _object_in(body: bytes) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from service.clients import from_json
 from service.cluster import broadcast
 from service.cluster.config import PREFIX
 from service.cluster.exchange import Part, Request
-from service.cluster.front import FrontApplication, ReplicaLost
+from service.cluster.front import FrontApplication
+from service.cluster.relay import ReplicaLost
 from service.launch import log_config
 from service.settings import Settings
 
@@ -52,7 +53,7 @@ class Front:
 
 
 class _Handles:
-    """`front.ReplicaHandles` over Serve's handles."""
+    """`relay.ReplicaHandles` over Serve's handles."""
 
     def __init__(self) -> None:
         self._handles: dict[str, DeploymentHandle[Any]] = {}

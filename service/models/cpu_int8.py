@@ -15,7 +15,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch.library import Library, register_fake
+from torch import library
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -162,10 +162,10 @@ def _multiply_by_name(x: torch.Tensor, layer: str, rows: int) -> torch.Tensor:
 
 
 # The product as an operator of torch, for compiled models.
-_OPERATORS: Any = Library("chat_service", "DEF")  # type: ignore[no-untyped-call]
+_OPERATORS: Any = library.Library("chat_service", "DEF")  # type: ignore[no-untyped-call]
 _OPERATORS.define("int8_linear(Tensor x, str layer, int rows) -> Tensor")
 _OPERATORS.impl("int8_linear", _multiply_by_name, "CPU")
-register_fake(
+library.register_fake(
     "chat_service::int8_linear",
     lambda x, layer, rows: x.new_empty(*x.shape[:-1], rows),
     lib=_OPERATORS,
