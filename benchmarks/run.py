@@ -109,6 +109,7 @@ class Benchmark:
         self.model_name = config.name
         self.chosen = compile_cache.CHOICES & config.engine.keys()
         self._tokenizer: Any = None
+        self._environment = dict(os.environ)
 
     def run(self) -> None:
         """Measure what is not measured yet."""
@@ -152,6 +153,10 @@ class Benchmark:
 
     def _measure(self, turn: int, name: str, cells: list[Key], step: Callable[[str], None]) -> None:
         log = self.folder / "logs" / f"{turn}-{name}.log"
+        # Imports of this process change it: transformers' names a folder for compiled code, where
+        # a contender would look for its own in vain.
+        os.environ.clear()
+        os.environ.update(self._environment)
         with CONTENDERS[name](self.options.model, self.options.set, log) as contender:
             for mode in _modes(name):
                 self._load(contender, mode, 2, f"warm-{turn}-{mode}", _WARM_UP)

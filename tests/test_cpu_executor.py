@@ -74,6 +74,23 @@ def test_as_many_threads_compute_as_cores_are_free(
     assert executor.collective_rpc("step") == [limit]  # they are free again
 
 
+def test_a_core_that_is_taken_for_a_moment_costs_no_thread(machine: Machine) -> None:
+    set_num_threads(2)
+    executor = started()
+    for seconds, cores, threads in [
+        (10, 1.98, 2),
+        (0.6, 1.2, 2),  # a burst of requests: the API process renders them
+        (0.6, 1.9, 2),
+        (0.6, 1.2, 2),
+        (0.6, 1.1, 1),  # it lasts
+        (0.6, 1.4, 1),
+        (0.6, 1.9, 2),
+        (3, 1.0, 1),  # a step, which two threads on one core take so long for
+    ]:
+        machine.passes(seconds, cores)
+        assert executor.collective_rpc("step") == [threads], (seconds, cores)
+
+
 def test_an_engine_leaves_the_next_one_the_threads_that_it_found(machine: Machine) -> None:
     set_num_threads(4)
     first = started()

@@ -15,6 +15,7 @@ from torch import get_num_threads, set_num_threads  # vLLM's worker replaces tor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 _SECONDS = 0.5  # between two looks at the machine
+_LASTING = 1.0  # seconds for which a core must be taken; a burst of requests takes one for less
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container
 # Read before OpenMP binds this thread to one core (OMP_PROC_BIND).
 _CORES = os.sched_getaffinity(0)
@@ -33,7 +34,8 @@ class CpuExecutor(UniProcExecutor):  # type: ignore[misc]  # vLLM is not typed f
         self._before = get_num_threads()
         self._limit = max(1, math.floor(min(self._before, _quota())))
         set_num_threads(self._limit)
-        self._looked, (self._usable, self._counted) = time.monotonic(), _seconds()
+        self._looked = self._enough = time.monotonic()
+        self._usable, self._counted = _seconds()
         super()._init_executor()
 
     def collective_rpc(self, *args: Any, **kwargs: Any) -> Any:
@@ -43,9 +45,16 @@ class CpuExecutor(UniProcExecutor):  # type: ignore[misc]  # vLLM is not typed f
             usable, counted = _seconds()
             if counted > self._counted:  # in some sandboxes the machine's times stand still
                 cores = (usable - self._usable) / passed
-                set_num_threads(max(1, min(self._limit, round(cores))))
+                self._compute_with(max(1, min(self._limit, round(cores))))
             self._looked, self._usable, self._counted = self._looked + passed, usable, counted
         return super().collective_rpc(*args, **kwargs)
+
+    def _compute_with(self, threads: int) -> None:
+        """Take more threads at once, and fewer when cores have been taken for `_LASTING`."""
+        now = time.monotonic()
+        if threads >= get_num_threads() or now - self._enough > _LASTING:
+            set_num_threads(threads)
+            self._enough = now  # there were cores enough until now, or there are for so many
 
     def shutdown(self) -> None:
         super().shutdown()
