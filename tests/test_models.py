@@ -77,7 +77,7 @@ def test_bfloat16_differs_from_the_reference_by_rounding_only(
     assert mean < 0.15
 
 
-@pytest.mark.parametrize("name", [*OURS, "internlm2", "deepseek_moe", "glm4"])
+@pytest.mark.parametrize("name", NAMES)
 def test_compiled_code_says_what_the_reference_says(folders: dict[str, Path], name: str) -> None:
     with engine(folders[name], enforce_eager=False) as llm:
         other, most, _ = differences(folders[name], ask(llm))
