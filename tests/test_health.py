@@ -157,3 +157,20 @@ def test_while_it_loads_who_sends_byte_by_byte_is_cut_off(
                     break
             assert ended
         server.shutdown()
+
+
+@hardening(3)
+@pytest.mark.parametrize(("size", "status"), [(65_536, b"200"), (65_537, b"431")])
+def test_while_it_loads_headers_are_limited_together(
+    tmp_path: Path, size: int, status: bytes
+) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    with ProgressServer(listener, None, RunFolder(tmp_path), "a-model", "this one") as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        with socket.create_connection(listener.getsockname()) as client:
+            headers = b"a: %s\r\n" % (b"x" * 40_000)
+            headers += b"b: %s\r\n\r\n" % (b"x" * (size - len(headers) - 7))
+            assert len(headers) == size
+            client.sendall(b"GET /health/live HTTP/1.1\r\n" + headers)
+            assert client.recv(65_536).startswith(b"HTTP/1.1 " + status)
+        server.shutdown()

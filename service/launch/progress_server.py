@@ -4,6 +4,7 @@ It runs in the supervisor, which imports neither torch nor vLLM, so it answers w
 API processes take over from it (`RunFolder.take_over`).
 """
 
+import http.client
 import json
 import socket
 import ssl
@@ -12,13 +13,14 @@ import time
 import uuid
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, BinaryIO
 
 from service import web
 from service.errors import Unavailable, refusal_body
 from service.launch.run_folder import RunFolder
 
 _MAX_CONNECTIONS = 256
+_MAX_HEADER_BYTES = 65_536
 _READ_SECONDS = 5  # for one read
 _CONNECTION_SECONDS = 10  # for all reads and writes of a connection
 _RETRY_AFTER = 5
@@ -96,11 +98,35 @@ def _end(connection: socket.socket) -> None:
         socket.socket.shutdown(connection, socket.SHUT_RDWR)  # SSLSocket's own drops its state
 
 
+class _Headers:
+    """The headers of a request, limited together: the library limits each of them alone."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._left = _MAX_HEADER_BYTES
+
+    def readline(self, limit: int) -> bytes:
+        line = self._file.readline(min(limit, self._left + 1))
+        self._left -= len(line)
+        if self._left < 0:
+            raise http.client.LineTooLong("headers")
+        return line
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: ProgressServer
     protocol_version = "HTTP/1.1"
     server_version = "chat-service"
     sys_version = ""
+
+    def parse_request(self) -> bool:
+        """Read the headers; answers 431 if they are too long."""
+        file = self.rfile
+        self.rfile = _Headers(file)  # type: ignore[assignment]
+        try:
+            return super().parse_request()
+        finally:
+            self.rfile = file
 
     def _answer(self) -> None:
         phase, percent = self.server.folder.phase()
