@@ -233,7 +233,15 @@ def test_a_deadline_holds_while_a_grammar_is_compiled(http: httpx.Client) -> Non
         (COMPLETE, {**TEXT, "prompt_embeds": "AAAA"}),
         (COMPLETE, {"model": MODEL, "prompt_embeds": ["AAAA"]}),
         *(
-            (CHAT, {**HI, "messages": [{"role": "user", "content": [part]}]})
+            (
+                CHAT,
+                {
+                    **HI,
+                    "messages": [
+                        {"role": "user", "content": [{"type": "text", "text": "hi"}, part]}
+                    ],
+                },
+            )
             for part in (
                 {"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/x.png"}},
                 {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}},
@@ -259,7 +267,7 @@ def test_nothing_is_fetched_for_a_client(http: httpx.Client, route: str) -> None
             part = {"type": "input_image", "image_url": url}
         elif route == "/v1/messages":
             part = {"type": "image", "source": {"type": "url", "url": url}}
-        turns = [{"role": "user", "content": [part]}]
+        turns = [{"role": "user", "content": [{"type": "text", "text": "hi"}, part]}]
         body = {"model": MODEL, "max_tokens": 2, "messages": turns}
         if route == "/v1/responses":
             body = {"model": MODEL, "input": turns}
@@ -503,9 +511,26 @@ def test_nothing_of_a_client_gets_into_log_lines_or_labels(
 ) -> None:
     http.post("/secret-path%0AFAKE", content=b"secret-body")
     http.request("SECRETMETHOD", "/")
+    call = {"type": "function", "id": "c", "function": {"name": "secret", "arguments": "{"}}
+    part = {"type": "refusal", "refusal": None, "note": "secret"}
+    summary = [{"type": "summary_text", "text": "a"}]
+    item = {"type": "reasoning", "id": "r\nFAKE secret", "summary": summary}
+    for route, body in (  # vLLM warns of each
+        (
+            CHAT,
+            {
+                **HI,
+                "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}, part]}],
+            },
+        ),
+        (CHAT, {**HI, "messages": [{"role": "assistant", "tool_calls": [call]}, *HI["messages"]]}),
+        ("/v1/responses", {"input": [item, *HI["messages"]], "max_output_tokens": 1}),
+    ):
+        assert post(http, route, body).status_code == 200
     http.post("/", content=b"{", headers={"X-Request-Id": "fine-id"})
     assert logged(service, "id=fine-id")
     log = service.log.read_text()
+    assert log.count("Please use content instead of summary") == 1 and "FAKE" not in log
     assert "secret" not in log and "SECRETMETHOD" not in log
     metrics = http.get("/metrics").text
     assert "secret" not in metrics and "SECRETMETHOD" not in metrics

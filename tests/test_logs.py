@@ -2,6 +2,8 @@
 
 import logging
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import httpx
@@ -88,6 +90,29 @@ def test_a_server_that_is_ready_stays_so_whatever_vllm_loads_or_compiles(tmp_pat
     log("Loading weights took 1.00 seconds")
     log("Dynamo bytecode transform time: 2.00 s")
     assert folder.phase()[0] is Phase.READY
+
+
+@hardening(25)
+def test_no_message_of_a_library_is_more_than_a_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = f"""
+import logging.config
+from pathlib import Path
+from service.launch import log_config
+from service.launch.run_folder import RunFolder
+folder = RunFolder(Path({str(tmp_path)!r}))
+logging.config.dictConfig(log_config.configuration(folder, verbose=False))
+logging.getLogger("any").warning("a %s", "b\\n2026-11-21 12:09:29 INFO \\x1b[1m")
+try:
+    raise ValueError("secret")
+except ValueError:
+    logging.getLogger("vllm.tool_parsers.any").exception("it fails: %s", "secret")
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+    line, failed, *where = capfd.readouterr().err.splitlines()
+    assert line.endswith(" WARNING a b 2026-11-21 12:09:29 INFO  [1m")
+    assert failed.endswith("ValueError") and where and "secret" not in " ".join(where)
 
 
 def test_the_start_is_phases_and_then_how_to_call_it(service: Server) -> None:

@@ -59,6 +59,30 @@ _HARMLESS = re.compile(
         )
     )
 )
+# vLLM's loggers whose records may hold what a client sent: parts of prompts, names, ids.
+_SEE_REQUESTS = tuple(
+    f"vllm.{name}"
+    for name in (
+        "entrypoints",
+        "inputs",
+        "logging_utils",
+        "logits_process",
+        "multimodal",
+        "outputs",
+        "parser",
+        "reasoning",
+        "renderers",
+        "sampling_params",
+        "tokenizers",
+        "tool_parsers",
+        "v1.core.sched",
+        "v1.engine",
+        "v1.structured_output",
+    )
+)
+_FATAL = re.compile(r"encountered a fatal error|output_handler failed")  # of `vllm.v1.engine`
+_ARGUMENT = re.compile(r"%[-+#0]*[\d.]*[a-z]")
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 _FORMATS = {
     "plain": "%(asctime)s %(levelname)s %(message)s",
     "verbose": "%(asctime)s %(levelname)s [%(process)d %(name)s] %(message)s",
@@ -66,6 +90,15 @@ _FORMATS = {
 _DATE = "%Y-%m-%d %H:%M:%S"
 # vLLM's errors when a worker or the engine fails, at start or later.
 _FAILED = re.compile(r"failed to start|WorkerProc hit an exception")
+
+
+class OneLine(logging.Formatter):
+    """Keeps a message of the libraries on one line, whatever it holds; a traceback follows it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        if record.name.partition(".")[0] != "service":
+            record.message = _CONTROLS.sub(" ", record.message)
+        return super().formatMessage(record)
 
 
 class ToSupervisor(logging.Filter):
@@ -101,6 +134,9 @@ class StartUp(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if record.name.partition(".")[0] == "service":
             return True
+        sees_requests = record.name.startswith(_SEE_REQUESTS) and record.levelno >= logging.WARNING
+        if sees_requests and record.args:
+            record.msg, record.args = _ARGUMENT.sub("...", str(record.msg)), ()
         message = record.getMessage()
         if record.exc_info and type(record.exc_info[1]).__name__ == "EngineDeadError":
             return False  # our own line reports it once
@@ -110,13 +146,6 @@ class StartUp(logging.Filter):
             return False  # a client error, whose text echoes input
         if record.exc_info and record.name.startswith("vllm.renderers."):
             return False  # a template fails: the request or the start says so
-        if record.exc_info and record.name.startswith("vllm.entrypoints."):
-            # Log no error texts of vLLM's handlers: they may echo input.
-            kind, _, stack = record.exc_info
-            where = "".join(traceback.format_tb(stack))
-            record.msg, record.args = f"vLLM failed: {kind and kind.__name__}\n{where}", ()
-            record.exc_info = record.exc_text = None
-            return True
         if record.levelno >= logging.ERROR:
             if "failed to start" in message:
                 from service.models.vllm_private import print_no_traceback
@@ -126,7 +155,15 @@ class StartUp(logging.Filter):
             if _FAILED.search(message) and record.exc_info:
                 record.msg, record.args = f"{message} {record.exc_info[1]}", ()
                 record.exc_info = record.exc_text = None
-            return "died unexpectedly" not in message
+            if "died unexpectedly" in message:
+                return False
+        if sees_requests and record.exc_info and not _FATAL.search(message):
+            # An exception's text may echo input, so log where it was raised alone.
+            kind, _, stack = record.exc_info
+            record.msg = f"vLLM failed: {kind and kind.__name__}"
+            record.exc_info, record.exc_text = None, "".join(traceback.format_tb(stack)).rstrip()
+        if record.levelno >= logging.ERROR:
+            return True
         if record.levelno >= logging.WARNING:
             return not _HARMLESS.search(message)
         for pattern, phase, timed in _PHASES:
@@ -153,7 +190,12 @@ def configuration(folder: RunFolder, *, verbose: bool) -> dict[str, Any]:
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {
-            name: {"format": format, "datefmt": _DATE} for name, format in _FORMATS.items()
+            name: {
+                "class": "service.launch.log_config.OneLine",
+                "format": format,
+                "datefmt": _DATE,
+            }
+            for name, format in _FORMATS.items()
         },
         "filters": {
             "report": {
