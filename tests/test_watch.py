@@ -1,7 +1,10 @@
 """What happens at SIGTERM in an API process: a queue with requests, and no engine."""
 
 import asyncio
+import os
+import shutil
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
@@ -17,6 +20,7 @@ from service.api.state import ServiceState
 from service.api.watch import Watch
 from service.clients import Client
 from service.errors import Unavailable
+from service.launch.run_folder import RunFolder
 from service.phase import Phase
 from service.settings import Settings
 from tests.conftest import hardening
@@ -64,3 +68,12 @@ def test_what_does_not_finish_in_its_time_is_ended(signals: int, waits: bool) ->
         assert server.should_exit
 
     asyncio.run(scenario())
+
+
+def test_a_run_folder_that_somebody_removes_comes_back(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    for _ in range(2):
+        folder.beat()
+        folder.mark_progress()
+        assert list(folder.beats()) == [str(os.getpid())] and folder.progress()
+        shutil.rmtree(folder.path)

@@ -69,6 +69,7 @@ class RunFolder(Host):
         return Phase(phase), int(percent) if percent else None
 
     def beat(self) -> None:  # a touch works on a full disk
+        self.path.mkdir(mode=0o700, exist_ok=True)  # who cleans /tmp must not end the checks
         self._beats.mkdir(exist_ok=True)
         (self._beats / str(os.getpid())).touch()
 
