@@ -28,11 +28,12 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["path"] == "/slow":
         await asyncio.sleep(2 * TIMEOUT)
     body = b"." * LONG if scope["path"] == "/long" else b"answer"
-    if scope["path"] == "/echo":
+    if scope["path"] in ("/echo", "/count"):
         body, more = b"", True
         while more:
             message = await receive()
-            body, more = body + message["body"], message["more_body"]
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+        body = body if scope["path"] == "/echo" else str(len(body)).encode()
     if scope["path"] == "/headers":
         await asyncio.sleep(0.5)
         body = b" ".join(name for name, _ in scope["headers"])
@@ -124,6 +125,21 @@ def test_a_client_of_http_1_0_is_sent_no_100(client: socket.socket) -> None:
     client.sendall(EXPECT % (b"/echo", 0) + b"hi")
     answer = read(client)
     assert b" 100 " not in answer and answer.endswith(b"\r\n\r\nhi")
+
+
+@hardening(2)
+@pytest.mark.parametrize(
+    ("parts", "size", "status"), [(1_000, 1, b"200"), (1_001, 1, b"400"), (1_500, 64, b"200")]
+)
+def test_a_body_has_so_many_short_parts(
+    client: socket.socket, parts: int, size: int, status: bytes
+) -> None:
+    head = b"POST /count HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+    client.sendall(head + b"Connection: close\r\n\r\n")
+    client.sendall(b"%x\r\n%s\r\n" % (size, b"x" * size) * parts + b"0\r\n\r\n")
+    answer = read(client)
+    assert answer.startswith(b"HTTP/1.1 " + status)
+    assert status != b"200" or answer.endswith(b"\r\n\r\n%d" % (parts * size))
 
 
 @pytest.mark.parametrize("pause", [0, 0.2])

@@ -18,6 +18,7 @@ from service.errors import (
     HeadersTooLarge,
     HeadersTooSlow,
     LaunchError,
+    MalformedBody,
     RequestError,
     Unavailable,
     refusal_body,
@@ -26,6 +27,9 @@ from service.settings import Settings
 
 _MAX_HEADERS = 128
 _MAX_HEADER_BYTES = 65_536
+# So many parts of a body, such as chunks, may be short: each costs the event loop the same time.
+_MAX_SHORT_PARTS = 1_000
+_SHORT_PART = 64  # bytes, in the mean
 _MAX_PIPELINED = 16  # requests that a client sends ahead on one connection
 # How long to read and drop what a refused client still sends. Closing at once would reset the
 # connection, and the client would lose our response.
@@ -146,6 +150,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._unparsed_bytes = 0  # received since headers were complete or a body part came
         self._in_headers = False
         self._header_bytes = 0
+        self._parts = 0  # of this request's body
+        self._part_bytes = 0
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._refused = False
@@ -209,7 +215,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self.idle.pop(self, None)
         self._in_headers = True
-        self._header_bytes = 0
+        self._header_bytes = self._parts = self._part_bytes = 0
         self._stop_header_timer()
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -243,7 +249,13 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         self._unparsed_bytes = 0
-        if not self._refused:
+        if self._refused:
+            return
+        self._parts += 1
+        self._part_bytes += len(body)
+        if self._parts > max(_MAX_SHORT_PARTS, self._part_bytes // _SHORT_PART):
+            self._refuse_parts()
+        else:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -302,6 +314,21 @@ class GuardedProtocol(HttpToolsProtocol):
                 f"a request has at most {_MAX_HEADERS} headers, of {_MAX_HEADER_BYTES} bytes"
             )
         )
+
+    def _refuse_parts(self) -> None:
+        """Answer in place of the application, for which the client has left."""
+        if self.cycle.response_started:
+            self._refused = True
+            self.transport.close()
+            return
+        cycle = self._cycles.pop()
+        cycle.disconnected = True
+        cycle.message_event.set()
+        error = MalformedBody(
+            f"a body has at most {_MAX_SHORT_PARTS} parts of less than {_SHORT_PART} bytes; send "
+            "it in longer ones"
+        )
+        self._refuse(error, self.route(self.scope["path"]))
 
     def _refuse(self, error: RequestError, path: str = "/") -> None:
         """Answer with an error in the form of `path`, "/" where none is known yet, and close."""
