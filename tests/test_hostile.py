@@ -512,10 +512,11 @@ def test_nothing_of_a_client_gets_into_log_lines_or_labels(
     http.post("/secret-path%0AFAKE", content=b"secret-body")
     http.request("SECRETMETHOD", "/")
     call = {"type": "function", "id": "c", "function": {"name": "secret", "arguments": "{"}}
+    user = {"role": "user", "content": "hi"}
     part = {"type": "refusal", "refusal": None, "note": "secret"}
     summary = [{"type": "summary_text", "text": "a"}]
     item = {"type": "reasoning", "id": "r\nFAKE secret", "summary": summary}
-    for route, body in (  # vLLM warns of each
+    bodies: tuple[tuple[str, dict[str, Any]], ...] = (  # vLLM warns of each
         (
             CHAT,
             {
@@ -523,9 +524,10 @@ def test_nothing_of_a_client_gets_into_log_lines_or_labels(
                 "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}, part]}],
             },
         ),
-        (CHAT, {**HI, "messages": [{"role": "assistant", "tool_calls": [call]}, *HI["messages"]]}),
-        ("/v1/responses", {"input": [item, *HI["messages"]], "max_output_tokens": 1}),
-    ):
+        (CHAT, {**HI, "messages": [{"role": "assistant", "tool_calls": [call]}, user]}),
+        ("/v1/responses", {"input": [item, user], "max_output_tokens": 1}),
+    )
+    for route, body in bodies:
         assert post(http, route, body).status_code == 200
     http.post("/", content=b"{", headers={"X-Request-Id": "fine-id"})
     assert logged(service, "id=fine-id")

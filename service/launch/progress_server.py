@@ -13,7 +13,8 @@ import time
 import uuid
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, BinaryIO
+from io import BufferedIOBase
+from typing import Any
 
 from service import web
 from service.errors import Unavailable, refusal_body
@@ -101,7 +102,7 @@ def _end(connection: socket.socket) -> None:
 class _Headers:
     """The headers of a request, limited together: the library limits each of them alone."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BufferedIOBase) -> None:
         self._file = file
         self._left = _MAX_HEADER_BYTES
 
