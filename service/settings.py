@@ -18,6 +18,18 @@ PREFIX = "SERVICE_"
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
+def _user_cache() -> Path:
+    """Return the user's folder for caches. Raises ConfigError if there is none."""
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:  # no HOME, and no entry in /etc/passwd
+        raise ConfigError(
+            f"{PREFIX}CACHE_DIR: this user has no home folder; name a folder to write to"
+        ) from None
+
+
 class Settings(BaseSettings):
     """Each field is an environment variable: `SERVICE_` and the field's name in capitals."""
 
@@ -26,7 +38,7 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: Annotated[int, Field(ge=1, le=65535)] = Field(6006, description="Port to listen on.")
     cache_dir: Path = Field(
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chat-service",
+        default_factory=lambda: _user_cache() / "chat-service",
         description="Where the embedded model and compiled code are kept; ModelScope's models are "
         "under MODELSCOPE_CACHE.",
     )

@@ -43,6 +43,16 @@ def test_a_mistake_names_the_variable(
     assert str(error.value) == message
 
 
+def test_who_has_no_home_names_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME", "SERVICE_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 4_242_424)  # who is not in /etc/passwd
+    with pytest.raises(ConfigError, match="SERVICE_CACHE_DIR: this user has no home folder; name"):
+        settings.load()
+    monkeypatch.setenv("SERVICE_CACHE_DIR", str(tmp_path))
+    assert settings.load().cache_dir == tmp_path
+
+
 @pytest.mark.parametrize(
     "name",  # as Consul, Registrator and some platforms set
     ["NAME", "CHECK_TIMEOUT", "80_CHECK_TIMEOUT", "TIMEOUT", "CHECK_HTTP", "ID", "TAGS"],
