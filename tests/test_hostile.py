@@ -131,6 +131,19 @@ def test_errors_and_the_log_do_not_repeat_what_was_sent(
     assert "secret" not in service.log.read_text()
 
 
+@hardening(2)
+@pytest.mark.parametrize(("length", "status"), [(b"15", 200), (b"9" * 19, 413)])
+def test_a_length_with_thousands_of_zeros_is_a_length(
+    service: Server, length: bytes, status: int
+) -> None:
+    url = httpx.URL(service.url)
+    with socket.create_connection((url.host, url.port)) as client:
+        head = b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        length = b"Content-Length: " + b"0" * 4400 + length
+        client.sendall(head + length + b'\r\n\r\n{"prompt":"hi"}')
+        assert client.recv(65_536).startswith(b"HTTP/1.1 %d " % status)
+
+
 def test_what_is_refused_before_it_is_routed_counts_for_its_route(
     http: httpx.Client, service: Server
 ) -> None:
@@ -303,6 +316,10 @@ def test_nothing_is_fetched_for_a_client(http: httpx.Client, route: str) -> None
         {"logprobs": 1, "logprob_token_ids": [-9]},
         {"priority": -(2**70)},
         {"vllm_xargs": {"a": 2**70}},
+        {"vllm_xargs": {"kv_transfer_params": "x"}},
+        {"repetition_detection": {"max_pattern_size": 2**70, "min_count": 2}},
+        {"stream_interval": 2**80},
+        {"stream_interval": str(2**80), "n": 2},
         {"cache_salt": "x" * 10**5},
         {"truncate_prompt_tokens": 2**62},
     ],

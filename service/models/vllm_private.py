@@ -11,8 +11,10 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 from transformers.models.auto import tokenization_auto
+from vllm.exceptions import VLLMValidationError
 from vllm.tokenizers import detokenizer_utils, registry
 from vllm.transformers_utils import config as vllm_config
 from vllm.transformers_utils import utils
@@ -107,7 +109,8 @@ def watch_sequences(client: "AsyncLLM", note: Callable[[int, Any], None]) -> Non
 
     Its arguments are the prompt's tokens, 0 for further sequences of one prompt, and vLLM's
     statistics of the sequence, whose `num_generation_tokens` grows. They are right on every route,
-    however the request ends. Nothing is added to a step.
+    however the request ends. Nothing is added to a step. What fails here is the client's error: a
+    value that vLLM has not checked.
     """
     processor = client.output_processor
     add = processor.add_request
@@ -115,7 +118,12 @@ def watch_sequences(client: "AsyncLLM", note: Callable[[int, Any], None]) -> Non
     def add_and_note(
         request: Any, prompt: Any, parent: Any = None, index: int = 0, queue: Any = None
     ) -> None:
-        add(request, prompt, parent, index, queue)
+        try:
+            if not index:  # vLLM cannot send an integer of more than 64 bits to its engine
+                msgspec.msgpack.encode(request.sampling_params, enc_hook=lambda _: None)
+            add(request, prompt, parent, index, queue)
+        except (AttributeError, OverflowError, TypeError) as e:
+            raise VLLMValidationError("a parameter has a value that it cannot have") from e
         sequence = processor.request_states[request.request_id]
         note(0 if index else sequence.prompt_len, sequence.stats)
 
