@@ -25,6 +25,12 @@ def load(tmp_path: Path, text: str, *assignments: str) -> model_config.ModelConf
     return model_config.load(str(file), assignments)[0]
 
 
+# Each line is nine times as long as the one before.
+ALIASES = "".join(
+    f"  a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else '1'] * 9)}]\n" for i in range(12)
+)
+
+
 @pytest.mark.parametrize("name", model_config.catalogue())
 def test_every_entry_of_the_catalogue_is_valid_and_named_as_its_file(name: str) -> None:
     assert model_config.load(name)[0].name == name
@@ -89,6 +95,10 @@ def test_set_overrides_one_value(tmp_path: Path) -> None:
         (
             GOOD.replace("  temperature", "\ttemperature"),
             "{file}:7: a tab cannot indent YAML; use spaces",
+        ),
+        (
+            GOOD + "engine:\n" + ALIASES,
+            "{file}:14: more than 100,000 values, with those that aliases repeat",
         ),
         ("just text", "{file}: expected keys and values, such as `name: my-model`"),
         ("", "{file}: expected keys and values, such as `name: my-model`"),

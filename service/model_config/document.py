@@ -18,6 +18,7 @@ KeyPath = tuple[str | int, ...]
 # Exceptions of PyYAML for invalid text or values, such as `!!int zz`.
 UNREADABLE = (yaml.YAMLError, ValueError, KeyError, RecursionError)
 _SHORT = 10_000  # characters
+_MAX_VALUES = 100_000  # of a file, with those that its aliases repeat
 # A number as YAML 1.2 and JSON have it. PyYAML takes it for text: YAML 1.1 wants 1.0e-6.
 _NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
 # Numbers that are others in YAML 1.1 than they seem to be: 0512 is octal, and 1:30 is 90.
@@ -166,18 +167,30 @@ def _compose(text: str) -> yaml.Node | None:
 
 @dataclass
 class _Walk:
-    """Visits each key of a file once."""
+    """Visits each key of a file once, and those of an alias wherever it stands."""
 
     file: Path
     spell: Callable[[KeyPath, Any], Any]
     lines: dict[KeyPath, int] = field(default_factory=dict)
     mistakes: list[Mistake] = field(default_factory=list)
+    _values: int = 0
+    _last: yaml.Node | None = None  # the key visited last
 
     def record(self, node: yaml.Node, path: KeyPath = ()) -> None:
-        """Note the line of each key below `node`, and what is wrong with it."""
+        """Note the line of each key below `node`, and what is wrong with it.
+
+        Raises MarkedYAMLError if there are too many of them.
+        """
+        self._values += 1
+        if self._values > _MAX_VALUES:
+            problem = f"more than {_MAX_VALUES:,} values, with those that aliases repeat"
+            raise yaml.MarkedYAMLError(
+                problem=problem, problem_mark=(self._last or node).start_mark
+            )
         if isinstance(node, yaml.MappingNode):
             firsts: dict[KeyPath, int] = {}
             for key, value in node.value:
+                self._last = key
                 where = (*path, str(self.spell(path, key.value)))
                 line = self.lines[where] = key.start_mark.line + 1
                 if where in firsts:
