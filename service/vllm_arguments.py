@@ -15,7 +15,7 @@ from service.model_config.schema import Sampling
 from service.settings import Settings
 from service.weights import adapter
 from service.weights.adapter import Adapter, Limits
-from service.weights.tensor_files import read_json, read_object
+from service.weights.tensor_files import read_config, read_object
 
 if TYPE_CHECKING:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -241,7 +241,7 @@ def adapter_limits(model: Path, *, for_gpu: bool = False) -> Limits | None:
 
     if not (model / "config.json").is_file():
         return None
-    config = read_json(model / "config.json")
+    config = read_config(model)
     # Multi-head latent attention (MLA) reads this matrix once, when it is loaded.
     absorbed = {"kv_b_proj"} if config.get("kv_lora_rank") and not envs.VLLM_MLA_DISABLE else set()
     for architecture in config.get("architectures") or ():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from service import model_config, settings
+from service.errors import WeightsError
 from service.launch import float_type
 from service.preflight import check
 
@@ -84,6 +85,28 @@ def test_the_type_of_the_files_is_read_where_vllm_reads_it(
     else:
         assert reason and f"no instructions for {chosen}; engine.dtype={chosen} insists" in reason
         assert args.dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ([], " is not a JSON object"),
+        ({"text_config": "x"}, ": text_config is not a JSON object"),
+        ({"quantization_config": [1]}, ": quantization_config is not a JSON object"),
+        ({"architectures": "Qwen3ForCausalLM"}, ": architectures is not a JSON array"),
+        ({"architectures": [[]]}, ": architectures has what is no string"),
+    ],
+)
+def test_a_value_of_the_wrong_type_in_config_json_is_told(
+    tmp_path: Path, config: object, says: str
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config))
+    args = Namespace(model=str(tmp_path), dtype="auto", quantization=None)
+    served = model_config.ModelConfig(name="m", source=model_config.Source(path=str(tmp_path)))
+    with pytest.raises(WeightsError) as error:
+        float_type.choose(args, served)
+    assert str(error.value) == f"{file}{says}; fetch the model again"
 
 
 @pytest.mark.parametrize("value", ["auto", "null"])

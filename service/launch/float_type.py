@@ -30,8 +30,7 @@ def choose(args: argparse.Namespace, config: ModelConfig) -> str | None:
 
     if not vllm_arguments.on_cpu():
         return None
-    file = Path(args.model) / "config.json"
-    checkpoint = tensor_files.read_json(file) if file.exists() else {}
+    checkpoint = tensor_files.read_config(Path(args.model))
     # The values of config.json win over those of its text_config.
     checkpoint = {**(checkpoint.get("text_config") or {}), **checkpoint}
     by_vllm = args.quantization and args.quantization != cpu_int8.NAME

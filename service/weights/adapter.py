@@ -15,7 +15,7 @@ from typing import Any
 from service.errors import WeightsError
 from service.model_config.loader import cached_name
 from service.weights import tensor_files
-from service.weights.tensor_files import Tensor, read_object, visible, weight_files
+from service.weights.tensor_files import Tensor, read_config, read_object, visible, weight_files
 
 CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the order of vLLM
@@ -277,10 +277,7 @@ def _of_values(folder: Path) -> list[str]:
 
 
 def _of_base(base: Path) -> str | None:
-    config = read_object(base / "config.json") if (base / "config.json").is_file() else {}
-    quantization = config.get("quantization_config")
-    if not isinstance(quantization, dict):
-        return None
+    quantization = read_config(base).get("quantization_config") or {}
     if quantization.get("quant_method") == "bitsandbytes" or quantization.get("load_in_4bit"):
         return (
             "its base is stored in 4 bits by bitsandbytes, which takes no adapter here; serve it "

@@ -12,7 +12,7 @@ from typing import Any
 
 from service.errors import WeightsError
 from service.weights import adapter, tensor_files
-from service.weights.tensor_files import REMEDY, read_json, read_object, visible, weight_files
+from service.weights.tensor_files import REMEDY, read_config, read_json, visible, weight_files
 
 # Architectures with a separate head unless config.json sets tie_word_embeddings.
 _UNTIED = frozenset(
@@ -77,7 +77,7 @@ def check(folder: Path) -> None:
             f"{folder} holds a model and an adapter ({beside.name}); move the adapter's files to a "
             "folder of their own, and give that with --adapter"
         )
-    config = read_object(folder / "config.json")
+    config = read_config(folder)
     architecture = (config.get("architectures") or [""])[0]
     if not files or architecture not in _UNIFORM or config.get("quantization_config"):
         return
@@ -129,6 +129,9 @@ def _check_layers(names: set[str], config: dict[str, Any]) -> None:
         if match := _LAYER.search(name):
             layers[int(match[1])].add(name[: match.start()] + "." + name[match.end() :])
     keys = ("num_hidden_layers", "num_transformer_layers", "num_layers")
+    for key in (*keys, "first_k_dense_replace"):
+        if not isinstance(config.get(key) or 0, int):
+            raise WeightsError(f"config.json: {key} is not an integer; {REMEDY}")
     layer_count = next((config[key] for key in keys if config.get(key)), len(layers))
     if (number := next((n for n in range(layer_count) if n not in layers), None)) is not None:
         raise WeightsError(f"the weights lack the tensors of layer {number}; {REMEDY}")

@@ -14,6 +14,12 @@ _NOT_WEIGHTS = ("training_args.bin", "optimizer.bin")  # vLLM ignores them too
 # Pattern of weight files -> the index that vLLM reads.
 _INDEX = {"*.safetensors": "model.safetensors.index.json", "*.bin": "pytorch_model.bin.index.json"}
 REMEDY = "fetch the model again"
+# Key of config.json -> its type, and that type in words.
+_CONFIG: dict[str, tuple[type, str]] = {
+    "architectures": (list, "a JSON array"),
+    "text_config": (dict, "a JSON object"),
+    "quantization_config": (dict, "a JSON object"),
+}
 _LFS_POINTER = b"version https://git-lfs"  # the file's beginning
 
 
@@ -58,6 +64,21 @@ def read_object(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise WeightsError(f"{file} is not a JSON object; {REMEDY}")
     return content
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return a checkpoint's config.json, or an empty dict. Raises WeightsError.
+
+    The keys that this package reads are null or have the right type.
+    """
+    file = folder / "config.json"
+    config = read_object(file) if file.is_file() else {}
+    for key, (kind, name) in _CONFIG.items():
+        if config.get(key) is not None and not isinstance(config[key], kind):
+            raise WeightsError(f"{file}: {key} is not {name}; {REMEDY}")
+    if not all(isinstance(name, str) for name in config.get("architectures") or ()):
+        raise WeightsError(f"{file}: architectures has what is no string; {REMEDY}")
+    return config
 
 
 def index(folder: Path, pattern: str) -> dict[str, Any]:
