@@ -153,8 +153,8 @@ class Benchmark:
 
     def _measure(self, turn: int, name: str, cells: list[Key], step: Callable[[str], None]) -> None:
         log = self.folder / "logs" / f"{turn}-{name}.log"
-        # Imports of this process change it: transformers' names a folder for compiled code, where
-        # a contender would look for its own in vain.
+        # Libraries imported here set variables, such as the folder of compiled code; a contender
+        # must not inherit them.
         os.environ.clear()
         os.environ.update(self._environment)
         with CONTENDERS[name](self.options.model, self.options.set, log) as contender:

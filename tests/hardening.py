@@ -18,9 +18,9 @@ ROWS: dict[int, tuple[str, str]] = {
         "what a body may hold stands [below](#what-a-body-may-hold)",
     ),
     2: (
-        "A body of hundreds of MB, endless, not JSON, nested deep, or behind `Upgrade`",
-        "413 at `SERVICE_MAX_BODY_BYTES` before it is read or while it comes; 400 for what is no JSON, or "
-        "nested deeper than the parser's 201 levels; 422 for what is no object; errors are short and repeat no input; "
+        "A body of hundreds of MB, endless, in chunks of a byte, not JSON, nested deep, or behind `Upgrade`",
+        "413 at `SERVICE_MAX_BODY_BYTES` before it is read or while it comes; 400 for what is no JSON, "
+        "nested deeper than the parser's 201 levels, or in more than 1,000 parts of under 64 bytes; 422 for what is no object; errors are short and repeat no input; "
         "`Upgrade` is ignored, and the body is the request's",
     ),
     3: (

@@ -53,7 +53,8 @@ class Admission:
     `limit` is how many sequences run at once, `queue` how many more may wait, and `queue_timeout`
     how many seconds one may wait. A single client may use all of both. With several clients, the
     one with the fewest running sequences for its weight starts next. A client below its share of
-    the queue is accepted even when others have filled it, so at most 2 * `queue` wait.
+    the queue, which is one at least, is accepted even when others have filled it. So more than
+    `queue` may wait: of each client at most its share among those that are here when it comes.
     """
 
     def __init__(

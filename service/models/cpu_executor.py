@@ -54,7 +54,7 @@ class CpuExecutor(UniProcExecutor):  # type: ignore[misc]  # vLLM is not typed f
         now = time.monotonic()
         if threads >= get_num_threads() or now - self._enough > _LASTING:
             set_num_threads(threads)
-            self._enough = now  # there were cores enough until now, or there are for so many
+            self._enough = now  # the last time when the threads had their cores
 
     def shutdown(self) -> None:
         super().shutdown()
