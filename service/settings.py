@@ -18,18 +18,6 @@ PREFIX = "SERVICE_"
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-def _user_cache() -> Path:
-    """Return the user's folder for caches. Raises ConfigError if there is none."""
-    if folder := os.environ.get("XDG_CACHE_HOME"):
-        return Path(folder)
-    try:
-        return Path.home() / ".cache"
-    except RuntimeError:  # no HOME, and no entry in /etc/passwd
-        raise ConfigError(
-            f"{PREFIX}CACHE_DIR: this user has no home folder; name a folder to write to"
-        ) from None
-
-
 class Settings(BaseSettings):
     """Each field is an environment variable: `SERVICE_` and the field's name in capitals."""
 
@@ -38,7 +26,8 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: Annotated[int, Field(ge=1, le=65535)] = Field(6006, description="Port to listen on.")
     cache_dir: Path = Field(
-        default_factory=lambda: _user_cache() / "chat-service",
+        # `~` stays where a user has no home folder, and `load` refuses it.
+        Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "chat-service",
         description="Where the embedded model and compiled code are kept; ModelScope's models are "
         "under MODELSCOPE_CACHE.",
     )
@@ -137,9 +126,12 @@ def load(**flags: object) -> Settings:
             print(f"{variable} is no setting of this service; it is ignored", file=sys.stderr)
     values = {name: value for name, value in flags.items() if value is not None}
     try:
-        return Settings(**values)  # type: ignore[arg-type]
+        loaded = Settings(**values)  # type: ignore[arg-type]
     except ValidationError as e:
         error = e.errors(include_url=False, include_input=False)[0]
         field = str(error["loc"][0])
         place = f"--{field}" if field in values else f"{PREFIX}{field.upper()}"
         raise ConfigError(f"{place}: {error['msg'][0].lower()}{error['msg'][1:]}") from None
+    if loaded.cache_dir.parts[:1] == ("~",):
+        raise ConfigError(f"{PREFIX}CACHE_DIR: ~ is no folder here; write the whole path")
+    return loaded

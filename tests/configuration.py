@@ -75,11 +75,9 @@ def _rows(section: type[BaseModel], prefix: str) -> Iterator[str]:
 
 def _row(name: str, field: FieldInfo) -> str:
     default: Any = field.default
-    if field.annotation is Path:  # made by a function, because it depends on the user
-        default = field.get_default(call_default_factory=True, validated_data={})
     if field.is_required():
         shown = "required"
-    elif (field.default_factory and field.annotation is not Path) or default in (None, ""):
+    elif field.default_factory is not None or default in (None, ""):
         shown = ""
     else:
         text = str(default).lower() if isinstance(default, bool) else str(default)

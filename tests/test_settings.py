@@ -1,6 +1,8 @@
 """SERVICE_* variables: the only place a deployment is configured."""
 
 import hashlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,8 @@ import pytest
 from service import settings
 from service.clients import Client
 from service.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_flags_come_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,14 +47,23 @@ def test_a_mistake_names_the_variable(
     assert str(error.value) == message
 
 
-def test_who_has_no_home_names_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("HOME", "XDG_CACHE_HOME", "SERVICE_CACHE_DIR"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("os.getuid", lambda: 4_242_424)  # who is not in /etc/passwd
-    with pytest.raises(ConfigError, match="SERVICE_CACHE_DIR: this user has no home folder; name"):
-        settings.load()
-    monkeypatch.setenv("SERVICE_CACHE_DIR", str(tmp_path))
-    assert settings.load().cache_dir == tmp_path
+@pytest.mark.parametrize(
+    ("env", "says"),
+    [
+        ({}, "SERVICE_CACHE_DIR: ~ is no folder here; write the whole path"),
+        ({"SERVICE_CACHE_DIR": "/x"}, "/x"),
+    ],
+)
+def test_who_has_no_home_names_a_folder(env: dict[str, str], says: str) -> None:
+    script = (
+        "import os; os.getuid = lambda: 4_242_424  # who is not in /etc/passwd\n"
+        "from service import settings\n"
+        "try: print(settings.load().cache_dir)\n"
+        "except settings.ConfigError as error: print(error)\n"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{says}\n"
 
 
 @pytest.mark.parametrize(
