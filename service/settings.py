@@ -133,5 +133,5 @@ def load(**flags: object) -> Settings:
         place = f"--{field}" if field in values else f"{PREFIX}{field.upper()}"
         raise ConfigError(f"{place}: {error['msg'][0].lower()}{error['msg'][1:]}") from None
     if loaded.cache_dir.parts[:1] == ("~",):
-        raise ConfigError(f"{PREFIX}CACHE_DIR: ~ is no folder here; write the whole path")
+        raise ConfigError("SERVICE_CACHE_DIR: ~ is no folder here; write the whole path")
     return loaded
