@@ -699,8 +699,8 @@ def test_a_merged_model_is_served_by_the_entry_that_it_was_trained_from(
 
 
 def test_an_option_that_names_no_adapter_is_told(files: Path) -> None:
-    with pytest.raises(ConfigError, match="expected NAME=FOLDER"):
-        own_model.load(BASE, (), ["my"])
+    with pytest.raises(ConfigError, match="no such folder; correct its path, or give NAME=FOLDER"):
+        own_model.load(BASE, (), ["/folder/my"])
     for model, adapters in (("~nosuchuser/x", ()), (BASE, ("~nosuchuser/x",))):
         with pytest.raises(ConfigError, match=r"~nosuchuser/x: no such user; write the whole path"):
             own_model.load(model, (), adapters)
