@@ -325,6 +325,7 @@ def test_the_log_line_and_the_metrics_carry_the_served_name(
         (line,) = [line for line in server.log.read_text().splitlines() if f"id={id} " in line]
         assert f" model={name} " in line
     assert logged(server, "id=of-unknown ") and "secret" not in server.log.read_text()
+    assert logged(server, f"Ready: my, on {BASE}, answers at {server.url}")
     metrics = http.get("/metrics").text
     for name in ("文档", "my", "scaled"):
         counted = f'service_tokens_total{{client="anonymous",kind="generation",model="{name}"}} '
