@@ -26,9 +26,11 @@ TESTED := .venv/installed-test
 BENCHED := .venv/installed-bench
 CLUSTERED := .venv/installed-cluster
 
-.PHONY: install serve cluster test test-clients test-cluster lint bench bench-cluster lock rehearse audit help
+.PHONY: install install-cluster serve cluster test test-clients test-cluster lint bench bench-cluster lock rehearse audit help
 
 install: $(INSTALLED) ## Make .venv and install the service (EXTRA=cpu or cuda)
+
+install-cluster: $(CLUSTERED) ## Install what `cluster` needs besides, and start nothing
 
 serve: $(INSTALLED) ## Serve a model (MODEL=name or file, PORT=6006, ARGS="--set key=value ...")
 	@$(BIN)/python -m service serve $(MODEL) $(if $(PORT),--port $(PORT)) $(ARGS)
@@ -76,7 +78,7 @@ audit: $(INSTALLED) ## Write sbom.json of what is installed, and report known vu
 	$(BIN)/uv tool run --quiet pip-audit --no-deps --disable-pip -r requirements/$(EXTRA).txt
 
 help: ## List the commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 $(BIN)/uv:
 	$(PYTHON) -m venv .venv

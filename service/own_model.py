@@ -62,7 +62,7 @@ def _named(adapters: Sequence[str]) -> dict[str, str]:
             name, path = model_config.name_of(folder), words
         elif not equals or not name or not path:
             raise ConfigError(
-                f"--adapter {words[:100]!r}: expected NAME=FOLDER, such as my=/folder"
+                f"--adapter {words[:100]!r}: no such folder; correct its path, or give NAME=FOLDER"
             )
         if name in named:
             raise ConfigError(f"--adapter {name}: two adapters have this name; choose others")
@@ -85,10 +85,12 @@ def _adapter(
     base = known or (str(local) if local else None)
     if base is None:
         shown = " ".join(trained_on.split())[:200] or "a base that it does not name"
+        what = "neither in the catalogue nor a folder here"
+        if trained_on and Path(trained_on).is_dir():
+            what = "a folder without config.json"
         raise ConfigError(
-            f"{folder} is an adapter for {shown}, which is neither in the catalogue nor a "
-            f"folder here; name its base: `chat-service serve BASE --adapter "
-            f"{shlex.quote(str(folder))}`"
+            f"{folder} is an adapter for {shown}, which is {what}; name its base: "
+            f"`chat-service serve BASE --adapter {shlex.quote(str(folder))}`"
         )
     names = model_config.load(base, sets)[0]
     name = model_config.name_of(folder)

@@ -325,6 +325,7 @@ def test_the_log_line_and_the_metrics_carry_the_served_name(
         (line,) = [line for line in server.log.read_text().splitlines() if f"id={id} " in line]
         assert f" model={name} " in line
     assert logged(server, "id=of-unknown ") and "secret" not in server.log.read_text()
+    assert logged(server, f"Ready: my, on {BASE}, answers at {server.url}")
     metrics = http.get("/metrics").text
     for name in ("文档", "my", "scaled"):
         counted = f'service_tokens_total{{client="anonymous",kind="generation",model="{name}"}} '
@@ -699,8 +700,8 @@ def test_a_merged_model_is_served_by_the_entry_that_it_was_trained_from(
 
 
 def test_an_option_that_names_no_adapter_is_told(files: Path) -> None:
-    with pytest.raises(ConfigError, match="expected NAME=FOLDER"):
-        own_model.load(BASE, (), ["my"])
+    with pytest.raises(ConfigError, match="no such folder; correct its path, or give NAME=FOLDER"):
+        own_model.load(BASE, (), ["/folder/my"])
     for model, adapters in (("~nosuchuser/x", ()), (BASE, ("~nosuchuser/x",))):
         with pytest.raises(ConfigError, match=r"~nosuchuser/x: no such user; write the whole path"):
             own_model.load(model, (), adapters)

@@ -232,7 +232,7 @@ def test_a_port_in_use_is_told_at_once() -> None:
     assert done.returncode == 1
     assert done.stderr == (
         f"error: cannot listen on 127.0.0.1 port {port}: Address already in use; stop the program "
-        "that uses it, or choose another with --port or SERVICE_PORT\n"
+        "that uses it, or choose another with SERVICE_PORT, --port, or `make serve PORT=...`\n"
     )
 
 
@@ -263,6 +263,27 @@ def test_a_cluster_without_ray_is_told_how_to_get_it(tmp_path: Path) -> None:
     assert re.fullmatch(
         "error: a cluster needs Ray, which is not installed; .*pip install .*\n", done.stderr
     )
+
+
+@pytest.mark.parametrize(
+    ("accepts", "reason"), [(False, r"\[Errno 111\] Connection refused"), (True, "timed out")]
+)
+def test_a_cluster_that_cannot_be_reached_is_told_within_seconds(
+    tmp_path: Path, accepts: bool, reason: str
+) -> None:
+    with socket.socket() as gone:
+        gone.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{gone.getsockname()[1]}"
+        if accepts:  # one connection alone: the packets of a second one are dropped
+            gone.listen(0)
+            kept = socket.create_connection(gone.getsockname())
+        env = {"RAY_ADDRESS": where, "SERVICE_CACHE_DIR": str(tmp_path)}
+        done = typed("cluster", "--status", **env)
+        if accepts:
+            kept.close()
+    assert done.returncode == 1
+    said = f"error: the Ray cluster at {where} does not answer: {reason}\n"
+    assert re.fullmatch(said, done.stderr), done.stderr
 
 
 def test_a_library_of_another_build_of_torch_is_told_with_its_remedy() -> None:

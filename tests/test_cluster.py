@@ -452,7 +452,7 @@ def test_an_update_refuses_and_cuts_nothing(cluster: ClusterUnderTest) -> None:
         "b": {**FILE["models"]["b"], "replicas": 1},
     }
     cluster.write({**cluster.content, "default": "b", "models": models})
-    with Load(cluster.url, 3, KEYS["ben"]) as load, Load(f"{cluster.url}/a/", 2, KEYS["ben"]) as a:
+    with Load(cluster.url, 2, KEYS["ben"]) as load, Load(f"{cluster.url}/a/", 1, KEYS["ben"]) as a:
         result = cluster.command(str(cluster.file))
         wait(lambda: len(cluster.replicas("b")) == 1)
     assert result.returncode == 0, result.stderr

@@ -7,13 +7,21 @@ import pytest
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic_core import to_json
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.structured_output import backend_xgrammar
 
 from service.api import body_budget, grammar_limits, request_limits
 from service.api.body_budget import Budget
 from service.errors import InvalidRequest, MalformedBody, PromptTooLong, RequestError
+from service.models import vllm_private
 from tests.conftest import hardening
 
 MAX_ITEMS, CONTEXT, CHARACTERS = 512, 2048, 2048 * 81
+EXPLODES = {
+    "strict": True,
+    "input_schema": {"properties": {"a": {"type": "string", "pattern": "(a|b){1,9999}"}}},
+}
 LARGE = " " * 5000  # a small body of few objects is not looked at
 
 
@@ -134,6 +142,60 @@ def test_what_no_grammar_is_made_of_has_no_limit_of_grammars(key: str) -> None:
     assert request_limits.sequences({key: [{f"k{i}": "v" * 500 for i in range(100)}]}, 64) == 1
 
 
+@hardening(4)
+@pytest.mark.parametrize(
+    "body",
+    [
+        {
+            "messages": [
+                {"role": "user", "content": "hi"},
+                {
+                    "role": "system",
+                    "content": [{"tool": {"definition": {"name": "f", **EXPLODES}}}],
+                },
+            ],
+            "tool_choice": {"type": "any"},
+        },
+        *(
+            {
+                "tools": [{"type": "namespace", "name": "n", "tools": [{"name": "f", **EXPLODES}]}],
+                "tool_choice": {"type": "function", "name": name},
+            }
+            for name in ("f", "n__f")
+        ),
+    ],
+)
+def test_tools_are_found_where_a_protocol_hides_them(body: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="takes too long to compile") as error:
+        request_limits.sequences(body, 64)
+    assert error.value.param == "tools"
+
+
+@hardening(4)
+def test_no_grammar_goes_round_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    validate = backend_xgrammar.validate_xgrammar_grammar
+    monkeypatch.setattr(backend_xgrammar, "validate_xgrammar_grammar", validate)  # put back after
+    vllm_private.check_grammars(grammar_limits.check_made)
+    tag = {
+        "type": "structural_tag",
+        "format": {"type": "json_schema", "json_schema": EXPLODES["input_schema"]},
+    }
+    for made in ({"structural_tag": json.dumps(tag)}, {"json": EXPLODES["input_schema"]}):
+        params = SamplingParams(structured_outputs=StructuredOutputsParams(**made))
+        with pytest.raises(InvalidRequest, match="takes too long to compile"):
+            backend_xgrammar.validate_xgrammar_grammar(params)
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(json={"type": "object"}))
+    backend_xgrammar.validate_xgrammar_grammar(params)
+
+
+@hardening(1)
+def test_several_questions_are_several_sequences() -> None:
+    questions = {f"q{i}": "?" for i in range(64)}
+    assert (
+        request_limits.sequences({"questions": questions, "state": {"x": "y" * 20_000}}, 64) == 64
+    )
+
+
 @hardening(7)
 def test_a_stop_string_is_so_long() -> None:
     request_limits.sequences({"stop": ["x" * 1000]}, 64)
@@ -227,6 +289,27 @@ def test_ordinary_schemas_pass() -> None:
             {"prompt": [[1] * 1024] * 4, "echo": True, "logprobs": 4},
             "logprobs",
         ),
+        (
+            {"prompt": [1] * 2048, "prompt_logprobs": 7.0},  # which vLLM takes, and as text too
+            {"prompt": [1] * 2048, "prompt_logprobs": "8"},
+            "prompt_logprobs",
+        ),
+        (
+            {"n": 64, "max_tokens": 38, "top_logprobs": 9},
+            {"n": 64, "max_tokens": 39, "top_logprobs": 9},
+            "top_logprobs",
+        ),
+        (
+            {"n": 64, "logprobs": 20, "stream": True},
+            {"n": 64, "logprobs": 20},
+            "logprobs",
+        ),
+        (
+            {"max_tokens": 2000, "logprobs": 20, "stream": True},
+            {"max_tokens": 2000, "logprob_token_ids": [1] * 20},
+            "logprobs",
+        ),
+        ({"items": ["x" * 2048] * 64}, {"items": ["x" * 2049] * 64}, "items"),
         ({"input": "hi", "background": False}, {"input": "hi", "background": True}, "background"),
     ],
 )

@@ -273,6 +273,11 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda folder: change(folder / "adapter_config.json", base_model_name_or_path="me/Mine-7B"),
         "is an adapter for me/Mine-7B, which is neither in the catalogue nor a folder here; name",
     ),
+    "an empty base": (
+        "adapter",
+        lambda folder: change(folder / "adapter_config.json", base_model_name_or_path="/tmp"),
+        "is an adapter for /tmp, which is a folder without config.json; name its base",
+    ),
     "no base": (
         "adapter",
         lambda folder: change(folder / "adapter_config.json", base_model_name_or_path=None),

@@ -444,6 +444,8 @@ def test_a_folder_must_be_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="inside it, such as snapshots/4ee0"):
         model_config.load(str(tmp_path))
     (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is a file of weights; give its folder"):
+        model_config.load(str(tmp_path / "adapter_model.safetensors"))
     with pytest.raises(ConfigError, match="it is an adapter: give it under adapters"):
         weights.fetch(Source(path=str(tmp_path)), tmp_path)
     (tmp_path / "config.json").write_text("{}")

@@ -80,7 +80,7 @@ class Budget:
         """
         if is_small(body):
             return
-        schema = self._schemas.get(path)
+        schema = self._schemas.get(path.rstrip("/"))
         # Without a schema the cost of an error is unknown: use the lower limit.
         known = schema is not None or path == "/"
         max_values = MAX_VALUES if known else self._max_items

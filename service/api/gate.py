@@ -120,7 +120,8 @@ async def _admit(
         if settings.cache_per_key:
             message["body"] = to_json({**request, "cache_salt": record.client.name})
     record.model = service.served(request.get("model") or service.deployment.model.name)
-    sequences = request_limits.sequences(request, settings.max_sequences)
+    default = service.deployment.model.sampling.max_tokens
+    sequences = request_limits.sequences(request, settings.max_sequences, default)
     cancelled = asyncio.Event()
 
     async def receive_disconnect() -> Message:

@@ -36,16 +36,16 @@ _TOKEN = re.compile(
 _HUGE = 10**9  # times, of a repeat with more digits
 
 
-def check(grammar: Any, param: str | None, work: int) -> int:
+def check(grammar: Any, param: str | None, work: int, max_bytes: int = MAX_GRAMMAR_BYTES) -> int:
     """Return the work to compile `grammar`, in the units of MAX_WORK.
 
     `param` is the key that the error may name; `work` is that of the request's other keys. Raises
     InvalidRequest if a limit is exceeded.
     """
     key = param or "what may become a grammar"
-    if len(to_json(grammar)) > MAX_GRAMMAR_BYTES:
+    if len(to_json(grammar)) > max_bytes:
         raise InvalidRequest(
-            f"{key} has at most {MAX_GRAMMAR_BYTES} bytes where it becomes a grammar", param=param
+            f"{key} has at most {max_bytes} bytes where it becomes a grammar", param=param
         )
     found = 0
     pending = [grammar]
@@ -67,6 +67,17 @@ def check(grammar: Any, param: str | None, work: int) -> int:
             param=param,
         )
     return found
+
+
+def check_made(outputs: Any) -> None:
+    """Check what vLLM has made of a request's keys, just before it compiles it.
+
+    `outputs` is vLLM's StructuredOutputsParams. They are longer than the keys, which were checked
+    before. Raises InvalidRequest, also for a key of a later vLLM that is not known here.
+    """
+    kinds = ("json", "regex", "choice", "grammar", "structural_tag")
+    made = {kind: getattr(outputs, kind) for kind in kinds}
+    check(made, None, 0, 2 * MAX_GRAMMAR_BYTES)
 
 
 def _check_counted(schema: dict[str, Any], key: str, param: str | None) -> None:

@@ -11,7 +11,7 @@ from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 
 from service import prompting
-from service.api import routes, vllm_errors
+from service.api import grammar_limits, routes, vllm_errors
 from service.api.application import Deployment, Host
 from service.api.record import note_sequence
 from service.api.state import ServiceState
@@ -45,6 +45,7 @@ class ChatService:
         service = ServiceState(deployment, host, engine_client, state, args.api_server_count or 1)
         service.engine.stop_at(model.sampling.stop or ())
         vllm_private.watch_sequences(engine_client, note_sequence)
+        vllm_private.check_grammars(grammar_limits.check_made)
         if model.prompt.system is not None or model.prompt.greeting == "drop":
             vllm_private.change_conversations(
                 engine_client.renderer, functools.partial(prompting.prepare, config=model.prompt)

@@ -15,7 +15,7 @@ from service.clients import Version, version_of
 from service.cluster import applications, config, placement
 from service.cluster.applications import CHECK_INTERVAL
 from service.cluster.config import Cluster
-from service.cluster.connection import RayGone, connected, end_orphans
+from service.cluster.connection import RayGone, check_installed, connected, end_orphans
 from service.cluster.state import State
 from service.errors import ConfigError, LaunchError
 from service.launch import environment as launch_environment
@@ -28,6 +28,7 @@ def run(file: Path | None) -> None:
     Where such a command runs already, update its models instead, and return. Raises ServiceError.
     """
     launch_environment.check()
+    check_installed()
     cluster = config.load(file)
     keys = version_of(cluster.settings.api_key_file)
     os.environ.pop("SERVICE_API_KEY", None)  # Ray's processes need only its hash

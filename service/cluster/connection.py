@@ -1,9 +1,11 @@
 """Starts Ray on this machine for one command, or joins the Ray that runs."""
 
+import importlib.util
 import logging
 import os
 import secrets
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -18,10 +20,20 @@ from service.errors import LaunchError
 
 # Bytes. Ray keeps large objects there; requests and answers are small.
 _OBJECT_STORE = 200 * 2**20
+_REACH_SECONDS = 5
 
 
 class RayGone(LaunchError):
     """The Ray that this command has started has ended."""
+
+
+def check_installed() -> None:
+    """Raise LaunchError if Ray is not installed."""
+    if importlib.util.find_spec("ray") is None:
+        raise LaunchError(
+            "a cluster needs Ray, which is not installed; `make install-cluster` in a checkout "
+            "installs it, as does `pip install '<wheel>[cluster]'`"
+        )
 
 
 def is_alive() -> bool:
@@ -36,6 +48,7 @@ def is_alive() -> bool:
 @contextmanager
 def connected(state: State, *, starts: bool) -> Iterator[None]:
     """Join the cluster of RAY_ADDRESS or of another command, or with `starts` run one here."""
+    check_installed()
     address = os.environ.get("RAY_ADDRESS")
     if address is None and "RAY_AUTH_TOKEN" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(state.token))
@@ -50,14 +63,9 @@ def connected(state: State, *, starts: bool) -> Iterator[None]:
         if path:
             state.ray_folder = path
         environment.prepare(path)
-        try:
-            import ray
-            import ray.exceptions
-        except ImportError:
-            raise LaunchError(
-                "a cluster needs Ray, which is not installed; `make cluster` in a checkout "
-                'installs it, as does `pip install "vllm-chat-service[cluster]"`'
-            ) from None
+        import ray
+        import ray.exceptions
+
         options: dict[str, Any] = {"namespace": "serve", "logging_level": logging.WARNING}
         if path:
             print("Starting Ray on this machine ...", file=sys.stderr, flush=True)
@@ -72,11 +80,9 @@ def connected(state: State, *, starts: bool) -> Iterator[None]:
         else:
             options["address"] = address
         try:
+            _reach(options.get("address", ""))
             ray.init(log_to_driver=owns, **options)
-        except (
-            *(ConnectionError, RuntimeError, TimeoutError, ValueError),
-            ray.exceptions.RayError,
-        ) as e:
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as e:
             where = f"the Ray cluster at {address}" if address else "Ray on this machine"
             reason = next(iter(str(e).splitlines()), type(e).__name__)[:300]
             raise LaunchError(f"{where} does not answer: {reason}") from None
@@ -124,6 +130,13 @@ def _belongs(process: psutil.Process, folder: str) -> bool:
         return environment.folder_of(process.environ()) == folder
     except psutil.Error:
         return False
+
+
+def _reach(address: str) -> None:
+    """Raise OSError if nothing answers at host:port. Ray would try for minutes, deaf to Ctrl-C."""
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if host and port.isdecimal():  # else it is a word, such as `auto`
+        socket.create_connection((host.strip("[]"), int(port)), _REACH_SECONDS).close()
 
 
 def _check_environment() -> None:

@@ -24,7 +24,8 @@ def listener_of(settings: Settings) -> socket.socket:
     except (OSError, UnicodeError) as e:
         reason = getattr(e, "strerror", None) or "not a host name"
         remedy = (
-            "stop the program that uses it, or choose another with --port or SERVICE_PORT"
+            "stop the program that uses it, or choose another with SERVICE_PORT, --port, or "
+            "`make serve PORT=...`"
             if isinstance(e, OSError) and e.errno == errno.EADDRINUSE
             else "choose another with --host and --port, or SERVICE_HOST and SERVICE_PORT"
         )

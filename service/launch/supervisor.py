@@ -85,7 +85,9 @@ def serve(config: ModelConfig, origins: Origins, settings: Settings) -> None:
             target=_run_server, args=(path, origins, listener), name="MainProcess"
         )
         url = settings.url(tls=tls is not None)
-        ready = ready_message(f"{config.name} answers", url, keyed=clients is not None)
+        adapter = config.default_adapter
+        who = f"{adapter}, on {config.name}," if adapter else config.name
+        ready = ready_message(f"{who} answers", url, keyed=clients is not None)
         _Supervisor(process, folder, progress, ready, settings).run()
 
 

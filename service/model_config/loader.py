@@ -167,7 +167,9 @@ def _parse(file: Path) -> Document:
             raise ConfigError(f"{file}: has no config.json, so it is not a model{advice_on(file)}")
         return Document({"name": name_of(file), "source": {"path": str(file)}}, {}, [])
     if file.suffix in (".bin", ".gguf", ".pt", ".safetensors"):
-        raise ConfigError(f"{file}: is a file of weights; give the folder of a whole model")
+        adapter = (file.parent / "adapter_config.json").is_file()
+        folder = "its folder" if adapter else "the folder of a whole model"
+        raise ConfigError(f"{file}: is a file of weights; give {folder}")
     return read(file, _spell)
 
 

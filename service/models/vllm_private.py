@@ -1,6 +1,7 @@
 """All uses of private names of vLLM 0.32 and of Python, and all replacements of their functions."""
 
 import argparse
+import functools
 import inspect
 import os
 import sys
@@ -21,6 +22,7 @@ from vllm.transformers_utils import utils
 from vllm.v1.engine import utils as engine_processes
 from vllm.v1.sample import sampler
 from vllm.v1.sample.ops import penalties, topk_topp_sampler
+from vllm.v1.structured_output import backend_xgrammar
 
 from service.models.nucleus import keep_nucleus
 
@@ -128,6 +130,22 @@ def watch_sequences(client: "AsyncLLM", note: Callable[[int, Any], None]) -> Non
         note(0 if index else sequence.prompt_len, sequence.stats)
 
     _replace(processor, "add_request", add_and_note)
+
+
+def check_grammars(check: Callable[[Any], object]) -> None:
+    """Call `check` with vLLM's StructuredOutputsParams before vLLM compiles them, in this process.
+
+    All requests pass here, whichever keys the grammar came from. What `check` raises ends one.
+    """
+    validate = inspect.unwrap(backend_xgrammar.validate_xgrammar_grammar)
+
+    @functools.wraps(validate)
+    def check_and_validate(sampling_params: Any) -> None:
+        if sampling_params.structured_outputs is not None:
+            check(sampling_params.structured_outputs)
+        validate(sampling_params)
+
+    _replace(backend_xgrammar, "validate_xgrammar_grammar", check_and_validate)
 
 
 def change_conversations(renderer: Any, change: Callable[[Sequence[Any]], list[Any]]) -> None:
