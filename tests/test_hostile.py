@@ -328,6 +328,16 @@ def test_extremes_of_sampling_are_refused(http: httpx.Client, extra: dict[str, A
     check_refusal(post(http, COMPLETE, {**TEXT, **extra}), 400, 422)
 
 
+@hardening(7)
+@pytest.mark.parametrize("route", [COMPLETE, CHAT])
+def test_what_is_refused_in_a_stream_is_the_clients_error_too(
+    http: httpx.Client, route: str
+) -> None:
+    body = {**(HI if route == CHAT else TEXT), "stream": True, "stream_interval": 2**80}
+    event = post(http, route, body).text.partition("\n")[0].removeprefix("data: ")
+    assert json.loads(event)["error"]["code"] == 400
+
+
 @hardening(8)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e38, -1, "1", 1.5, None, [], {}])
 @pytest.mark.parametrize(

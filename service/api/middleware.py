@@ -187,14 +187,17 @@ class _GuardedResponse:
         _logger.debug("request %s", self._record.id, exc_info=error)
         return RequestError("internal error; the server's log has more under the request's id")
 
-    def _explain(self, body: bytes, status: int = 500) -> RequestError:
-        """Turn a vLLM or FastAPI error body into a RequestError."""
+    def _explain(self, body: bytes, status: int | None = None) -> RequestError:
+        """Turn a vLLM or FastAPI error body, or a stream's event, into a RequestError."""
         try:
             value = json.loads(body)
         except ValueError:
             value = None
         nested = value.get("error", value) if isinstance(value, dict) else None
         error = nested if isinstance(nested, dict) else {}
+        if status is None:
+            code = error.get("code")
+            status = code if isinstance(code, int) and 400 <= code < 500 else 500
         _logger.debug("request %s: vLLM says %r", self._record.id, vllm_errors.text(error))
         if status >= 500 and self._state.engine_dead:
             return EngineDead()
