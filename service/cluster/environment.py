@@ -23,6 +23,10 @@ VARIABLES = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
     # Seconds that a client may send nothing in the middle of a request.
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
+    # Seconds that a HAProxy which was replaced has for what it still answers: each change of replicas
+    # starts a new one. Ray reuses a port of a replica that has ended only after as long, because the
+    # old HAProxy may still send there. So a day would use up its 1000 ports where replicas often end.
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
     # A request is sent again, twice at most, whose front or replica died before it answered.
     # HAProxy can send only what it had read in full before. Ray has no setting for that option, so
