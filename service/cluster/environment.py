@@ -21,17 +21,20 @@ VARIABLES = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DEREGISTER_SECONDS),
     # Seconds between two looks at HAProxy, which is started again after three that find none.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
-    # Seconds that a client may send nothing in the middle of a request.
+    # Seconds that a client may send nothing in the middle of a long body.
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
-    # Seconds that a HAProxy which was replaced has for what it still answers: each change of replicas
-    # starts a new one. Ray reuses a port of a replica that has ended only after as long, because the
-    # old HAProxy may still send there. So a day would use up its 1000 ports where replicas often end.
+    # Seconds that a replaced HAProxy has for what it still answers: each change of replicas starts a
+    # new one. Ray keeps the ports of ended replicas for as long and 30 s, because the old HAProxy may
+    # still send there. With a day, replicas that end often would use up the 1000 that a node has.
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
     # A request is sent again, twice at most, whose front or replica died before it answered.
-    # HAProxy can send only what it had read in full before. Ray has no setting for that option, so
-    # it comes with this one, as a line of its own in HAProxy's file.
-    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response\noption http-buffer-request",
+    # HAProxy can send only what it had read in full before. So it is HAProxy that must limit how long
+    # a client sends a request. Ray has no setting for these two options, so they come with this one,
+    # as lines of their own in HAProxy's file.
+    "RAY_SERVE_HAPROXY_RETRY_ON": (
+        "conn-failure empty-response\noption http-buffer-request\ntimeout http-request 30s"
+    ),
     "RAY_SERVE_HAPROXY_RETRIES": "2",
     # Seconds between two reports of a replica's load, from which Serve decides how many there are.
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
