@@ -85,7 +85,10 @@ async def _offer(
     queue_timeout: float,
     limit: asyncio.Timeout,
 ) -> None:
-    """As `forward`. `limit` holds while no replica has the request, which has its own."""
+    """As `forward`. `limit` holds while no replica has the request, which keeps the time itself.
+
+    One that hangs does not, so it has little more.
+    """
     client_deadline = limit.when()
     deadline = time.monotonic() + queue_timeout
     tried = lost = 0
@@ -94,7 +97,7 @@ async def _offer(
         async with aclosing(replicas.answer(model, offered)) as parts:
             if not await _begun(parts, deadline):
                 continue
-            limit.reschedule(None)
+            limit.reschedule(None if client_deadline is None else client_deadline + BEAT_SECONDS)
             exchange.at_replica = True
             if tried:
                 metrics.FRONT_RETRIES.labels(model).inc()
