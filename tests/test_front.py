@@ -155,6 +155,11 @@ def test_another_replica_answers(first: Callable[[], Answer]) -> None:
     assert (ask(replicas).text, replicas.asked) == ("well", 2)
 
 
+def test_a_replica_that_hangs_leaves_another_time_to_begin() -> None:
+    replicas = Replicas(hangs_before_it_begins, well)
+    assert ask(replicas, queue_timeout=2, silence=60).text == "well"
+
+
 def test_what_was_answered_is_not_asked_again() -> None:
     replicas = Replicas(lost_when_done, well)
     assert (ask(replicas).text, replicas.asked) == ("well", 1)

@@ -119,10 +119,10 @@ async def _begun(parts: AsyncGenerator[Part | None, None], deadline: float) -> b
     """Wait for a replica to begin. Returns whether it did; else another may. Raises WaitedTooLong.
 
     A replica that hangs or ends before it begins does so whatever the request is. It does not count
-    as an attempt.
+    as an attempt. It gets no more than half of the time, so that another has some.
     """
     try:
-        async with asyncio.timeout(min(_SILENCE, max(0, deadline - time.monotonic()))):
+        async with asyncio.timeout(min(_SILENCE, max(0, deadline - time.monotonic()) / 2)):
             await anext(parts)
     except (ReplicaLost, TimeoutError):
         if time.monotonic() + _PAUSE > deadline:
