@@ -23,15 +23,15 @@ VARIABLES = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
     # Seconds that a client may send nothing in the middle of a long body.
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
-    # Seconds that a replaced HAProxy has for what it still answers: each change of replicas starts a
-    # new one. Ray keeps the ports of ended replicas for as long and 30 s, because the old HAProxy may
-    # still send there. With a day, replicas that end often would use up the 1000 that a node has.
+    # Seconds that a replaced HAProxy has for what it still answers: each change of replicas starts
+    # a new one. Ray keeps the ports of ended replicas for 30 s more than that, because the old one
+    # may still send there. In a day, replicas that end often would use up the 1000 of a node.
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
     # A request is sent again, twice at most, whose front or replica died before it answered.
-    # HAProxy can send only what it had read in full before. So it is HAProxy that must limit how long
-    # a client sends a request. Ray has no setting for these two options, so they come with this one,
-    # as lines of their own in HAProxy's file.
+    # HAProxy can send only what it had read in full before. So it is HAProxy that must limit how
+    # long a client sends. Ray has no setting for these two options, so they come with this one, as
+    # lines of their own in HAProxy's file.
     "RAY_SERVE_HAPROXY_RETRY_ON": (
         "conn-failure empty-response\noption http-buffer-request\ntimeout http-request 30s"
     ),
