@@ -41,6 +41,9 @@ VARIABLES = {
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
     # Bytes. gRPC's default of 4 MiB is less than the longest body with its headers.
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
+    # At 95 % of a machine's memory Ray would end controller, fronts and replicas, whoever uses it.
+    # The kernel ends the largest process, when there is none left.
+    "RAY_memory_monitor_refresh_ms": "0",
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
