@@ -188,10 +188,17 @@ class Serve:
     def note(self, what: str, value: Any) -> None:
         self.done.append((what, value))
 
-    def apply(self, cluster: config.Cluster, surge: Collection[str]) -> None:
+    def apply(
+        self,
+        cluster: config.Cluster,
+        surge: Collection[str],
+        told: config.Cluster | None = None,
+    ) -> None:
         self.note("apply", cluster)
+        self.note("tell the front", told or cluster)
 
     def wait(self, cluster: config.Cluster, stopped: Callable[[], bool]) -> str | None:
+        self.note("wait", cluster)
         reason = self.outcome()
         return None if stopped() else reason
 
@@ -251,8 +258,28 @@ def test_an_update_ends_with_the_command_that_runs(
     serve = Serve(monkeypatch, outcome=owner_ends)
     with pytest.raises(LaunchError, match="the command that runs has ended"):
         command._update(dataclasses.replace(cluster, fronts=1), state)
-    assert [what for what, _ in serve.done] == ["apply"]  # and nothing is taken back
+    # And nothing is taken back.
+    assert [what for what, _ in serve.done] == ["apply", "tell the front", "wait"]
     assert state.applied is None
+
+
+def test_the_front_sends_to_a_new_default_when_it_has_loaded(
+    served: tuple[config.Cluster, State], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster, state = served
+    (tmp_path / "keys").write_text("bert key-of-bert\n")
+    text = f"models:\n  a: {{model: {MODEL}}}\n  b: {{model: {MODEL}}}\ndefault: b\n"
+    changed = load(tmp_path, f"{text}settings: {{api_key_file: {tmp_path / 'keys'}}}\n")
+    serve = Serve(monkeypatch, outcome=lambda: None)
+    command._update(changed, state)
+    done = [value for what, value in serve.done if what in ("tell the front", "wait")]
+    first, loaded, last, _ = done
+    assert (first.default, first.owners(), first.clients) == (
+        "a",
+        cluster.owners(),
+        changed.clients,
+    )
+    assert (loaded, last) == (changed, changed)
 
 
 def test_what_is_deleted_may_be_applied_again_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
