@@ -49,6 +49,17 @@ def test_a_model_has_the_name_that_it_is_given(tmp_path: Path, name: str) -> Non
             3,
             "a is served as 'a' too",
         ),
+        (
+            "models:\n  chat: {model: %s}\n  b:\n    model: %s\n"
+            "    set: {routes: [/chat/all]}\ndefault: b\n",
+            3,
+            "chat is served as '/chat/all' too",
+        ),
+        (
+            "models:\n  a: {model: %s}\nsettings:\n  cache_dir: /tmp\n",
+            4,
+            "unknown setting in a file; set SERVICE_CACHE_DIR",
+        ),
     ],
 )
 def test_a_mistake_is_told_with_its_line(
