@@ -181,13 +181,18 @@ def models_and_nodes() -> dict[str, Any]:
 
 
 def drain(seconds: float) -> None:
-    """Let all replicas refuse new requests, and wait until they have finished those they have."""
+    """Let all replicas refuse new requests, and finish those they have.
+
+    What has not finished after so many seconds ends with an error.
+    """
     models = statuses().keys() - {FRONT}
     deadline = time.monotonic() + seconds
     for model in models:
         _ask(model, "drain")
     while time.monotonic() < deadline and any(any(_ask(m, "is_busy")) for m in models):
         time.sleep(CHECK_INTERVAL)
+    for model in models:
+        _ask(model, "stop")
 
 
 def _ask(model: str, method: str) -> list[Any]:
