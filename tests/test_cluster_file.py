@@ -147,6 +147,24 @@ def test_what_the_nodes_lack_is_told(
 
 
 @pytest.mark.parametrize(
+    ("free", "surging"),
+    [([{"CPU": 2}, {}], {"a"}), ([{"CPU": 1}, {"CPU": 1}], set()), ([{"CPU": 1}], set())],
+)
+def test_a_new_replica_comes_first_where_one_node_has_room_for_it(
+    tmp_path: Path, free: list[dict[str, float]], surging: set[str]
+) -> None:
+    cluster = load(tmp_path, f"models:\n  a: {{model: {MODEL}, cpus: 2}}\n")
+    total = {"CPU": sum(node.get("CPU", 0) for node in free)}
+    of_nodes = {str(number): node for number, node in enumerate(free)}
+    with (
+        mock.patch("ray.cluster_resources", return_value={"CPU": 8}),
+        mock.patch("ray.available_resources", return_value=total),
+        mock.patch("ray._private.state.available_resources_per_node", return_value=of_nodes),
+    ):
+        assert placement.surging(cluster, cluster) == surging
+
+
+@pytest.mark.parametrize(
     ("host", "address", "said", "unsaid"),
     [
         ("127.0.0.1", None, ["9101 and 8404", "gRPC"], ["WARNING", "30000", "own ports"]),
