@@ -70,6 +70,21 @@ async def beats_for_long() -> Answer:
     yield part("late")
 
 
+async def lost_after_its_head() -> Answer:
+    yield None
+    yield Part(200, ((b"content-type", b"text/event-stream"),), b"", True)
+    yield BEAT
+    raise ReplicaLost
+
+
+async def sends_its_head_first() -> Answer:
+    yield None
+    yield Part(201, ((b"content-type", b"text/plain"),), b"", True)
+    yield BEAT
+    yield Part(None, (), b"a", True)
+    yield Part(None, (), b"b", False)
+
+
 async def lost_in_a_stream() -> Answer:
     yield None
     yield part('data: {"delta": "a"}\n\n', more=True)
@@ -147,6 +162,7 @@ def ask(
         hangs_before_it_begins,
         hangs_afterwards,
         lost_after_a_while,
+        lost_after_its_head,
         stopping,
     ],
 )
@@ -158,6 +174,12 @@ def test_another_replica_answers(first: Callable[[], Answer]) -> None:
 def test_a_replica_that_hangs_leaves_another_time_to_begin() -> None:
     replicas = Replicas(hangs_before_it_begins, well)
     assert ask(replicas, queue_timeout=2, silence=60).text == "well"
+
+
+def test_an_answer_has_the_head_that_came_before_it() -> None:
+    response = ask(Replicas(sends_its_head_first))
+    assert (response.status_code, response.text) == (201, "ab")
+    assert response.headers["content-type"] == "text/plain"
 
 
 def test_what_was_answered_is_not_asked_again() -> None:

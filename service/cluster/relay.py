@@ -135,7 +135,11 @@ async def _begun(parts: AsyncGenerator[Part | None, None], deadline: float) -> b
 async def _relayed(
     parts: AsyncGenerator[Part | None, None], exchange: "Exchange", *, last: bool
 ) -> bool:
-    """Send what a replica answers. Returns whether it did; else another may. Raises ReplicaLost."""
+    """Send what a replica answers. Returns whether it did; else another may. Raises ReplicaLost.
+
+    A head goes with the first piece of the body: until then another replica may still answer.
+    """
+    head: Part | None = None
     while True:
         try:
             async with asyncio.timeout(_SILENCE):
@@ -150,8 +154,15 @@ async def _relayed(
             raise ReplicaLost
         if part.status == 503 and not last and _WAITED not in part.body:
             return False
-        if part != BEAT:
-            await exchange.send(part)
+        if part == BEAT:
+            continue
+        if head is not None:
+            part = part._replace(status=head.status, headers=head.headers)
+            head = None
+        elif part.status is not None and part.more and not part.body:
+            head = part
+            continue
+        await exchange.send(part)
 
 
 class Exchange:
