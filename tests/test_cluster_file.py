@@ -49,6 +49,17 @@ def test_a_model_has_the_name_that_it_is_given(tmp_path: Path, name: str) -> Non
             3,
             "a is served as 'a' too",
         ),
+        (
+            "models:\n  chat: {model: %s}\n  b:\n    model: %s\n"
+            "    set: {routes: [/chat/all]}\ndefault: b\n",
+            3,
+            "chat is served as '/chat/all' too",
+        ),
+        (
+            "models:\n  a: {model: %s}\nsettings:\n  cache_dir: /tmp\n",
+            4,
+            "unknown setting in a file; set SERVICE_CACHE_DIR",
+        ),
     ],
 )
 def test_a_mistake_is_told_with_its_line(
@@ -136,6 +147,24 @@ def test_what_the_nodes_lack_is_told(
 
 
 @pytest.mark.parametrize(
+    ("free", "surging"),
+    [([{"CPU": 2}, {}], {"a"}), ([{"CPU": 1}, {"CPU": 1}], set()), ([{"CPU": 1}], set())],
+)
+def test_a_new_replica_comes_first_where_one_node_has_room_for_it(
+    tmp_path: Path, free: list[dict[str, float]], surging: set[str]
+) -> None:
+    cluster = load(tmp_path, f"models:\n  a: {{model: {MODEL}, cpus: 2}}\n")
+    total = {"CPU": sum(node.get("CPU", 0) for node in free)}
+    of_nodes = {str(number): node for number, node in enumerate(free)}
+    with (
+        mock.patch("ray.cluster_resources", return_value={"CPU": 8}),
+        mock.patch("ray.available_resources", return_value=total),
+        mock.patch("ray._private.state.available_resources_per_node", return_value=of_nodes),
+    ):
+        assert placement.surging(cluster, cluster) == surging
+
+
+@pytest.mark.parametrize(
     ("host", "address", "said", "unsaid"),
     [
         ("127.0.0.1", None, ["9101 and 8404", "gRPC"], ["WARNING", "30000", "own ports"]),
@@ -188,10 +217,17 @@ class Serve:
     def note(self, what: str, value: Any) -> None:
         self.done.append((what, value))
 
-    def apply(self, cluster: config.Cluster, surge: Collection[str]) -> None:
+    def apply(
+        self,
+        cluster: config.Cluster,
+        surge: Collection[str],
+        told: config.Cluster | None = None,
+    ) -> None:
         self.note("apply", cluster)
+        self.note("tell the front", told or cluster)
 
     def wait(self, cluster: config.Cluster, stopped: Callable[[], bool]) -> str | None:
+        self.note("wait", cluster)
         reason = self.outcome()
         return None if stopped() else reason
 
@@ -251,8 +287,28 @@ def test_an_update_ends_with_the_command_that_runs(
     serve = Serve(monkeypatch, outcome=owner_ends)
     with pytest.raises(LaunchError, match="the command that runs has ended"):
         command._update(dataclasses.replace(cluster, fronts=1), state)
-    assert [what for what, _ in serve.done] == ["apply"]  # and nothing is taken back
+    # And nothing is taken back.
+    assert [what for what, _ in serve.done] == ["apply", "tell the front", "wait"]
     assert state.applied is None
+
+
+def test_the_front_sends_to_a_new_default_when_it_has_loaded(
+    served: tuple[config.Cluster, State], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster, state = served
+    (tmp_path / "keys").write_text("bert key-of-bert\n")
+    text = f"models:\n  a: {{model: {MODEL}}}\n  b: {{model: {MODEL}}}\ndefault: b\n"
+    changed = load(tmp_path, f"{text}settings: {{api_key_file: {tmp_path / 'keys'}}}\n")
+    serve = Serve(monkeypatch, outcome=lambda: None)
+    command._update(changed, state)
+    done = [value for what, value in serve.done if what in ("tell the front", "wait")]
+    first, loaded, last, _ = done
+    assert (first.default, first.owners(), first.clients) == (
+        "a",
+        cluster.owners(),
+        changed.clients,
+    )
+    assert (loaded, last) == (changed, changed)
 
 
 def test_what_is_deleted_may_be_applied_again_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:

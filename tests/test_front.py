@@ -62,6 +62,29 @@ async def lost_after_a_while() -> Answer:
     raise ReplicaLost
 
 
+async def beats_for_long() -> Answer:
+    yield None
+    for _ in range(30):
+        await asyncio.sleep(0.1)
+        yield BEAT
+    yield part("late")
+
+
+async def lost_after_its_head() -> Answer:
+    yield None
+    yield Part(200, ((b"content-type", b"text/event-stream"),), b"", True)
+    yield BEAT
+    raise ReplicaLost
+
+
+async def sends_its_head_first() -> Answer:
+    yield None
+    yield Part(201, ((b"content-type", b"text/plain"),), b"", True)
+    yield BEAT
+    yield Part(None, (), b"a", True)
+    yield Part(None, (), b"b", False)
+
+
 async def lost_in_a_stream() -> Answer:
     yield None
     yield part('data: {"delta": "a"}\n\n', more=True)
@@ -118,6 +141,7 @@ def ask(
     *,
     headers: Mapping[str, str] = NONE,
     queue_timeout: float = 0.5,
+    silence: float = 0.3,
     keys: Mapping[str, clients.Client] | None = None,
 ) -> httpx.Response:
     async def run() -> httpx.Response:
@@ -127,7 +151,7 @@ def ask(
         async with httpx.AsyncClient(transport=transport, base_url="http://front") as client:
             return await client.post(path, json={"prompt": "hi", **body}, headers=headers)
 
-    with mock.patch.multiple(relay, _SILENCE=0.3, _PAUSE=0.01):
+    with mock.patch.multiple(relay, _SILENCE=silence, _PAUSE=0.01, BEAT_SECONDS=0.1):
         return asyncio.run(run())
 
 
@@ -138,12 +162,24 @@ def ask(
         hangs_before_it_begins,
         hangs_afterwards,
         lost_after_a_while,
+        lost_after_its_head,
         stopping,
     ],
 )
 def test_another_replica_answers(first: Callable[[], Answer]) -> None:
     replicas = Replicas(first, well)
     assert (ask(replicas).text, replicas.asked) == ("well", 2)
+
+
+def test_a_replica_that_hangs_leaves_another_time_to_begin() -> None:
+    replicas = Replicas(hangs_before_it_begins, well)
+    assert ask(replicas, queue_timeout=2, silence=60).text == "well"
+
+
+def test_an_answer_has_the_head_that_came_before_it() -> None:
+    response = ask(Replicas(sends_its_head_first))
+    assert (response.status_code, response.text) == (201, "ab")
+    assert response.headers["content-type"] == "text/plain"
 
 
 def test_what_was_answered_is_not_asked_again() -> None:
@@ -181,6 +217,11 @@ def test_a_deadline_passes_while_there_is_no_replica(
 ) -> None:
     replicas = Replicas(lost_before_it_begins)
     response = ask(replicas, "/", body, headers=headers, queue_timeout=600)
+    assert (response.status_code, response.json()["error"]["type"]) == (504, "deadline_exceeded")
+
+
+def test_a_deadline_passes_at_a_replica_that_does_not_keep_it() -> None:
+    response = ask(Replicas(beats_for_long), headers={"x-request-timeout": "0.2"})
     assert (response.status_code, response.json()["error"]["type"]) == (504, "deadline_exceeded")
 
 

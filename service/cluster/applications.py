@@ -52,16 +52,19 @@ def _answered(call: Callable[[], _Answer]) -> _Answer:
     return future.result()
 
 
-def apply(cluster: Cluster, surge: Collection[str] = ()) -> None:
-    """Give Serve the models and the front. `surge` as for `deployments.applications`."""
+def apply(cluster: Cluster, surge: Collection[str] = (), told: Cluster | None = None) -> None:
+    """Give Serve the models and the front. `surge` as for `deployments.applications`.
+
+    `told` is what the front is told of, if not `cluster`.
+    """
     from ray import serve
 
     from service.cluster import deployments
 
-    targets = deployments.applications(
-        cluster, has_gpus=placement.resources("GPU") > 0, surge=surge
-    )
-    *models, front = targets
+    has_gpus = placement.resources("GPU") > 0
+    *models, front = deployments.applications(cluster, has_gpus=has_gpus, surge=surge)
+    if told is not None:
+        front = deployments.applications(told, has_gpus=has_gpus)[-1]
     # The front asks for handles to the models, which must be there.
     for some in (models, [front]):
         _answered(partial(serve.run_many, some, wait_for_applications_running=False))
@@ -178,13 +181,18 @@ def models_and_nodes() -> dict[str, Any]:
 
 
 def drain(seconds: float) -> None:
-    """Let all replicas refuse new requests, and wait until they have finished those they have."""
+    """Let all replicas refuse new requests, and finish those they have.
+
+    What has not finished after so many seconds ends with an error.
+    """
     models = statuses().keys() - {FRONT}
     deadline = time.monotonic() + seconds
     for model in models:
         _ask(model, "drain")
     while time.monotonic() < deadline and any(any(_ask(m, "is_busy")) for m in models):
         time.sleep(CHECK_INTERVAL)
+    for model in models:
+        _ask(model, "stop")
 
 
 def _ask(model: str, method: str) -> list[Any]:

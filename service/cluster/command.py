@@ -166,13 +166,21 @@ def _update(cluster: Cluster, state: State) -> None:
     cluster = _with_keys_of_now(cluster)
     gone = before.models.keys() - cluster.models.keys()
     both = {**before.models, **cluster.models}
+    # Requests go where they went, by the keys of now, until the new models have loaded.
+    told: Cluster | None = dataclasses.replace(before, clients=cluster.clients)
     if gone and placement.lacking(dataclasses.replace(cluster, models=both)):
         print(f"{', '.join(gone)}: ended first, to make room", file=sys.stderr, flush=True)
         applications.delete(*gone)
+        told = None
     _check_owned(state)
     try:
-        applications.apply(cluster, surge=placement.surging(cluster, before))
+        surge = placement.surging(cluster, before)
+        applications.apply(cluster, surge, told)
         reason = applications.wait(cluster, lambda: state.applied is None)
+        if told and reason is None:
+            _check_owned(state)
+            applications.apply(cluster, surge)
+            reason = applications.wait(cluster, lambda: state.applied is None)
     except (KeyboardInterrupt, SystemExit):
         reason = "interrupted"
     _check_owned(state)

@@ -177,6 +177,11 @@ def load(file: Path | None) -> Cluster:
                 raise ConfigError(f"{place}: {owner[served]} is served as {served!r} too")
             owner[served] = name
         models[name] = model
+    for name, model in models.items():
+        for route in model.config.routes:
+            if (first := route.split("/")[1]) in models:
+                place = origins.of(("models", name))
+                raise ConfigError(f"{place}: {first} is served as {route!r} too")
     loaded = _settings(parsed.settings, origins)
     clients = loaded.clients()
     return Cluster(
@@ -213,8 +218,10 @@ def _model(name: str, section: Replicas, place: str) -> ClusterModel:
 
 def _settings(values: Mapping[str, Any], origins: Origins) -> Settings:
     for key in values:
-        if key not in Settings.model_fields:
+        if key == "cache_dir" or key not in Settings.model_fields:
             hint = nearest(key, Settings.model_fields)
+            if key == "cache_dir":  # `--status` finds the cluster in it, without the file
+                hint = " in a file; set SERVICE_CACHE_DIR"
             raise ConfigError(f"{origins.of(('settings', key))}: unknown setting{hint}")
     try:
         return settings.load(**values)

@@ -21,19 +21,29 @@ VARIABLES = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DEREGISTER_SECONDS),
     # Seconds between two looks at HAProxy, which is started again after three that find none.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
-    # Seconds that a client may send nothing in the middle of a request.
+    # Seconds that a client may send nothing in the middle of a long body.
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
+    # Seconds that a replaced HAProxy has for what it still answers: each change of replicas starts
+    # a new one. Ray keeps the ports of ended replicas for 30 s more than that, because the old one
+    # may still send there. In a day, replicas that end often would use up the 1000 of a node.
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
     # A request is sent again, twice at most, whose front or replica died before it answered.
-    # HAProxy can send only what it had read in full before. Ray has no setting for that option, so
-    # it comes with this one, as a line of its own in HAProxy's file.
-    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response\noption http-buffer-request",
+    # HAProxy can send only what it had read in full before. So it is HAProxy that must limit how
+    # long a client sends. Ray has no setting for these two options, so they come with this one, as
+    # lines of their own in HAProxy's file.
+    "RAY_SERVE_HAPROXY_RETRY_ON": (
+        "conn-failure empty-response\noption http-buffer-request\ntimeout http-request 30s"
+    ),
     "RAY_SERVE_HAPROXY_RETRIES": "2",
     # Seconds between two reports of a replica's load, from which Serve decides how many there are.
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
     # Bytes. gRPC's default of 4 MiB is less than the longest body with its headers.
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
+    # At 95 % of a machine's memory Ray would end controller, fronts and replicas, whoever uses it.
+    # The kernel ends the largest process, when there is none left.
+    "RAY_memory_monitor_refresh_ms": "0",
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
 }

@@ -50,16 +50,23 @@ def lacking(cluster: Cluster) -> list[str]:
 
 
 def surging(cluster: Cluster, before: Cluster) -> set[str]:
-    """Return the models of which one more replica fits beside what the update adds."""
+    """Return the models of which one more replica fits on a node, beside what the update adds."""
+    from ray._private.state import available_resources_per_node
+
     now, then = _needs(cluster), _needs(before)
     free = {
         kind: resources(kind, free=True) - max(0, now[kind] - then[kind]) for kind in ("CPU", "GPU")
     }
+    nodes = available_resources_per_node().values()
     has_gpus = resources("GPU") > 0
+
+    def fits(model: ClusterModel, room: dict[str, float]) -> bool:
+        return all(_of_replica(model, k, has_gpus=has_gpus) <= room.get(k, 0) for k in free)
+
     return {
         name
         for name, model in cluster.models.items()
-        if model.cpus <= free["CPU"] and model.gpus_of_replica(has_gpus=has_gpus) <= free["GPU"]
+        if fits(model, free) and any(fits(model, node) for node in nodes)
     }
 
 

@@ -85,7 +85,10 @@ async def _offer(
     queue_timeout: float,
     limit: asyncio.Timeout,
 ) -> None:
-    """As `forward`. `limit` holds while no replica has the request, which has its own."""
+    """As `forward`. `limit` holds while no replica has the request, which keeps the time itself.
+
+    One that hangs does not, so it has little more.
+    """
     client_deadline = limit.when()
     deadline = time.monotonic() + queue_timeout
     tried = lost = 0
@@ -94,7 +97,7 @@ async def _offer(
         async with aclosing(replicas.answer(model, offered)) as parts:
             if not await _begun(parts, deadline):
                 continue
-            limit.reschedule(None)
+            limit.reschedule(None if client_deadline is None else client_deadline + BEAT_SECONDS)
             exchange.at_replica = True
             if tried:
                 metrics.FRONT_RETRIES.labels(model).inc()
@@ -116,10 +119,10 @@ async def _begun(parts: AsyncGenerator[Part | None, None], deadline: float) -> b
     """Wait for a replica to begin. Returns whether it did; else another may. Raises WaitedTooLong.
 
     A replica that hangs or ends before it begins does so whatever the request is. It does not count
-    as an attempt.
+    as an attempt. It gets no more than half of the time, so that another has some.
     """
     try:
-        async with asyncio.timeout(min(_SILENCE, max(0, deadline - time.monotonic()))):
+        async with asyncio.timeout(min(_SILENCE, max(0, deadline - time.monotonic()) / 2)):
             await anext(parts)
     except (ReplicaLost, TimeoutError):
         if time.monotonic() + _PAUSE > deadline:
@@ -132,7 +135,11 @@ async def _begun(parts: AsyncGenerator[Part | None, None], deadline: float) -> b
 async def _relayed(
     parts: AsyncGenerator[Part | None, None], exchange: "Exchange", *, last: bool
 ) -> bool:
-    """Send what a replica answers. Returns whether it did; else another may. Raises ReplicaLost."""
+    """Send what a replica answers. Returns whether it did; else another may. Raises ReplicaLost.
+
+    A head goes with the first piece of the body: until then another replica may still answer.
+    """
+    head: Part | None = None
     while True:
         try:
             async with asyncio.timeout(_SILENCE):
@@ -147,8 +154,15 @@ async def _relayed(
             raise ReplicaLost
         if part.status == 503 and not last and _WAITED not in part.body:
             return False
-        if part != BEAT:
-            await exchange.send(part)
+        if part == BEAT:
+            continue
+        if head is not None:
+            part = part._replace(status=head.status, headers=head.headers)
+            head = None
+        elif part.status is not None and part.more and not part.body:
+            head = part
+            continue
+        await exchange.send(part)
 
 
 class Exchange:

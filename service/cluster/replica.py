@@ -122,6 +122,11 @@ class Model:
         service.health.drain()
         service.admission.close(Unavailable("the server is stopping", retry_after=5))
 
+    async def stop(self) -> None:
+        """End with an error what has not finished in time."""
+        error = Unavailable("the server is stopping", retry_after=5)
+        self._asgi.state.service.cancellations.end_all(error)
+
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         async def application(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] == "http" and scope["path"] == scope["root_path"]:
