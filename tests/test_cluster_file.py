@@ -167,8 +167,8 @@ def test_a_new_replica_comes_first_where_one_node_has_room_for_it(
 @pytest.mark.parametrize(
     ("host", "address", "said", "unsaid"),
     [
-        ("127.0.0.1", None, ["9101 and 8404", "gRPC"], ["WARNING", "30000", "own ports"]),
-        ("0.0.0.0", None, ["WARNING: 0.0.0.0", "gRPC", "30000 to 31000"], ["own ports"]),
+        ("127.0.0.1", None, ["9101 and 8404", "gRPC", "Ray's own"], ["WARNING", "30000"]),
+        ("0.0.0.0", None, ["WARNING: 0.0.0.0", "gRPC", "30000 to 31000"], []),
         ("0.0.0.0", "10.0.0.1:6379", ["WARNING: 0.0.0.0", "30000 to 31000", "Ray's own"], []),
     ],
 )

@@ -133,15 +133,13 @@ def _warn(cluster: Cluster) -> None:
     )
     said = [
         f"HAProxy's metrics and statistics listen on all addresses, at ports {ports}.",
-        "So do the gRPC ports of replicas and fronts, which the system chooses and which ask for "
-        "Ray's token.",
+        "So do Ray's own ports and the gRPC ports of replicas and fronts, which the system chooses "
+        "and which ask for Ray's token.",
     ]
     if not local:
         said.append(
             f"Replicas and fronts listen on {cluster.settings.host} too, at ports 30000 to 31000."
         )
-    if joins:
-        said.append("Ray's own ports are open to other machines, as its nodes need them.")
     print(*said, "A firewall keeps them to yourself.", file=sys.stderr, flush=True)
 
 
