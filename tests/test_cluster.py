@@ -64,6 +64,16 @@ def wait_until_all_run(server: Server) -> None:
     wait(lambda: "Ready:" in server.log.read_text())
 
 
+def processes(server: Server, title: str) -> list[psutil.Process]:
+    """The processes below a command with this in their titles."""
+    found = []
+    for process in psutil.Process(server.process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if title in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
 class ClusterUnderTest:
     """`chat-service cluster FILE`, and the same again to update it."""
 
@@ -106,13 +116,7 @@ class ClusterUnderTest:
         )
 
     def processes(self, title: str) -> list[psutil.Process]:
-        """Ray's processes with this in their titles."""
-        found = []
-        for process in psutil.Process(self.server.process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                if title in " ".join(process.cmdline()):
-                    found.append(process)
-        return found
+        return processes(self.server, title)
 
     def replicas(self, model: str = "a") -> list[psutil.Process]:
         return self.processes(f"ServeReplica:chat-service-{model}:")
@@ -452,7 +456,7 @@ def test_an_update_refuses_and_cuts_nothing(cluster: ClusterUnderTest) -> None:
         "b": {**FILE["models"]["b"], "replicas": 1},
     }
     cluster.write({**cluster.content, "default": "b", "models": models})
-    with Load(cluster.url, 2, KEYS["ben"]) as load, Load(f"{cluster.url}/a/", 1, KEYS["ben"]) as a:
+    with Load(cluster.url, 2, KEYS["ben"]) as load, Load(f"{cluster.url}/a/", 2, KEYS["ben"]) as a:
         result = cluster.command(str(cluster.file))
         wait(lambda: len(cluster.replicas("b")) == 1)
     assert result.returncode == 0, result.stderr
@@ -580,8 +584,8 @@ def test_the_readme_s_command_serves_two_replicas_and_leaves_nothing_when_it_or_
                 curl = log.partition("Try:")[2].partition("OpenAI")[0]
                 answer = subprocess.run(["bash", "-c", curl], capture_output=True, text=True)
                 assert "The capital of France is Paris." in answer.stdout
-                engines = [p for p in children if "EngineCore" in " ".join(p.cmdline())]
-                assert len(engines) == 2
+                wait(lambda server=server: len(processes(server, "EngineCore")) == 2, 30)  # type: ignore[misc]
+                engines = processes(server, "EngineCore")
                 if name == "first":
                     children[0].kill()
                     server.process.wait(60)
