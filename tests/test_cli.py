@@ -254,11 +254,12 @@ def test_nothing_goes_on_without_the_plugins(module: str, plugin: str) -> None:
 
 def test_a_cluster_without_ray_is_told_how_to_get_it(tmp_path: Path) -> None:
     file = tmp_path / "cluster.yaml"
-    file.write_text(f"models: {{a: {{model: {MODEL}}}}}\nsettings: {{cache_dir: {tmp_path}}}\n")
+    file.write_text(f"models: {{a: {{model: {MODEL}}}}}\n")
     broken = "import sys; sys.modules['ray'] = None; from service.cli import main; main()"
     # A process of its own: what `run` forks has imported Ray with vLLM.
     command = [sys.executable, "-c", broken, "cluster", str(file), "--check"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    env = {**os.environ, "SERVICE_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 1
     assert re.fullmatch(
         "error: a cluster needs Ray, which is not installed; .*pip install .*\n", done.stderr

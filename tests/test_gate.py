@@ -23,6 +23,7 @@ from service.api.middleware import ApiKey, Observe, Refusals
 from service.api.rate_limits import RateLimits
 from service.clients import Client
 from service.errors import Overloaded
+from service.model_config.schema import Sampling
 from service.settings import Settings
 from tests.conftest import hardening
 
@@ -43,7 +44,7 @@ class State:
         self.rate_limits = RateLimits()
         self.deployment = SimpleNamespace(
             settings=Settings(cache_per_key=cache_per_key),
-            model=SimpleNamespace(name="a-model", routes=["/v1/chat"]),
+            model=SimpleNamespace(name="a-model", routes=["/v1/chat"], sampling=Sampling()),
         )
 
     def served(self, name: object) -> str | None:
