@@ -114,7 +114,7 @@ def test_opened_while_the_model_loads_it_waits(starting: Server, browser: Browse
 
 def ask(page: Page, prompt: str) -> None:
     page.locator("#prompt").fill(prompt)
-    page.keyboard.press("Enter")
+    page.locator("#prompt").press("Enter")  # a page that loads may move the focus
 
 
 def wait_until_free(server: Server) -> None:
