@@ -135,9 +135,10 @@ def _check_prompt_logprobs(request: Mapping[str, Any]) -> None:
     if each is None and request.get("echo"):
         param = "logprobs"
         each = request.get(param)
-    number = _number(each)
+    if each is None:
+        return
     tokens = sum(_tokens(request.get(key)) for key in ("prompt", "messages", "input"))
-    if each is not None and (abs(number) + 1) * tokens > MAX_PROMPT_LOGPROBS:
+    if (abs(_number(each)) + 1) * tokens > MAX_PROMPT_LOGPROBS:
         raise InvalidRequest(
             f"one request may ask for about {MAX_PROMPT_LOGPROBS} log probabilities of its "
             "prompts; ask for fewer at each token, or send a shorter prompt",
