@@ -128,7 +128,8 @@ def test_float32_says_what_transformers_says(folders: dict[str, Path], name: str
 def test_8_bits_are_near_transformers(folders: dict[str, Path], name: str) -> None:
     with engine(folders[name], quantization=cpu_int8.NAME) as llm:
         _, _, mean = differences(folders[name], ask(llm))
-    assert 1e-4 < mean < 1, mean  # DeepSeek-V2's is 0.35 in bfloat16, and 4 with a mistake
+    # DeepSeek-V2 is 0.35 in bfloat16, 0.8 here, 1.2 where inputs have 7 bits, and 4 with a mistake.
+    assert 1e-4 < mean < 2, mean
 
 
 def keys_for_values(kv_b: torch.Tensor) -> torch.Tensor:
