@@ -30,10 +30,12 @@ VARIABLES = {
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
     # A request is sent again, twice at most, whose front or replica died before it answered.
     # HAProxy can send only what it had read in full before. So it is HAProxy that must limit how
-    # long a client sends. Ray has no setting for these two options, so they come with this one, as
-    # lines of their own in HAProxy's file.
+    # long a client sends. A HAProxy that was replaced knows only the replicas of its time, so a
+    # client's idle connection must end before the first of them does. Ray has no setting for these
+    # lines of HAProxy's file, so they come with this one.
     "RAY_SERVE_HAPROXY_RETRY_ON": (
         "conn-failure empty-response\noption http-buffer-request\ntimeout http-request 30s"
+        f"\ntimeout http-keep-alive {DEREGISTER_SECONDS - 2}s"
     ),
     "RAY_SERVE_HAPROXY_RETRIES": "2",
     # Seconds between two reports of a replica's load, from which Serve decides how many there are.
