@@ -1,4 +1,4 @@
-"""Clients that ask a cluster without a pause, and count what they get."""
+"""Clients that ask a cluster again and again, and count what they get."""
 
 import asyncio
 import json
@@ -19,10 +19,14 @@ ENDED = "stream 503"
 class Load:
     """Half of the clients ask for streams. They run in a thread, in its network, until the end."""
 
-    def __init__(self, url: str, clients: int = 24, key: str | None = None) -> None:
+    def __init__(
+        self, url: str, clients: int = 24, key: str | None = None, pause: float = 0
+    ) -> None:
+        """`pause` is how long each client keeps its connection idle after an answer, in seconds."""
         self.counts: Counter[str] = Counter()
         self._url = url
         self._clients = clients
+        self._pause = pause
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._all()))
@@ -41,7 +45,7 @@ class Load:
         self._thread.join()
 
     async def _all(self) -> None:
-        limits = httpx.Limits(max_connections=None)
+        limits = httpx.Limits(max_connections=None, keepalive_expiry=None)
         async with (
             httpx.AsyncClient(
                 timeout=PATIENCE, trust_env=False, headers=self._headers, limits=limits
@@ -64,3 +68,4 @@ class Load:
             if stream and status == 200:  # what the last event says
                 status = json.loads(response.text.rstrip().rpartition("data: ")[2]).get("status")
             self.counts[f"{kind} {status}"] += 1
+            await asyncio.sleep(self._pause)

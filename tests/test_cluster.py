@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -128,6 +129,12 @@ class ClusterUnderTest:
         series = r'service_running_sequences\{model="%s",replica="(\w+)"\}'
         return set(re.findall(series % model, text))
 
+    def statuses(self, key: str) -> set[int]:
+        """What the front and the replicas say to a key."""
+        paths = ["/v1/models", *["/a/v1/models"] * 8, "/b/v1/models"]
+        with self.client(key) as client:
+            return {client.get(path).status_code for path in paths}
+
     def both(self) -> set[str]:
         """The two replicas of `a`, once both are on the page."""
         deadline = time.monotonic() + 60
@@ -135,6 +142,22 @@ class ClusterUnderTest:
             assert time.monotonic() < deadline, serving
             time.sleep(0.5)
         return serving
+
+
+class Update:
+    """`chat-service cluster FILE` beside the one that runs; its output goes to `log`."""
+
+    def __init__(self, file: Path, log: Path) -> None:
+        self._log = log
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "service", "cluster", str(file)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def wait_until_it_replaces(self, model: str) -> None:
+        wait(lambda: f"{model}: deploying" in self._log.read_text())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -254,15 +277,10 @@ def test_an_answer_ends_when_its_client_leaves(cluster: ClusterUnderTest) -> Non
 
 
 def test_a_changed_key_file_holds_everywhere_within_seconds(cluster: ClusterUnderTest) -> None:
-    def status(path: str) -> int:
-        with cluster.client("key-of-carl") as client:
-            return client.get(path).status_code
-
     before = cluster.both(), [p.pid for p in cluster.replicas()]
-    assert status("/a/v1/models") == 401
+    assert cluster.statuses("key-of-carl") == {401}
     cluster.write_keys({**KEYS, "carl": "key-of-carl requests=1/min"})
-    paths = ["/v1/models", *["/a/v1/models"] * 8, "/b/v1/models"]
-    wait(lambda: all(status(path) == 200 for path in paths), 30)
+    wait(lambda: cluster.statuses("key-of-carl") == {200}, 30)
     with cluster.client("key-of-carl") as client:
         assert client.post("/b/", json=QUESTION).status_code == 200
         for path in ("/b/", "/"):
@@ -270,7 +288,7 @@ def test_a_changed_key_file_holds_everywhere_within_seconds(cluster: ClusterUnde
             assert refused.status_code == 429, path
             assert 1 <= int(refused.headers["retry-after"]) <= 60
     cluster.write_keys(KEYS)
-    wait(lambda: all(status(path) == 401 for path in paths), 30)
+    wait(lambda: cluster.statuses("key-of-carl") == {401}, 30)
     assert before == (cluster.both(), [p.pid for p in cluster.replicas()])  # no restart
 
 
@@ -447,7 +465,9 @@ def test_keys_are_not_switched_off_by_an_update(cluster: ClusterUnderTest) -> No
     assert "keys cannot be switched on or off while the cluster runs" in result.stderr
 
 
-def test_an_update_refuses_and_cuts_nothing(cluster: ClusterUnderTest) -> None:
+def test_an_update_refuses_and_cuts_nothing_and_keys_change_meanwhile(
+    cluster: ClusterUnderTest, tmp_path: Path
+) -> None:
     """A setting of one model, the number of another's replicas, and which model is the default."""
     before = cluster.both()
     others = {process.pid for process in cluster.replicas("b")}
@@ -456,11 +476,27 @@ def test_an_update_refuses_and_cuts_nothing(cluster: ClusterUnderTest) -> None:
         "b": {**FILE["models"]["b"], "replicas": 1},
     }
     cluster.write({**cluster.content, "default": "b", "models": models})
-    with Load(cluster.url, 2, KEYS["ben"]) as load, Load(f"{cluster.url}/a/", 2, KEYS["ben"]) as a:
-        result = cluster.command(str(cluster.file))
+    cluster.write_keys({**KEYS, "carl": "key-of-carl"})
+    wait(lambda: cluster.statuses("key-of-carl") == {200}, 30)
+    by_path, log = f"{cluster.url}/a/", tmp_path / "log"
+    with (
+        Load(cluster.url, 2, KEYS["ben"]) as load,
+        Load(by_path, 2, KEYS["ben"]) as busy,
+        Load(by_path, 2, KEYS["ben"], pause=2) as idle,
+        socket.create_connection(("127.0.0.1", cluster.content["settings"]["port"])) as slow,
+    ):
+        slow.sendall(b"GET /a/v1/models HTTP/1.1\r\n")
+        update = Update(cluster.file, log)
+        update.wait_until_it_replaces("a")
+        cluster.write_keys(KEYS)
+        wait(lambda: cluster.statuses("key-of-carl") == {401}, 30)
+        assert update.process.poll() is None
+        assert slow.recv(100).startswith(b"HTTP/1.1 408 ")  # after 30 s
+        assert update.process.wait(PATIENCE) == 0, log.read_text()
         wait(lambda: len(cluster.replicas("b")) == 1)
-    assert result.returncode == 0, result.stderr
-    assert load.counts.keys() == a.counts.keys() == ANSWERED, (load.counts, a.counts)
+    counts = load.counts, busy.counts, idle.counts
+    assert all(count.keys() == ANSWERED for count in counts), counts
+    assert cluster.statuses("key-of-carl") == {401}
     assert not before & cluster.both()
     assert {process.pid for process in cluster.replicas("b")} <= others  # no restart
 
@@ -506,7 +542,7 @@ def test_a_node_that_dies_takes_no_answer_with_it(tmp_path: Path) -> None:
     environment = {**os.environ, **variables, "RAY_AUTH_TOKEN_PATH": str(token)}
     content = {
         "models": {"a": {"model": "smollm2-135m-instruct", "replicas": 2, "set": SMALL}},
-        "settings": {"port": 6006},
+        "settings": {"port": 6006, "drain_timeout": 2},
     }
     (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(content))
 
@@ -563,6 +599,17 @@ def test_a_node_that_dies_takes_no_answer_with_it(tmp_path: Path) -> None:
             with Load(server.url, 8) as load:
                 wait(lambda: load.counts.total() > 8)
             assert load.counts.keys() == ANSWERED, load.counts
+            body = {"prompt": "Once", "max_tokens": 1900, "ignore_eos": True, "stream": True}
+            url = f"{server.url}/v1/completions"
+            with httpx.stream("POST", url, json=body, timeout=PATIENCE, trust_env=False) as answer:
+                lines = answer.iter_lines()
+                next(lines)
+                server.process.send_signal(signal.SIGTERM)
+                last = [line for line in lines if line.startswith("data: {")][-1]  # before [DONE]
+            error = json.loads(last.removeprefix("data: "))["error"]
+            assert error["code"] == 503
+            assert error["message"].startswith("the server is stopping")
+            server.process.wait(60)
         finally:
             status = server.stop()
         assert status == 0, server.log.read_text()
@@ -573,6 +620,9 @@ def test_a_node_that_dies_takes_no_answer_with_it(tmp_path: Path) -> None:
 def test_the_readme_s_command_serves_two_replicas_and_leaves_nothing_when_it_or_ray_is_killed(
     tmp_path: Path,
 ) -> None:
+    models = {"smollm2-135m-instruct": {"replicas": 2, "set": {"engine.max_num_seqs": 12}}}
+    changed = tmp_path / "cluster.yaml"
+    changed.write_text(yaml.safe_dump({"models": models}))
     with network_of_its_own():
         for name in ("first", "second"):  # which ends what the first has left
             server = Server(["make", "-C", str(ROOT), "cluster"], tmp_path / name, port=6006)
@@ -586,13 +636,23 @@ def test_the_readme_s_command_serves_two_replicas_and_leaves_nothing_when_it_or_
                 assert "The capital of France is Paris." in answer.stdout
                 wait(lambda server=server: len(processes(server, "EngineCore")) == 2, 30)  # type: ignore[misc]
                 engines = processes(server, "EngineCore")
+                log_of_update = tmp_path / f"{name}-update"
+                update = Update(changed, log_of_update)
+                update.wait_until_it_replaces("smollm2-135m-instruct")
                 if name == "first":
                     children[0].kill()
                     server.process.wait(60)
+                    assert update.process.wait(30) == 1
+                    assert "error: Ray has ended on this machine" in log_of_update.read_text()
                 else:
-                    for process in children:
-                        if process.name() == "raylet":
-                            process.kill()
+                    update.process.terminate()
+                    assert update.process.wait(60) == 1
+                    last = log_of_update.read_text().splitlines()[-1]
+                    assert last == "error: interrupted; what was served before is served on"
+                    for process in psutil.Process(server.process.pid).children(recursive=True):
+                        with contextlib.suppress(psutil.Error):  # a replica that was replaced
+                            if process.name() == "raylet":
+                                process.kill()
                     assert server.process.wait(120) == 2  # make's; the command's is 1
                 for engine in engines:
                     wait_for_end(engine.pid, 30)

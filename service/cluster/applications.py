@@ -6,11 +6,12 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from service.clients import Client, as_json
 from service.cluster import placement
 from service.cluster.config import FRONT, PREFIX, Cluster
 from service.cluster.connection import RayGone, is_alive
@@ -195,15 +196,24 @@ def drain(seconds: float) -> None:
         _ask(model, "stop")
 
 
-def _ask(model: str, method: str) -> list[Any]:
-    """Call a method of all replicas of a model; return the answers of those that are well."""
+def use_keys(clients: Mapping[str, Client] | None) -> None:
+    """Give these API keys to the replicas and fronts that run. `apply` gives them to later ones."""
+    for name in statuses():
+        _ask(name, "use_keys", as_json(clients))
+
+
+def _ask(name: str, method: str, *arguments: Any) -> list[Any]:
+    """Call a method of all replicas of a model, or of the fronts.
+
+    Returns the answers of those that are well.
+    """
     from ray import serve
     from ray.serve.exceptions import RayServeException
 
     from service.cluster import broadcast
 
     try:
-        handle = serve.get_app_handle(_name_of(model))
+        handle = serve.get_app_handle(_name_of(name))
     except RayServeException:  # it has no replica that runs
         return []
-    return asyncio.run(broadcast.answers(handle, method))
+    return asyncio.run(broadcast.answers(handle, method, *arguments))

@@ -9,14 +9,14 @@ from ray.serve.handle import DeploymentHandle
 _SECONDS = 5.0
 
 
-async def answers(handle: DeploymentHandle[Any], method: str) -> list[Any]:
+async def answers(handle: DeploymentHandle[Any], method: str, *arguments: Any) -> list[Any]:
     """Call a method of each replica; return the answers that come in time.
 
     Ray calls `broadcast` alpha. Its `results` are none when one replica is late.
     """
     try:
         async with asyncio.timeout(_SECONDS):
-            replicas = await handle.broadcast(method)._fetch_replica_results_async()
+            replicas = await handle.broadcast(method, *arguments)._fetch_replica_results_async()
     except (RayServeException, TimeoutError):  # none is up
         return []
     results = await asyncio.gather(

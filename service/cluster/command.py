@@ -15,7 +15,13 @@ from service.clients import Version, version_of
 from service.cluster import applications, config, placement
 from service.cluster.applications import CHECK_INTERVAL
 from service.cluster.config import Cluster
-from service.cluster.connection import RayGone, check_installed, connected, end_orphans
+from service.cluster.connection import (
+    RayGone,
+    check_installed,
+    connected,
+    end_orphans,
+    is_alive,
+)
 from service.cluster.state import State
 from service.errors import ConfigError, LaunchError
 from service.launch import environment as launch_environment
@@ -36,6 +42,7 @@ def run(file: Path | None) -> None:
     with state.owner() as owns:
         if not owns:
             with connected(state, starts=False), state.changing():
+                signal.signal(signal.SIGTERM, signal.default_int_handler)  # over Ray's own
                 _update(cluster, state)
             return
         _clear(state)
@@ -177,9 +184,11 @@ def _update(cluster: Cluster, state: State) -> None:
         reason = applications.wait(cluster, lambda: state.applied is None)
         if told and reason is None:
             _check_owned(state)
+            with suppress(ConfigError):  # else the keys read before stay in force
+                cluster = _with_keys_of_now(cluster)
             applications.apply(cluster, surge)
             reason = applications.wait(cluster, lambda: state.applied is None)
-    except (KeyboardInterrupt, SystemExit):
+    except KeyboardInterrupt:
         reason = "interrupted"
     _check_owned(state)
     if reason is None:
@@ -219,12 +228,16 @@ def _watch(state: State, stop: _Stop, keys: Version | None) -> None:
     while not stop.requested:
         time.sleep(CHECK_INTERVAL)
         try:
-            applications.statuses()
+            if not is_alive():
+                raise RayGone("Ray has ended on this machine")
             applied = state.applied
             version = version_of(applied.settings.api_key_file if applied else None)
             if version in (None, keys, refused):
                 continue
             refused = version
+            if applied is not None:
+                # An update may run for minutes, and start replicas with the keys it has read.
+                applications.use_keys(_with_keys_of_now(applied).clients)
             with state.changing():
                 if (cluster := state.applied) is not None:
                     cluster = _with_keys_of_now(cluster)

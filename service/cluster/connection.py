@@ -37,11 +37,22 @@ def check_installed() -> None:
 
 
 def is_alive() -> bool:
-    """Whether Ray is alive. Always true for a Ray that another command has started."""
-    if environment.folder_of(os.environ) is None:
+    """Whether Ray is alive. Always true for a Ray of RAY_ADDRESS, whose head may come back."""
+    if "RAY_ADDRESS" in os.environ:
         return True
-    children = psutil.Process().children()
-    alive = {child.name() for child in children if child.status() != psutil.STATUS_ZOMBIE}
+    if environment.folder_of(os.environ) is None:  # another command on this machine has started it
+        import ray
+
+        try:
+            _reach(ray.get_runtime_context().gcs_address)
+        except OSError:
+            return False
+        return True
+    alive = set()
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            if child.status() != psutil.STATUS_ZOMBIE:
+                alive.add(child.name())
     return {"raylet", "gcs_server"} <= alive
 
 

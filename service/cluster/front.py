@@ -92,6 +92,11 @@ class FrontApplication:
         file = self._settings.api_key_file
         self._keys = None if clients is None else Keys(clients, file)
 
+    def use_keys(self, clients: Mapping[str, Client]) -> None:
+        """Let these keys be the valid ones."""
+        assert self._keys is not None  # keys are not switched on later
+        self._keys.replace(clients)
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await _lifespan(receive, send)

@@ -114,6 +114,10 @@ class Model:
 
     def reconfigure(self, clients: dict[str, dict[str, Any]]) -> None:
         """Take the keys of a file that has changed, without a restart."""
+        self.use_keys(clients)
+
+    def use_keys(self, clients: dict[str, dict[str, Any]]) -> None:
+        """As `reconfigure`, which only Serve calls."""
         self._asgi.state.service.use_keys(from_json(clients))
 
     async def drain(self) -> None:
