@@ -61,11 +61,11 @@ class Load:
         while not self._stop.is_set():
             try:
                 response = await client.post(self._url, json=body)
+                status = response.status_code
+                if stream and status == 200:  # what the last event says
+                    event = response.text.rstrip().rpartition("data: ")[2]
+                    status = json.loads(event).get("status")
+                self.counts[f"{kind} {status}"] += 1
             except httpx.HTTPError as e:
                 self.counts[f"{kind} {type(e).__name__}"] += 1
-                continue
-            status = response.status_code
-            if stream and status == 200:  # what the last event says
-                status = json.loads(response.text.rstrip().rpartition("data: ")[2]).get("status")
-            self.counts[f"{kind} {status}"] += 1
             await asyncio.sleep(self._pause)

@@ -491,12 +491,15 @@ def test_an_update_refuses_and_cuts_nothing_and_keys_change_meanwhile(
         cluster.write_keys(KEYS)
         wait(lambda: cluster.statuses("key-of-carl") == {401}, 30)
         assert update.process.poll() is None
+        cluster.keys.write_text("anna key-of-anna weight=99999\n")  # a mistake: those before hold
         assert slow.recv(100).startswith(b"HTTP/1.1 408 ")  # after 30 s
         assert update.process.wait(PATIENCE) == 0, log.read_text()
         wait(lambda: len(cluster.replicas("b")) == 1)
     counts = load.counts, busy.counts, idle.counts
     assert all(count.keys() == ANSWERED for count in counts), counts
+    assert "the keys read before stay in force" in cluster.server.log.read_text()
     assert cluster.statuses("key-of-carl") == {401}
+    cluster.write_keys(KEYS)
     assert not before & cluster.both()
     assert {process.pid for process in cluster.replicas("b")} <= others  # no restart
 
@@ -649,6 +652,10 @@ def test_the_readme_s_command_serves_two_replicas_and_leaves_nothing_when_it_or_
                     assert update.process.wait(60) == 1
                     last = log_of_update.read_text().splitlines()[-1]
                     assert last == "error: interrupted; what was served before is served on"
+                    update = Update(changed, log_of_update)
+                    update.wait_until_it_replaces("smollm2-135m-instruct")
+                    update.process.kill()
+                    wait(lambda server=server: "it is taken back" in server.log.read_text(), 30)  # type: ignore[misc]
                     for process in psutil.Process(server.process.pid).children(recursive=True):
                         with contextlib.suppress(psutil.Error):  # a replica that was replaced
                             if process.name() == "raylet":

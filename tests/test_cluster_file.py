@@ -4,12 +4,14 @@ import dataclasses
 import socket
 from collections.abc import Callable, Collection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 
-from service.cluster import applications, command, config, placement
+from service.clients import Client
+from service.cluster import applications, command, config, placement, update
 from service.cluster.state import State
 from service.errors import ConfigError, LaunchError
 from tests.conftest import MODEL
@@ -205,6 +207,8 @@ class Serve:
         self, monkeypatch: pytest.MonkeyPatch, *, outcome: Callable[[], str | None]
     ) -> None:
         self.done: list[tuple[str, Any]] = []
+        self.stop = SimpleNamespace(requested=False)
+        monkeypatch.setattr(update, "Stop", lambda: self.stop)
         monkeypatch.setattr(applications, "apply", self.apply)
         monkeypatch.setattr(applications, "delete", lambda *names: self.note("delete", {*names}))
         monkeypatch.setattr(applications, "wait", self.wait)
@@ -226,7 +230,12 @@ class Serve:
         self.note("apply", cluster)
         self.note("tell the front", told or cluster)
 
-    def wait(self, cluster: config.Cluster, stopped: Callable[[], bool]) -> str | None:
+    def wait(
+        self,
+        cluster: config.Cluster,
+        progress: applications.Progress,
+        stopped: Callable[[], bool],
+    ) -> str | None:
         self.note("wait", cluster)
         reason = self.outcome()
         return None if stopped() else reason
@@ -244,33 +253,50 @@ def served(tmp_path: Path) -> tuple[config.Cluster, State]:
     return cluster, state
 
 
-def test_a_bad_version_is_taken_back_when_the_keys_are_gone(
+def test_a_bad_version_is_taken_back_and_the_keys_of_now_hold(
     served: tuple[config.Cluster, State], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster, state = served
+    keys = {"0" * 64: Client("bert")}
 
     def fails() -> str:
-        (tmp_path / "keys").unlink()
+        state.keys = tmp_path / "keys", keys  # the owner has read the file again
         return "a: it does not start"
 
     serve = Serve(monkeypatch, outcome=fails)
     changed = dataclasses.replace(cluster, fronts=1)
     with pytest.raises(LaunchError, match="what was served before is served on"):
-        command._update(changed, state)
-    assert [value for what, value in serve.done if what == "apply"] == [changed, cluster]
+        update.update(changed, state)
+    restored = dataclasses.replace(cluster, clients=keys)
+    assert [value for what, value in serve.done if what == "apply"] == [changed, restored]
+    assert (state.applied, state.unfinished) == (restored, False)
 
 
-def test_keys_that_are_gone_change_nothing(
-    served: tuple[config.Cluster, State], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_signal_takes_an_update_back_and_after_a_second_the_owner_does(
+    served: tuple[config.Cluster, State], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster, state = served
-    (tmp_path / "keys").unlink()
-    serve = Serve(monkeypatch, outcome=lambda: None)
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # where a lack is no reason to refuse
-    monkeypatch.setattr(placement, "lacking", lambda cluster: ["it lacks a card"])
-    with pytest.raises(ConfigError, match="keys"):
-        command._update(dataclasses.replace(cluster, models={}), state)
-    assert serve.done == []
+    changed = dataclasses.replace(cluster, fronts=1)
+
+    def first() -> None:
+        serve.stop.requested = True
+
+    def second() -> None:
+        raise KeyboardInterrupt
+
+    serve = Serve(monkeypatch, outcome=first)
+    with pytest.raises(LaunchError, match="^interrupted; what was served before is served on$"):
+        update.update(changed, state)
+    assert [value for what, value in serve.done if what == "apply"] == [changed, cluster]
+    assert not state.unfinished
+
+    serve = Serve(monkeypatch, outcome=second)
+    with pytest.raises(LaunchError, match="^interrupted; the command that runs takes the update"):
+        update.update(changed, state)
+    assert state.unfinished
+    update.restore(state)
+    assert [value for what, value in serve.done if what == "apply"] == [changed, cluster]
+    assert (state.applied, state.unfinished) == (cluster, False)
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
@@ -281,12 +307,11 @@ def test_an_update_ends_with_the_command_that_runs(
 
     def owner_ends() -> None:
         state.forget()
-        if interrupted:
-            raise KeyboardInterrupt
+        serve.stop.requested = interrupted
 
     serve = Serve(monkeypatch, outcome=owner_ends)
     with pytest.raises(LaunchError, match="the command that runs has ended"):
-        command._update(dataclasses.replace(cluster, fronts=1), state)
+        update.update(dataclasses.replace(cluster, fronts=1), state)
     # And nothing is taken back.
     assert [what for what, _ in serve.done] == ["apply", "tell the front", "wait"]
     assert state.applied is None
@@ -300,15 +325,15 @@ def test_the_front_sends_to_a_new_default_when_it_has_loaded(
     text = f"models:\n  a: {{model: {MODEL}}}\n  b: {{model: {MODEL}}}\ndefault: b\n"
     changed = load(tmp_path, f"{text}settings: {{api_key_file: {tmp_path / 'keys'}}}\n")
     serve = Serve(monkeypatch, outcome=lambda: None)
-    command._update(changed, state)
+    update.update(changed, state)
     done = [value for what, value in serve.done if what in ("tell the front", "wait")]
-    first, loaded, last, _ = done
+    first, loaded, last, _, again = done
     assert (first.default, first.owners(), first.clients) == (
         "a",
         cluster.owners(),
         changed.clients,
     )
-    assert (loaded, last) == (changed, changed)
+    assert (loaded, last, again) == (changed, changed, changed)
 
 
 def test_what_is_deleted_may_be_applied_again_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:

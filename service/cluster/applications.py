@@ -99,22 +99,29 @@ def _name_of(name: str) -> str:
     return PREFIX if name == FRONT else f"{PREFIX}-{name}"
 
 
-def wait(cluster: Cluster, stopped: Callable[[], bool] = lambda: False) -> str | None:
-    """Wait until all models run, or until `stopped`; print what changes.
+class Progress:
+    """Prints what has changed of the applications, with the seconds since this was made."""
 
-    Returns why a model does not run.
-    """
-    began = time.monotonic()
-    shown: dict[str, str] = {}
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._shown: dict[str, str] = {}
+
+    def show(self, name: str, line: str) -> None:
+        if self._shown.get(name) != line:
+            self._shown[name] = line
+            seconds = time.monotonic() - self._began
+            print(f"{line} ({seconds:.0f} s)", file=sys.stderr, flush=True)
+
+
+def wait(
+    cluster: Cluster, progress: Progress, stopped: Callable[[], bool] = lambda: False
+) -> str | None:
+    """Wait until all models run, or until `stopped`. Returns why a model does not run."""
     ill_since: dict[str, float] = {}
     while not stopped():
         apps = statuses()
         for name, app in apps.items():
-            line = _line(name, app, cluster)
-            if shown.get(name) != line:
-                shown[name] = line
-                seconds = time.monotonic() - began
-                print(f"{line} ({seconds:.0f} s)", file=sys.stderr, flush=True)
+            progress.show(name, _line(name, app))
             now = time.monotonic()
             since = ill_since.setdefault(name, now) if app.status == "UNHEALTHY" else now
             if app.status == "DEPLOY_FAILED" or now - since > _MAX_ILLNESS:
@@ -128,7 +135,7 @@ def wait(cluster: Cluster, stopped: Callable[[], bool] = lambda: False) -> str |
     return None
 
 
-def _line(name: str, app: "ApplicationStatusOverview", cluster: Cluster) -> str:
+def _line(name: str, app: "ApplicationStatusOverview") -> str:
     states = {
         state: count
         for deployment in app.deployments.values()
@@ -196,8 +203,8 @@ def drain(seconds: float) -> None:
         _ask(model, "stop")
 
 
-def use_keys(clients: Mapping[str, Client] | None) -> None:
-    """Give these API keys to the replicas and fronts that run. `apply` gives them to later ones."""
+def use_keys(clients: Mapping[str, Client]) -> None:
+    """Give these API keys to the replicas and fronts that run; those to come get `apply`'s."""
     for name in statuses():
         _ask(name, "use_keys", as_json(clients))
 

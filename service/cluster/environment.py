@@ -27,15 +27,16 @@ VARIABLES = {
     # a new one. Ray keeps the ports of ended replicas for 30 s more than that, because the old one
     # may still send there. In a day, replicas that end often would use up the 1000 of a node.
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
+    # Seconds in which it closes its idle connections. Later it would send their next request to a
+    # replica that has ended: it knows only those of its time.
+    "RAY_SERVE_HAPROXY_CLOSE_SPREAD_TIME_S": "1",
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
     # A request is sent again, twice at most, whose front or replica died before it answered.
     # HAProxy can send only what it had read in full before. So it is HAProxy that must limit how
-    # long a client sends. A HAProxy that was replaced knows only the replicas of its time, so a
-    # client's idle connection must end before the first of them does. Ray has no setting for these
-    # lines of HAProxy's file, so they come with this one.
+    # long a client sends. Ray has no setting for these two options, so they come with this one, as
+    # lines of their own in HAProxy's file.
     "RAY_SERVE_HAPROXY_RETRY_ON": (
         "conn-failure empty-response\noption http-buffer-request\ntimeout http-request 30s"
-        f"\ntimeout http-keep-alive {DEREGISTER_SECONDS - 2}s"
     ),
     "RAY_SERVE_HAPROXY_RETRIES": "2",
     # Seconds between two reports of a replica's load, from which Serve decides how many there are.
@@ -60,13 +61,14 @@ NEEDED = {
     )
 }
 _FILE = "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"
-# Only for a cluster on this machine: its processes print less, and HAProxy's files are in its
-# folder instead of /tmp.
+# Only for a cluster on this machine: its processes print less, and its files are in its folder
+# instead of /tmp, so that those of a process that was killed go with it.
 _ALONE = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_COLOR_PREFIX": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "PYTHONWARNINGS": "ignore",
+    "TMPDIR": "{folder}/t",
     _FILE: "{folder}/h/haproxy.cfg",
     "RAY_SERVE_HAPROXY_SOCKET_PATH": "{folder}/h/admin.sock",
     "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "{folder}/h/metrics.sock",
@@ -84,6 +86,7 @@ def prepare(folder: str | None) -> None:
         os.environ.setdefault(name, value)
     if folder is not None:
         os.environ |= {name: value.format(folder=folder) for name, value in _ALONE.items()}
+        Path(os.environ["TMPDIR"]).mkdir()
 
 
 def folder_of(variables: Mapping[str, str]) -> str | None:

@@ -49,7 +49,7 @@ class Front:
         )
 
     def use_keys(self, clients: dict[str, dict[str, Any]]) -> None:
-        """Take the keys of a file that has changed, while an update runs."""
+        """Take keys alone, for the command while an update runs."""
         self._front.use_keys(from_json(clients))
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:

@@ -100,16 +100,18 @@ def refused(cluster: Cluster) -> list[str]:
     import ray
 
     @ray.remote(num_cpus=0)
-    def refused() -> list[str]:
-        from service import vllm_arguments
+    def ask_vllm() -> list[str]:
+        from service.launch import server
 
+        reasons = []
         for model in cluster.models.values():
             try:
-                vllm_arguments.arguments(model.config, model.origins, cluster.settings)
+                with server.prepared(model.config, model.origins, cluster.settings):
+                    pass
             except ServiceError as e:
-                return [f"{model.name}: {e}"]
-        return []
+                reasons.append(f"{model.name}: {e}")
+        return reasons
 
     print("Asking vLLM, which takes a while to import ...", file=sys.stderr, flush=True)
-    reasons: list[str] = ray.get(refused.remote())
+    reasons: list[str] = ray.get(ask_vllm.remote())
     return reasons

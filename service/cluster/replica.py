@@ -79,6 +79,8 @@ def _log_of_serve_kept() -> Iterator[None]:
 class Model:
     """One engine, and the application that serves it."""
 
+    _stack: contextlib.AsyncExitStack | None = None  # what ends with it, once it has started
+
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, model: str, file: str, settings: str, *, keyed: bool, files: str
     ) -> None:
@@ -97,19 +99,20 @@ class Model:
         origins = Origins(Path(file), {}, frozenset())
         loaded = Settings.model_validate_json(settings, strict=False)
         clients = {} if keyed else loaded.clients()
-        self._stack = contextlib.AsyncExitStack()
-        args, folder = self._stack.enter_context(server.prepared(config, origins, loaded))
-        with server.explained(loaded, folder):
-            await asyncio.to_thread(server.prepare_files, args, config, loaded)
-            deployment = Deployment(
-                model=config,
-                settings=loaded,
-                clients=None if clients is None else dict(clients),
-                instance=uuid.uuid4().hex,
-            )
-            self._asgi = await self._stack.enter_async_context(
-                server.running(args, deployment, _Replica())
-            )
+        async with contextlib.AsyncExitStack() as stack:
+            args, folder = stack.enter_context(server.prepared(config, origins, loaded))
+            with server.explained(loaded, folder):
+                await asyncio.to_thread(server.prepare_files, args, config, loaded)
+                deployment = Deployment(
+                    model=config,
+                    settings=loaded,
+                    clients=None if clients is None else dict(clients),
+                    instance=uuid.uuid4().hex,
+                )
+                self._asgi = await stack.enter_async_context(
+                    server.running(args, deployment, _Replica())
+                )
+            self._stack = stack.pop_all()
         self._asgi.state.server = _End()
 
     def reconfigure(self, clients: dict[str, dict[str, Any]]) -> None:
@@ -117,7 +120,7 @@ class Model:
         self.use_keys(clients)
 
     def use_keys(self, clients: dict[str, dict[str, Any]]) -> None:
-        """As `reconfigure`, which only Serve calls."""
+        """As `reconfigure`, for the command while an update runs."""
         self._asgi.state.service.use_keys(from_json(clients))
 
     async def drain(self) -> None:
@@ -178,4 +181,5 @@ class Model:
             raise LaunchError("the engine has ended")
 
     async def __del__(self) -> None:
-        await self._stack.aclose()
+        if self._stack is not None:  # else it is still starting, and Serve kills its process
+            await self._stack.aclose()

@@ -3,12 +3,14 @@
 import os
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import filelock
 
+from service.clients import Client
 from service.cluster.config import Cluster
 from service.errors import LaunchError
 
@@ -24,6 +26,8 @@ class State:
         self.token = self._folder / "token"
         self._address = self._folder / "address"
         self._applied = self._folder / "applied"
+        self._keys = self._folder / "keys"
+        self._unfinished = self._folder / "unfinished"
         self._ray_folder = self._folder / "ray"
 
     @contextmanager
@@ -52,8 +56,8 @@ class State:
 
     def forget(self) -> None:
         """Forget what an earlier command has applied, and where. It may have been killed."""
-        self._applied.unlink(missing_ok=True)
-        self._address.unlink(missing_ok=True)
+        for file in (self._applied, self._address, self._keys, self._unfinished):
+            file.unlink(missing_ok=True)
 
     @property
     def address(self) -> str:
@@ -77,19 +81,50 @@ class State:
         self._ray_folder.write_text(value)
 
     @property
+    def unfinished(self) -> bool:
+        """Whether an update has begun to change what is served. It may have been killed."""
+        return self._unfinished.exists()
+
+    @unfinished.setter
+    def unfinished(self, value: bool) -> None:
+        if value:
+            self._unfinished.touch()
+        else:
+            self._unfinished.unlink(missing_ok=True)
+
+    @property
     def applied(self) -> Cluster | None:
         """The cluster that was applied last, and came up."""
-        if not self._applied.exists():
-            return None
-        content = self._applied.read_bytes()
-        try:
-            applied: Cluster = pickle.loads(content)
-        except Exception:  # another version of this package has written it
-            return None
+        applied: Cluster | None = _read(self._applied)
         return applied
 
     @applied.setter
     def applied(self, value: Cluster) -> None:
-        part = self._applied.with_suffix(".part")
-        part.write_bytes(pickle.dumps(value))
-        part.replace(self._applied)
+        _write(self._applied, value)
+
+    @property
+    def keys(self) -> tuple[Path, Mapping[str, Client]] | None:
+        """The file of API keys, and the keys that the owner has last read from it."""
+        keys: tuple[Path, Mapping[str, Client]] | None = _read(self._keys)
+        return keys
+
+    @keys.setter
+    def keys(self, value: tuple[Path, Mapping[str, Client]]) -> None:
+        _write(self._keys, value)
+
+
+def _read(file: Path) -> Any:
+    """Return what `_write` has written, or None."""
+    if not file.exists():
+        return None
+    content = file.read_bytes()
+    try:
+        return pickle.loads(content)
+    except Exception:  # another version of this package has written it
+        return None
+
+
+def _write(file: Path, value: object) -> None:
+    part = file.with_suffix(".part")
+    part.write_bytes(pickle.dumps(value))
+    part.replace(file)
