@@ -115,12 +115,9 @@ class State:
 
 def _read(file: Path) -> Any:
     """Return what `_write` has written, or None."""
-    if not file.exists():
-        return None
-    content = file.read_bytes()
     try:
-        return pickle.loads(content)
-    except Exception:  # another version of this package has written it
+        return pickle.loads(file.read_bytes())
+    except Exception:  # it is gone, or another version of this package has written it
         return None
 
 
