@@ -482,7 +482,7 @@ def test_an_update_refuses_and_cuts_nothing_and_keys_change_meanwhile(
     with (
         Load(cluster.url, 2, KEYS["ben"]) as load,
         Load(by_path, 2, KEYS["ben"]) as busy,
-        Load(by_path, 2, KEYS["ben"], pause=2) as idle,
+        Load(by_path, 2, KEYS["ben"], pause=8) as idle,
         socket.create_connection(("127.0.0.1", cluster.content["settings"]["port"])) as slow,
     ):
         slow.sendall(b"GET /a/v1/models HTTP/1.1\r\n")

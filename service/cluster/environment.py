@@ -27,9 +27,10 @@ VARIABLES = {
     # a new one. Ray keeps the ports of ended replicas for 30 s more than that, because the old one
     # may still send there. In a day, replicas that end often would use up the 1000 of a node.
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
-    # Seconds in which it closes its idle connections. Later it would send their next request to a
-    # replica that has ended: it knows only those of its time.
-    "RAY_SERVE_HAPROXY_CLOSE_SPREAD_TIME_S": "1",
+    # Failed connections after which it leaves a replica out. A HAProxy that was replaced still has
+    # idle connections of clients, and knows only the replicas of its time. When it has left these
+    # out, it uses Ray's own proxy.
+    "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
     # A request is sent again, twice at most, whose front or replica died before it answered.
     # HAProxy can send only what it had read in full before. So it is HAProxy that must limit how
