@@ -40,7 +40,7 @@ cluster: $(CLUSTERED) ## Serve several models or replicas on Ray Serve (FILE=clu
 
 APART := tests/test_clients.py tests/test_cluster.py
 test: $(TESTED) ## Run the tests (ARGS="-k name")
-	$(BIN)/pytest --numprocesses 3 --dist loadfile $(APART:%=--ignore %) $(ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile $(APART:%=--ignore %) $(ARGS)
 
 test-clients: $(TESTED) ## Run docs/clients.md, with the clients of PyPI and npm
 	$(BIN)/pytest tests/test_clients.py $(ARGS)

@@ -12,7 +12,7 @@ from service import model_config, settings, weights
 from testing.server import Server
 from tests import warm
 
-# Three files of tests run at once, on two cores. Threads of an engine that wait for each other want
+# Two files of tests run at once, and threads of an engine that wait for each other want
 # cores of their own.
 os.environ["OMP_NUM_THREADS"] = "1"
 # `make test ARGS=...` gives its arguments to the tests, not to the commands that they make.
@@ -22,7 +22,7 @@ for name in ("ARGS", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS"):
 for name in ("no_proxy", "NO_PROXY"):
     os.environ[name] = f"{os.environ.get(name, '')},127.0.0.1,localhost".removeprefix(",")
 
-# The files that take longest come first, so that the workers end together.
+# The files that take longest come first, so that two workers end together.
 LONGEST = (
     *("models", "faults", "overload", "readme", "chat_answers", "adapters", "benchmarks"),
     *("real_vocabularies", "proxies", "contract", "hostile", "usage", "terminal", "wheel", "cli"),

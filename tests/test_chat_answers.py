@@ -331,9 +331,12 @@ def test_reasoning_is_folded(server: ScriptedServer, opened: Opener, has_tag: bo
 def test_reasoning_is_folded_where_no_tags_are_configured(
     server: ScriptedServer, page: Page
 ) -> None:
-    server.answers["go"] = in_pieces("<think>\nLet me see.\n</think>\n\nFour.")
+    shown = threading.Event()
+    server.answers["go"] = in_two_parts("<think>\nLet me see.\n</th", "ink>\n\nFour.", shown)
     server.answers["less"] = ["<"]
     ask(page, "go")
+    expect(page.locator(".model details div")).to_have_text("Let me see. </th")  # not yet a tag
+    shown.set()
     is_answered(page)
     expect(page.locator(".model .text")).to_have_text("Four.")
     expect(page.locator(".model details div")).to_have_text("Let me see.")

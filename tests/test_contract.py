@@ -153,7 +153,7 @@ def test_a_stream_is_deltas_and_then_the_ordinary_answer(http: httpx.Client) -> 
     with http.stream("POST", "/", json=body) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         *deltas, last = events(answer.read().decode())
-    assert len(deltas) >= 7
+    assert len(deltas) > 1  # what is ready together is one
     assert "".join(delta.pop("delta") for delta in deltas) == last["response"] == PARIS
     assert not any(deltas)
     assert list(last) == ["response", "status", "time", "history", "details"]
