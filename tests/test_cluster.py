@@ -1,6 +1,7 @@
 """A cluster on real Ray, in a network of its own: several models behind one address, and faults."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -63,6 +64,10 @@ def wait_until_all_run(server: Server) -> None:
     """Wait until the command says `Ready`; the address answers before all replicas run."""
     server.wait_until_ready(PATIENCE)
     wait(lambda: "Ready:" in server.log.read_text())
+
+
+def logged(server: Server, text: str) -> bool:
+    return text in server.log.read_text()
 
 
 def processes(server: Server, title: str) -> list[psutil.Process]:
@@ -655,7 +660,7 @@ def test_the_readme_s_command_serves_two_replicas_and_leaves_nothing_when_it_or_
                     update = Update(changed, log_of_update)
                     update.wait_until_it_replaces("smollm2-135m-instruct")
                     update.process.kill()
-                    wait(lambda server=server: "it is taken back" in server.log.read_text(), 30)  # type: ignore[misc]
+                    wait(functools.partial(logged, server, "An update was cut off"), 30)
                     for process in psutil.Process(server.process.pid).children(recursive=True):
                         with contextlib.suppress(psutil.Error):  # a replica that was replaced
                             if process.name() == "raylet":

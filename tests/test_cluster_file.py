@@ -210,7 +210,10 @@ class Serve:
         self.stop = SimpleNamespace(requested=False)
         monkeypatch.setattr(update, "Stop", lambda: self.stop)
         monkeypatch.setattr(applications, "apply", self.apply)
-        monkeypatch.setattr(applications, "delete", lambda *names: self.note("delete", {*names}))
+        monkeypatch.setattr(
+            applications, "delete", lambda *names, waits=True: self.note("delete", {*names})
+        )
+        monkeypatch.setattr(applications, "use_keys", lambda clients: None)
         monkeypatch.setattr(applications, "wait", self.wait)
         monkeypatch.setattr(applications, "statuses", dict)
         monkeypatch.setattr(placement, "refused", lambda cluster: [])

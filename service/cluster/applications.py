@@ -82,14 +82,14 @@ def statuses() -> "dict[str, ApplicationStatusOverview]":
     }
 
 
-def delete(*names: str) -> None:
-    """End these models, or the front, and wait until they have finished what they have."""
+def delete(*names: str, waits: bool = True) -> None:
+    """End these models, or the front. With `waits`, return when they have finished."""
     from ray import serve
 
     while True:  # another command may just apply them again
         for name in names:
             serve.delete(_name_of(name), _blocking=False)
-        if not statuses().keys() & {*names}:
+        if not (waits and statuses().keys() & {*names}):
             return
         time.sleep(CHECK_INTERVAL)
 
@@ -220,7 +220,7 @@ def _ask(name: str, method: str, *arguments: Any) -> list[Any]:
     from service.cluster import broadcast
 
     try:
-        handle = serve.get_app_handle(_name_of(name))
+        handle = _answered(partial(serve.get_app_handle, _name_of(name)))
     except RayServeException:  # it has no replica that runs
         return []
     return asyncio.run(broadcast.answers(handle, method, *arguments))

@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -160,31 +160,29 @@ def _watch(state: State, stop: Stop) -> None:
         applied = state.applied
         file = applied.settings.api_key_file if applied else None
         version = version_of(file)
-        if applied and file and version not in (None, tried):
-            tried = version
-            clients = _keys_of(applied)
-            if clients is not None and state.keys != (file, clients):
-                state.keys, settled = (file, clients), False
-                count = len(clients)
-                print(f"API keys read again: {count} in force", file=sys.stderr, flush=True)
-        if settled and not state.unfinished:
-            continue
         try:
-            if state.keys and not settled:
+            if applied and file and version not in (None, tried):
+                clients = _keys_of(applied)
+                if clients is not None and state.keys != (file, clients):
+                    state.keys, settled = (file, clients), False
+                    _say(f"API keys read again: {len(clients)} in force")
+                tried = version
+            if settled and not state.unfinished:
+                continue
+            keys = state.keys
+            if keys and not settled and keys[0] == file:
                 # An update may run for minutes, and start replicas with the keys of its beginning.
-                applications.use_keys(state.keys[1])
-            with state.changing():
-                if state.unfinished:
-                    print(
-                        "An update did not end as it should; it is taken back",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                update.restore(state)
+                applications.use_keys(keys[1])
+            with state.changing(patience=1):
+                was_cut_off = state.unfinished
+                update.restore(state, waits=False)
             settled = True
+            if was_cut_off:
+                _say("An update was cut off; what was applied last is applied again")
         except RayGone:
             raise
-        except (LaunchError, RayError, RayServeException):  # an update runs, or Serve is busy
+        # An update runs, Serve is busy, or the disk is full.
+        except (LaunchError, OSError, RayError, RayServeException):
             pass
 
 
@@ -193,19 +191,25 @@ def _keys_of(applied: Cluster) -> Mapping[str, Client] | None:
     try:
         return applied.settings.clients()
     except ConfigError as e:
-        print(f"{e}; the keys read before stay in force", file=sys.stderr, flush=True)
+        _say(f"{e}; the keys read before stay in force")
         return None
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # a terminal that was closed, whose end is no reason to stop
+        print(line, file=sys.stderr, flush=True)
 
 
 def _end(cluster: Cluster) -> None:
     """Finish accepted requests, and end what this command has started."""
     from ray import serve
 
-    print("Stopping: accepted requests are finished ...", file=sys.stderr, flush=True)
+    _say("Stopping: accepted requests are finished ...")
     applications.drain(cluster.settings.drain_timeout)
     if "RAY_ADDRESS" not in os.environ:
         # Ray kills its controller at the end, and tells of that as of a failure.
         with open(os.devnull, "w") as nothing, redirect_stdout(nothing):
             serve.shutdown()
         return
-    applications.delete(*applications.statuses())
+    while names := applications.statuses():  # an update may just add one
+        applications.delete(*names)

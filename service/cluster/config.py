@@ -183,6 +183,9 @@ def load(file: Path | None) -> Cluster:
                 place = origins.of(("models", name))
                 raise ConfigError(f"{place}: {first} is served as {route!r} too")
     loaded = _settings(parsed.settings, origins)
+    if loaded.api_key_file:  # read by this command and by the one that runs, each in its folder
+        absolute = {"api_key_file": loaded.api_key_file.absolute()}
+        loaded = loaded.model_copy(update=absolute)
     clients = loaded.clients()
     return Cluster(
         models=models,

@@ -126,7 +126,7 @@ def _front(cluster: Cluster, clients: dict[str, dict[str, Any]] | None) -> serve
     arguments = {"settings": _as_json(cluster.settings, pushed=clients)}
     engine = cluster.models[cluster.default].config.engine
     routes = {route for model in cluster.models.values() for route in model.config.routes}
-    nodes = sum(node["Alive"] for node in ray.nodes())
+    nodes = max(1, sum(node["Alive"] for node in ray.nodes()))  # none while a head comes back
     per_node = math.ceil(cluster.fronts / nodes)
     front = cast(serve.Deployment, Front).options(
         num_replicas=cluster.fronts,

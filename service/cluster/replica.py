@@ -181,5 +181,5 @@ class Model:
             raise LaunchError("the engine has ended")
 
     async def __del__(self) -> None:
-        if self._stack is not None:  # else it is still starting, and Serve kills its process
+        if self._stack is not None:  # else it has not started, and Serve kills its process
             await self._stack.aclose()

@@ -46,10 +46,10 @@ class State:
             yield True
 
     @contextmanager
-    def changing(self) -> Iterator[None]:
-        """Let one command at a time change what is served. Raises LaunchError."""
+    def changing(self, patience: float = 5) -> Iterator[None]:
+        """Let one command at a time change what is served. Raises LaunchError after `patience`."""
         try:
-            with filelock.FileLock(self._folder / "changing", timeout=1):
+            with filelock.FileLock(self._folder / "changing", timeout=patience):
                 yield
         except filelock.Timeout:
             raise LaunchError("another update is under way; try again after it") from None

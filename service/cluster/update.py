@@ -1,4 +1,4 @@
-"""Changes what a cluster serves that runs. What fails, or is killed, is taken back."""
+"""Changes what a running cluster serves. What fails or is cut off is taken back."""
 
 import dataclasses
 import os
@@ -12,7 +12,7 @@ from service.errors import ConfigError, LaunchError
 
 
 def update(cluster: Cluster, state: State) -> None:
-    """Apply a changed file to a cluster that runs. What fails is taken back. Raises LaunchError."""
+    """Apply a changed file to a running cluster. Raises ConfigError and LaunchError."""
     before = state.applied
     if before is None:
         raise LaunchError("the command that runs already is still starting; try again later")
@@ -32,9 +32,10 @@ def update(cluster: Cluster, state: State) -> None:
         problems += placement.lacking(cluster)
     if problems:
         raise LaunchError(f"{'; '.join(problems)}; nothing was changed")
-    _check_owned(state)
+    _last_applied(state)
     stop = Stop()
     state.unfinished = True
+    reason: str | None = "interrupted"
     try:
         reason = _replace(cluster, before, state, stop)
         if reason is None:
@@ -43,6 +44,8 @@ def update(cluster: Cluster, state: State) -> None:
             print("Taking the update back ...", file=sys.stderr, flush=True)
         restore(state, replaced=cluster)
     except KeyboardInterrupt:
+        if reason is None:
+            raise LaunchError("interrupted; the command that runs finishes the update") from None
         raise LaunchError("interrupted; the command that runs takes the update back") from None
     if reason is not None:
         raise LaunchError(f"{reason}; what was served before is served on")
@@ -63,6 +66,7 @@ def _replace(cluster: Cluster, before: Cluster, state: State, stop: Stop) -> str
     if gone and placement.lacking(dataclasses.replace(cluster, models=both)):
         print(f"{', '.join(gone)}: ended first, to make room", file=sys.stderr, flush=True)
         applications.delete(*gone)
+        _last_applied(state)
         told = None
     progress = applications.Progress()
     surge = placement.surging(cluster, before)
@@ -71,32 +75,37 @@ def _replace(cluster: Cluster, before: Cluster, state: State, stop: Stop) -> str
     if told and reason is None and not stopped():
         applications.apply(_with_keys_of_now(cluster, state), surge)
         reason = applications.wait(cluster, progress, stopped)
-    _check_owned(state)
+    _last_applied(state)
     return "interrupted" if stop.requested else reason
 
 
-def restore(state: State, replaced: Cluster | None = None) -> None:
+def restore(state: State, replaced: Cluster | None = None, *, waits: bool = True) -> None:
     """Apply again what was applied last, with the keys of now, and end all other models.
 
-    `replaced` is what was applied since, if that is known. Raises LaunchError.
+    `replaced` is what was applied since, if that is known. With `waits`, return when the other
+    models have finished what they have. Raises LaunchError.
     """
-    applied = state.applied
-    if applied is None:
-        return
-    cluster = _with_keys_of_now(applied, state)
+    cluster = _with_keys_of_now(_last_applied(state), state)
     applications.apply(cluster, placement.surging(cluster, replaced or cluster))
-    applications.delete(*applications.statuses().keys() - {*cluster.models, FRONT})
+    if cluster.clients is not None:  # Serve tells nobody what it has told before
+        applications.use_keys(cluster.clients)
+    others = applications.statuses().keys() - {*cluster.models, FRONT}
+    applications.delete(*others, waits=waits)
+    _last_applied(state)
     state.applied, state.unfinished = cluster, False
 
 
 def _with_keys_of_now(cluster: Cluster, state: State) -> Cluster:
     """Return the cluster with the keys that the owner has last read, if they are of its file."""
-    if state.keys is None or state.keys[0] != cluster.settings.api_key_file:
+    keys = state.keys
+    if keys is None or keys[0] != cluster.settings.api_key_file:
         return cluster
-    return dataclasses.replace(cluster, clients=state.keys[1])
+    return dataclasses.replace(cluster, clients=keys[1])
 
 
-def _check_owned(state: State) -> None:
-    """Raise LaunchError if the command that runs has ended, and with it what it has applied."""
-    if state.applied is None:
+def _last_applied(state: State) -> Cluster:
+    """Return what was applied last. Raises LaunchError if the command that runs has ended."""
+    applied = state.applied
+    if applied is None:
         raise LaunchError("the command that runs has ended; nothing is served")
+    return applied
