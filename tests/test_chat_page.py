@@ -113,8 +113,9 @@ def test_opened_while_the_model_loads_it_waits(starting: Server, browser: Browse
 
 
 def ask(page: Page, prompt: str) -> None:
+    expect(page.locator("#send")).to_be_enabled()  # before the page has loaded, Enter does nothing
     page.locator("#prompt").fill(prompt)
-    page.locator("#prompt").press("Enter")  # a page that loads may move the focus
+    page.locator("#prompt").press("Enter")
 
 
 def wait_until_free(server: Server) -> None:
