@@ -63,8 +63,14 @@ class _Handles:
         self._handles: dict[str, DeploymentHandle[Any]] = {}
 
     def use(self, models: Sequence[str]) -> None:
-        """Make handles for these models. Blocks: it asks Serve's controller."""
-        self._handles = {name: serve.get_app_handle(f"{PREFIX}-{name}") for name in models}
+        """Make handles for these models. Blocks: it asks Serve's controller.
+
+        A new handle does not know its replicas at once, so those that there are stay.
+        """
+        self._handles = {
+            name: self._handles.get(name) or serve.get_app_handle(f"{PREFIX}-{name}")
+            for name in models
+        }
         # `get_app_handle` waits for the front to run, of which this is a part.
         self._fronts = serve.get_deployment_handle("Front", PREFIX, _check_exists=False)
 
