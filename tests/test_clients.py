@@ -174,9 +174,9 @@ def answering(status: int, headers: Mapping[str, str], body: bytes) -> Iterator[
 
 def fails(block: Block, url: str, folder: Path, env: Mapping[str, str]) -> str:
     """What a block says on stderr when it ends with an error."""
-    name, command, _ = LANGUAGES[block.language]
+    name, command, package = LANGUAGES[block.language]
     if not shutil.which(command[0], path=env["PATH"]):
-        pytest.skip(f"{command[0]} is not installed")
+        pytest.skip(f"{command[0]} is not installed (Debian's package {package} has it)")
     (folder / name).write_text(block.code)
     done = subprocess.run(
         [*command, name], env={**env, "BASE_URL": url}, cwd=folder, capture_output=True, text=True

@@ -31,7 +31,7 @@ def folder(name: str) -> Path:
 def _fetch(name: str, made: Path) -> None:
     npm = shutil.which("npm")
     if npm is None:
-        pytest.skip("not run: there is no npm")
+        pytest.skip("npm is not installed (Debian's package npm has it)")
     work = made.with_suffix(".part")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()

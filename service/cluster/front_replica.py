@@ -49,7 +49,7 @@ class Front:
         )
 
     def use_keys(self, clients: dict[str, dict[str, Any]]) -> None:
-        """Take keys alone, for the command while an update runs."""
+        """Take keys alone: what else `reconfigure` brings may be changing in an update."""
         self._front.use_keys(from_json(clients))
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -61,6 +61,7 @@ class _Handles:
 
     def __init__(self) -> None:
         self._handles: dict[str, DeploymentHandle[Any]] = {}
+        self._fronts: DeploymentHandle[Any] | None = None
 
     def use(self, models: Sequence[str]) -> None:
         """Make handles for these models. Blocks: it asks Serve's controller.
@@ -72,7 +73,9 @@ class _Handles:
             for name in models
         }
         # `get_app_handle` waits for the front to run, of which this is a part.
-        self._fronts = serve.get_deployment_handle("Front", PREFIX, _check_exists=False)
+        self._fronts = self._fronts or serve.get_deployment_handle(
+            "Front", PREFIX, _check_exists=False
+        )
 
     async def answer(self, model: str, request: Request) -> AsyncGenerator[Part | None, None]:
         if model not in self._handles:  # an update has just removed it
@@ -95,6 +98,7 @@ class _Handles:
 
     async def metrics(self) -> list[tuple[dict[str, str], str]]:
         """Ask all replicas, and all fronts, at once."""
+        assert self._fronts is not None  # Serve has called `reconfigure`
         groups: dict[str, DeploymentHandle[Any]] = {**self._handles, "": self._fronts}
         texts = await asyncio.gather(
             *(broadcast.answers(handle, "metrics") for handle in groups.values())
